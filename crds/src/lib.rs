@@ -1,0 +1,17 @@
+//! The API of the RLHF operator.
+//!
+//! Three audiences meet here and nowhere else:
+//! - users, through [`job::RLHFJob`] (`rlhf.dev/v1alpha1`), validated by CEL rules in the API server;
+//! - the trainer, which reads a [`config::StageConfig`];
+//! - the operator, which reads back a [`report::Progress`] and a [`report::TerminationMessage`].
+//!
+//! The crate does no I/O. The `crd` feature adds the custom resource; the trainer is built without it
+//! and so links neither kube nor k8s-openapi.
+
+pub mod config;
+#[cfg(feature = "crd")]
+pub mod job;
+#[cfg(feature = "crd")]
+pub mod names;
+pub mod report;
+pub mod stage;

@@ -1,0 +1,70 @@
+//! Names, labels and field values that the operator gives to what it makes, each defined once.
+//!
+//! CEL admits only jobs whose job and stage names together have at most [`MAX_JOB_AND_STAGE`] characters,
+//! so every name built here, pod names with index and suffix included, fits a DNS label of 63.
+
+use crate::stage::StageKind;
+
+/// The API group.
+pub const GROUP: &str = "rlhf.dev";
+/// The operator's field manager in server-side apply.
+pub const FIELD_MANAGER: &str = "rlhf-operator";
+/// Most characters of a job's and a stage's name together.
+pub const MAX_JOB_AND_STAGE: usize = 46;
+/// The name that stands in a stage's place for the prepare Job.
+pub const PREPARE: &str = "prepare";
+
+/// Label: the RLHFJob's name.
+pub const LABEL_JOB: &str = "rlhf.dev/job";
+/// Label: the RLHFJob's UID, which keeps a job's children apart from those of an earlier job of the same name.
+pub const LABEL_JOB_UID: &str = "rlhf.dev/job-uid";
+/// Label: the stage's name, or [`PREPARE`].
+pub const LABEL_STAGE: &str = "rlhf.dev/stage";
+/// Label: the attempt's number.
+pub const LABEL_ATTEMPT: &str = "rlhf.dev/attempt";
+/// Label: who manages the object.
+pub const LABEL_MANAGED_BY: &str = "app.kubernetes.io/managed-by";
+/// The prefix of the labels that are the operator's own; a pod template may not set them.
+pub const LABEL_PREFIX: &str = "rlhf.dev/";
+
+/// Condition: every stage succeeded.
+pub const CONDITION_COMPLETE: &str = "Complete";
+/// Condition: the job gave up.
+pub const CONDITION_FAILED: &str = "Failed";
+/// Condition: `spec.suspend` is set and no pod is left.
+pub const CONDITION_SUSPENDED: &str = "Suspended";
+
+/// The Job of one attempt at a stage (or at prepare); its pods' host names are this, a dash and the index.
+pub fn attempt(job: &str, stage: &str, attempt: u32) -> String {
+    format!("{job}-{stage}-{attempt}")
+}
+
+/// The ConfigMap and the headless Service of a stage.
+pub fn stage(job: &str, stage: &str) -> String {
+    format!("{job}-{stage}")
+}
+
+/// The folder of a job below its volume. The UID keeps a job apart from an earlier one of the same name.
+pub fn job_dir(job: &str, uid: &str) -> String {
+    let short: String = uid.chars().take(8).collect();
+    format!("jobs/{job}-{short}")
+}
+
+/// Where a stage's model is written, below the volume.
+pub fn model_dir(job: &str, uid: &str, stage: &str) -> String {
+    format!("{}/{stage}/model", job_dir(job, uid))
+}
+
+/// Where a stage's checkpoints are written, below the volume.
+pub fn checkpoints_dir(job: &str, uid: &str, stage: &str) -> String {
+    format!("{}/{stage}/checkpoints", job_dir(job, uid))
+}
+
+/// The names of the stages whose outputs a stage needs.
+pub fn needs(kind: &StageKind) -> Vec<&str> {
+    match kind {
+        StageKind::Sft(_) => vec![],
+        StageKind::RewardModel(s) => s.from.as_deref().into_iter().collect(),
+        StageKind::Ppo(s) => s.actor.as_deref().into_iter().chain([s.reward.as_str()]).collect(),
+    }
+}

@@ -1,0 +1,424 @@
+//! What a stage is asked to do: the settings of supervised fine-tuning, reward-model training and PPO.
+//!
+//! Users write these types in a manifest and the trainer reads the very same types from its config, so
+//! there is no translation in which a field could be lost. Defaults are those of the field's reference
+//! implementations; where they differ, the doc comment names the one taken.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// A location on the job's volume: `volume://` and a relative path whose parts do not start with a dot.
+pub const VOLUME_URI_PATTERN: &str = r"^volume://[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*$";
+
+/// The prefix of every location on the job's volume.
+pub const VOLUME_SCHEME: &str = "volume://";
+
+/// A file of records, and which part of it is held out.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Dataset {
+    /// A JSON Lines file on the job's volume, as `volume://path/to/file.jsonl`.
+    #[schemars(regex(pattern = VOLUME_URI_PATTERN), length(max = 512))]
+    pub source: String,
+    /// Share of the records held out for evaluation. The split depends only on the stage's seed and on the record's line
+    /// number (for preferences and prompts: on its prompt, so that no prompt is in both halves), and so is the same on
+    /// every rank and after every restart.
+    #[serde(default = "default_eval_fraction")]
+    #[schemars(range(min = 0.0, max = 0.5))]
+    pub eval_fraction: f64,
+}
+
+fn default_eval_fraction() -> f64 {
+    0.02
+}
+
+/// How the records of a supervised fine-tuning file are written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub enum SftFormat {
+    /// `{"text"}`: every token is a target.
+    Text,
+    /// `{"prompt", "completion"}`: the completion is the target.
+    #[default]
+    PromptCompletion,
+    /// `{"instruction", "input"?, "output"}` (Alpaca): the output is the target.
+    Instruction,
+    /// `{"messages": [{"role", "content"}]}`, rendered by the tokenizer's own chat template: the
+    /// assistant's turns are the targets.
+    Chat,
+}
+
+/// The learning-rate schedule after warm-up.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub enum Schedule {
+    /// Stays at the learning rate.
+    Constant,
+    /// Falls linearly to zero at the last step.
+    Linear,
+    /// Falls to zero along half a cosine.
+    #[default]
+    Cosine,
+}
+
+/// AdamW (Loshchilov and Hutter 2019) with a schedule and global-norm clipping.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Optimizer {
+    /// The peak learning rate.
+    #[schemars(range(min = 0.0, max = 1.0))]
+    pub learning_rate: f64,
+    /// The schedule after warm-up.
+    #[serde(default)]
+    pub schedule: Schedule,
+    /// Share of all steps in which the learning rate rises linearly from zero.
+    #[serde(default)]
+    #[schemars(range(min = 0.0, max = 1.0))]
+    pub warmup_ratio: f64,
+    /// Decoupled weight decay, applied to matrices and never to biases and norms.
+    #[serde(default)]
+    #[schemars(range(min = 0.0, max = 1.0))]
+    pub weight_decay: f64,
+    /// Decay rate of the first moment.
+    #[serde(default = "default_beta1")]
+    #[schemars(range(min = 0.0, max = 0.9999999))]
+    pub beta1: f64,
+    /// Decay rate of the second moment.
+    #[serde(default = "default_beta2")]
+    #[schemars(range(min = 0.0, max = 0.9999999))]
+    pub beta2: f64,
+    /// Added to the root of the bias-corrected second moment. 1e-5 as in Ziegler 2019.
+    #[serde(default = "default_epsilon")]
+    #[schemars(range(min = 1e-12, max = 0.1))]
+    pub epsilon: f64,
+    /// Gradients are scaled down to this global L2 norm.
+    #[serde(default = "default_max_grad_norm")]
+    #[schemars(range(min = 1e-6))]
+    pub max_grad_norm: f64,
+}
+
+fn default_beta1() -> f64 {
+    0.9
+}
+fn default_beta2() -> f64 {
+    0.95
+}
+fn default_epsilon() -> f64 {
+    1e-5
+}
+fn default_max_grad_norm() -> f64 {
+    1.0
+}
+
+/// How samples become batches.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Batch {
+    /// Samples in one optimizer step, over all ranks.
+    #[schemars(range(min = 1, max = 1_048_576))]
+    pub global_size: u32,
+    /// Samples that one rank runs through the model at a time. It changes memory and speed, never the
+    /// result: losses are normalised by the valid tokens of the whole global batch.
+    #[serde(default = "default_micro_size")]
+    #[schemars(range(min = 1, max = 65_536))]
+    pub micro_size: u32,
+}
+
+fn default_micro_size() -> u32 {
+    8
+}
+
+/// Supervised fine-tuning of the job's model.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Sft {
+    /// The records to learn from.
+    pub dataset: Dataset,
+    /// How the records are written.
+    #[serde(default)]
+    pub format: SftFormat,
+    /// Passes over the training records.
+    #[schemars(range(min = 1, max = 1000))]
+    pub epochs: u32,
+    /// Stops after this many steps although epochs are left.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
+    pub max_steps: Option<u32>,
+    /// How samples become batches.
+    pub batch: Batch,
+    /// Longer samples are cut to this many tokens.
+    #[schemars(range(min = 2, max = 1_048_576))]
+    pub max_length: u32,
+    /// Also learn to predict the prompt.
+    #[serde(default)]
+    pub train_on_prompt: bool,
+    /// The optimizer.
+    pub optimizer: Optimizer,
+}
+
+/// Training of a reward model from preferences (InstructGPT, section 3.4).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct RewardModel {
+    /// The `sft` stage whose model is the backbone; without it, the job's model is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 20))]
+    pub from: Option<String>,
+    /// Preferences: `{"prompt", "chosen", "rejected"}`, or whole dialogues `{"chosen", "rejected"}` whose
+    /// common beginning is the prompt, or rankings `{"prompt", "ranked": [best, …, worst]}`.
+    pub dataset: Dataset,
+    /// Passes over the training records.
+    #[schemars(range(min = 1, max = 1000))]
+    pub epochs: u32,
+    /// Stops after this many steps although epochs are left.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
+    pub max_steps: Option<u32>,
+    /// How records (a pair or a ranking each) become batches.
+    pub batch: Batch,
+    /// Longer sequences (prompt and response) are cut to this many tokens.
+    #[schemars(range(min = 2, max = 1_048_576))]
+    pub max_length: u32,
+    /// Weight of `(score_chosen + score_rejected)^2`, which keeps scores near zero (Eisenstein 2023).
+    #[serde(default)]
+    #[schemars(range(min = 0.0, max = 10.0))]
+    pub centering_coefficient: f64,
+    /// The optimizer.
+    pub optimizer: Optimizer,
+}
+
+/// Estimators of KL(actor || reference) from samples of the actor (Schulman 2020), with
+/// `d = log p_actor - log p_reference`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub enum KlEstimator {
+    /// `d`: unbiased.
+    #[default]
+    K1,
+    /// `d^2 / 2`: low variance, biased.
+    K2,
+    /// `exp(-d) - 1 + d`: unbiased and never negative.
+    K3,
+}
+
+/// The penalty that keeps the actor near the reference.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Kl {
+    /// The (first) coefficient beta of the per-token penalty.
+    #[schemars(range(min = 0.0, max = 100.0))]
+    pub coefficient: f64,
+    /// The estimator.
+    #[serde(default)]
+    pub estimator: KlEstimator,
+    /// With a target (nats a response) the coefficient is adapted towards it, as in Ziegler 2019.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1e-6))]
+    pub target: Option<f64>,
+    /// Samples over which the adaptive coefficient reacts.
+    #[serde(default = "default_kl_horizon")]
+    #[schemars(range(min = 1))]
+    pub horizon: u32,
+}
+
+fn default_kl_horizon() -> u32 {
+    10_000
+}
+
+/// The law from which responses are drawn.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Sampling {
+    /// Logits are divided by this in rollout and wherever log-probabilities are taken.
+    #[serde(default = "default_one")]
+    #[schemars(range(min = 0.01, max = 10.0))]
+    pub temperature: f64,
+    /// Draw from the smallest set of tokens whose probability reaches this (1: all).
+    #[serde(default = "default_one")]
+    #[schemars(range(min = 0.01, max = 1.0))]
+    pub top_p: f64,
+    /// Draw from this many most likely tokens (0: all).
+    #[serde(default)]
+    pub top_k: u32,
+}
+
+impl Default for Sampling {
+    fn default() -> Self {
+        Self { temperature: 1.0, top_p: 1.0, top_k: 0 }
+    }
+}
+
+fn default_one() -> f64 {
+    1.0
+}
+
+/// Proximal policy optimisation of the actor against the reward model (Schulman 2017; Ziegler 2019;
+/// Huang 2024, "The N+ implementation details of RLHF with PPO").
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Ppo {
+    /// The `sft` stage whose model is actor and reference; without it, the job's model is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 20))]
+    pub actor: Option<String>,
+    /// The `rewardModel` stage whose model gives the reward and initialises the critic.
+    #[schemars(length(min = 1, max = 20))]
+    pub reward: String,
+    /// Records `{"prompt"}`.
+    pub prompts: Dataset,
+    /// Rollouts, each followed by `epochs` passes of learning over it.
+    #[schemars(range(min = 1))]
+    pub iterations: u32,
+    /// Responses in one rollout, over all ranks.
+    #[schemars(range(min = 1, max = 1_048_576))]
+    pub rollout_batch_size: u32,
+    /// How a rollout's responses become optimizer steps: `globalSize` is the PPO mini-batch, of which
+    /// `rolloutBatchSize` is a multiple.
+    pub batch: Batch,
+    /// Passes over one rollout.
+    #[serde(default = "default_ppo_epochs")]
+    #[schemars(range(min = 1, max = 100))]
+    pub epochs: u32,
+    /// Longer prompts lose their beginning.
+    #[schemars(range(min = 1, max = 1_048_576))]
+    pub max_prompt_length: u32,
+    /// A response ends at the end-of-sequence token or after this many tokens.
+    #[schemars(range(min = 1, max = 1_048_576))]
+    pub max_new_tokens: u32,
+    /// The law from which responses are drawn.
+    #[serde(default)]
+    pub sampling: Sampling,
+    /// The penalty that keeps the actor near the reference.
+    pub kl: Kl,
+    /// Discount of later rewards.
+    #[serde(default = "default_one")]
+    #[schemars(range(min = 0.0, max = 1.0))]
+    pub gamma: f64,
+    /// Lambda of generalised advantage estimation (Schulman 2016).
+    #[serde(default = "default_lambda")]
+    #[schemars(range(min = 0.0, max = 1.0))]
+    pub lambda: f64,
+    /// Clip range of the probability ratio.
+    #[serde(default = "default_clip")]
+    #[schemars(range(min = 0.0, max = 10.0))]
+    pub clip_ratio: f64,
+    /// Clip range of the value's change.
+    #[serde(default = "default_clip")]
+    #[schemars(range(min = 0.0))]
+    pub clip_value: f64,
+    /// Scores are clipped to plus or minus this.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0.0))]
+    pub clip_reward: Option<f64>,
+    /// Score given in place of the reward model's to a response without an end-of-sequence token.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub missing_eos_penalty: Option<f64>,
+    /// Weight of the entropy bonus.
+    #[serde(default)]
+    #[schemars(range(min = 0.0, max = 10.0))]
+    pub entropy_coefficient: f64,
+    /// Ends the passes over a rollout once the approximate KL to the rollout's policy passes this (nats a token).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0.0))]
+    pub target_kl: Option<f64>,
+    /// The actor's optimizer.
+    pub actor_optimizer: Optimizer,
+    /// The critic's optimizer.
+    pub critic_optimizer: Optimizer,
+    /// Held-out prompts are answered and scored before the first iteration, after the last, and
+    /// every so many between (0: not between).
+    #[serde(default)]
+    pub eval_every_iterations: u32,
+}
+
+fn default_ppo_epochs() -> u32 {
+    4
+}
+fn default_lambda() -> f64 {
+    0.95
+}
+fn default_clip() -> f64 {
+    0.2
+}
+
+/// What a stage does: exactly one of the three.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum StageKind {
+    /// Supervised fine-tuning.
+    Sft(Sft),
+    /// Reward-model training.
+    RewardModel(RewardModel),
+    /// Proximal policy optimisation.
+    Ppo(Box<Ppo>),
+}
+
+impl StageKind {
+    /// The field under which the kind stands in a manifest; also the value of the kind label.
+    pub fn name(&self) -> &'static str {
+        match self {
+            StageKind::Sft(_) => "sft",
+            StageKind::RewardModel(_) => "rewardModel",
+            StageKind::Ppo(_) => "ppo",
+        }
+    }
+}
+
+/// How parameters, gradients and optimizer state are spread over the ranks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub enum Sharding {
+    /// Every rank holds everything; gradients are summed by all-reduce.
+    #[default]
+    Ddp,
+}
+
+/// What is kept of the forward pass for the backward pass.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub enum Recompute {
+    /// Everything.
+    #[default]
+    None,
+    /// Each block's input; the block runs again before its backward pass (Chen 2016).
+    Block,
+}
+
+/// How a model is placed and run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Strategy {
+    /// How parameters, gradients and optimizer state are spread over the ranks.
+    #[serde(default)]
+    pub sharding: Sharding,
+    /// What is kept of the forward pass for the backward pass.
+    #[serde(default)]
+    pub recompute: Recompute,
+}
+
+/// When a checkpoint is written and how many are kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct CheckpointPolicy {
+    /// Steps between two checkpoints (PPO: iterations). One is also written at the end and on SIGTERM.
+    #[serde(default = "default_checkpoint_every")]
+    #[schemars(range(min = 1))]
+    pub every_steps: u32,
+    /// Checkpoints kept; older ones are deleted.
+    #[serde(default = "default_checkpoint_keep")]
+    #[schemars(range(min = 1, max = 100))]
+    pub keep: u32,
+}
+
+fn default_checkpoint_every() -> u32 {
+    100
+}
+fn default_checkpoint_keep() -> u32 {
+    2
+}
+
+impl Default for CheckpointPolicy {
+    fn default() -> Self {
+        Self { every_steps: default_checkpoint_every(), keep: default_checkpoint_keep() }
+    }
+}
