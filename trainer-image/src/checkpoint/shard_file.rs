@@ -1,0 +1,96 @@
+//! One rank's file of a checkpoint: its range of every chunk of every model.
+
+use super::manifest::{self, FileEntry};
+use crate::engine::{Chunk, Group, Model, shard};
+use crate::error::{Error, Result};
+use crate::model::Outgoing;
+use safetensors::tensor::{Dtype, SafeTensors};
+use std::collections::HashMap;
+use std::fs::File;
+use std::path::Path;
+use std::sync::Arc;
+use tch::{Kind, Tensor};
+
+/// The file of a rank.
+pub(super) fn name(rank: u32) -> String {
+    format!("rank-{rank:05}.safetensors")
+}
+
+/// A chunk's flat tensors, by the names under which they are saved.
+fn parts(chunk: &Chunk) -> Vec<(&'static str, &Tensor)> {
+    let state = chunk.optimizer_state();
+    std::iter::once(("parameters", chunk.flat()))
+        .chain(state.into_iter().flat_map(|s| [("first-moment", &s.first), ("second-moment", &s.second)]))
+        .collect()
+}
+
+fn key(model: &str, chunk: usize, part: &str) -> String {
+    format!("{model}.{chunk}.{part}")
+}
+
+/// Writes and flushes this rank's file into `dir`; returns its hash.
+pub(super) fn write(dir: &Path, group: &Group, models: &[(&str, &Model)]) -> Result<[u8; 32]> {
+    let mut outgoing = Vec::new();
+    for (model_name, model) in models {
+        for (i, chunk) in model.chunks().iter().enumerate() {
+            for (part, flat) in parts(chunk) {
+                let range = shard(flat.size()[0], group.rank(), group.world_size());
+                let piece = flat.f_narrow(0, range.start, range.end - range.start)?;
+                outgoing.push((key(model_name, i, part), Outgoing::new(&piece)?));
+            }
+        }
+    }
+    let path = dir.join(name(group.rank()));
+    safetensors::serialize_to_file(outgoing, None, &path).map_err(|e| Error::storage(&path, e))?;
+    let flushed = File::open(&path).and_then(|f| f.sync_all()).and_then(|()| manifest::sha256(&path));
+    flushed.map_err(|e| Error::storage(&path, e))
+}
+
+/// Fills a model's chunks from the ranges in all ranks' files, whatever world size wrote them.
+pub(super) fn read(dir: &Path, files: &[FileEntry], model_name: &str, model: &Model) -> Result<()> {
+    let world_size = files.len() as u32;
+    for (rank, file) in (0u32..).zip(files) {
+        let path = dir.join(&file.name);
+        let pieces = Pieces::open(&path)?;
+        for (i, chunk) in model.chunks().iter().enumerate() {
+            for (part, flat) in parts(chunk) {
+                let range = shard(flat.size()[0], rank, world_size);
+                let piece = pieces.tensor(&key(model_name, i, part), range.end - range.start)?;
+                tch::no_grad(|| flat.f_narrow(0, range.start, range.end - range.start)?.f_copy_(&piece))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A file mapped into memory, and where its tensors lie: type, shape and the byte at which they start.
+struct Pieces {
+    path: std::path::PathBuf,
+    map: Arc<memmap2::Mmap>,
+    tensors: HashMap<String, (Dtype, Vec<usize>, usize)>,
+}
+
+impl Pieces {
+    fn open(path: &Path) -> Result<Self> {
+        let map = c10d::map_file(path).map_err(|e| Error::storage(path, e))?;
+        let (header, metadata) = SafeTensors::read_metadata(&map).map_err(|e| Error::storage(path, e))?;
+        let tensors = metadata
+            .tensors()
+            .into_iter()
+            .map(|(name, t)| (name, (t.dtype, t.shape.clone(), header + 8 + t.data_offsets.0)))
+            .collect();
+        Ok(Self { path: path.to_path_buf(), map, tensors })
+    }
+
+    fn tensor(&self, key: &str, elements: i64) -> Result<Tensor> {
+        match self.tensors.get(key) {
+            Some((Dtype::F32, shape, offset)) if shape[..] == [elements as usize] => {
+                Ok(c10d::from_mmap(self.map.clone(), *offset, &[elements], Kind::Float)?)
+            }
+            Some((dtype, shape, _)) => {
+                Err(Error::storage(&self.path, format!("'{key}' is {dtype:?} {shape:?}, not F32 [{elements}]")))
+            }
+            None => Err(Error::storage(&self.path, format!("'{key}' is missing"))),
+        }
+    }
+}

@@ -1,0 +1,57 @@
+//! Reading the config that the operator mounts, with its place in the file where something is wrong.
+
+use crate::error::{Error, Result};
+use serde::de::DeserializeOwned;
+use sha2::{Digest, Sha256};
+use std::path::Path;
+
+/// A config and what it hashes to.
+#[derive(Debug)]
+pub struct ConfigFile<T> {
+    /// What the file says.
+    pub value: T,
+    /// SHA-256 of its bytes: ranks that agree on it were given the same config.
+    pub digest: [u8; 32],
+}
+
+/// Reads and checks a JSON config.
+///
+/// # Errors
+/// The file cannot be read, or does not have the form: exit code 64 with path, line and column.
+pub fn read<T: DeserializeOwned>(path: &Path) -> Result<ConfigFile<T>> {
+    let bytes = std::fs::read(path).map_err(|e| {
+        Error::config(format!("{}: {e}; the operator mounts the config there, --config names another file", path.display()))
+    })?;
+    let value = serde_json::from_slice(&bytes).map_err(|e| Error::config(format!("{}: {e}", path.display())))?;
+    Ok(ConfigFile { value, digest: Sha256::digest(&bytes).into() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rlhf_api::config::JobRef;
+    use std::fs;
+
+    #[test]
+    fn an_error_names_file_line_and_column() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("config.json");
+        let read_text = |text: &str| {
+            fs::write(&path, text).unwrap();
+            read::<JobRef>(&path)
+        };
+        let missing = read::<JobRef>(&path).unwrap_err();
+        assert!(missing.exit.code() == 64 && missing.message.contains("config.json") && missing.message.contains("--config"), "{missing}");
+        for (text, part) in [
+            ("{\n  \"name\": }", "line 2 column 11"),
+            (r#"{"namespace": "a", "name": "b", "uid": "c", "colour": 1}"#, "unknown field `colour`"),
+            (r#"{"namespace": "a", "name": "b"}"#, "missing field `uid`"),
+        ] {
+            let error = read_text(text).unwrap_err();
+            assert!(error.exit.code() == 64 && error.message.contains(part) && error.message.contains("config.json"), "{error}");
+        }
+        let good = read_text(r#"{"namespace": "a", "name": "b", "uid": "c"}"#).unwrap();
+        assert_eq!(good.value.name, "b");
+        assert_ne!(good.digest, read_text(r#"{"namespace": "a", "name": "b", "uid":  "c"}"#).unwrap().digest);
+    }
+}

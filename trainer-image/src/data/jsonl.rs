@@ -1,0 +1,116 @@
+//! JSON Lines: one object a line, read as a stream.
+
+use crate::error::{Error, Result};
+use serde_json::{Map, Value};
+use std::fmt::Display;
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read};
+use std::path::Path;
+
+/// A longer line is a mistake, such as a whole file without line breaks, and is not read into memory.
+const MAX_LINE_BYTES: usize = 64 << 20;
+
+/// One line's object, and where it stands.
+pub(super) struct Record<'a> {
+    path: &'a Path,
+    expected: &'a str,
+    /// The line's number, from 1; blank lines count.
+    pub line: u64,
+    fields: Map<String, Value>,
+}
+
+/// Hands each record of the file at `path` to `visit`. `expected` says what a record looks like, for error messages.
+pub(super) fn read(path: &Path, expected: &str, mut visit: impl FnMut(&Record<'_>) -> Result<()>) -> Result<()> {
+    let mut reader = BufReader::new(open(path)?);
+    let mut bytes = Vec::new();
+    for line in 1.. {
+        bytes.clear();
+        let limit = MAX_LINE_BYTES as u64 + 1;
+        if reader.by_ref().take(limit).read_until(b'\n', &mut bytes).map_err(|e| Error::storage(path, e))? == 0 {
+            break;
+        }
+        if !bytes.trim_ascii().is_empty() {
+            let fields = parse(&bytes).map_err(|what| at(path, line, format!("{what}; expected {expected}")))?;
+            visit(&Record { path, expected, line, fields })?;
+        }
+    }
+    Ok(())
+}
+
+fn open(path: &Path) -> Result<File> {
+    let missing = |what: &dyn Display| Error::input(format!("{}: {what}; a dataset is a JSON Lines file on the job's volume", path.display()));
+    let file = File::open(path).map_err(|e| missing(&e))?;
+    let is_file = file.metadata().map_err(|e| missing(&e))?.is_file();
+    if is_file { Ok(file) } else { Err(missing(&"not a file")) }
+}
+
+fn parse(bytes: &[u8]) -> std::result::Result<Map<String, Value>, String> {
+    if bytes.len() > MAX_LINE_BYTES {
+        return Err(format!("the line is longer than {} MiB", MAX_LINE_BYTES >> 20));
+    }
+    match serde_json::from_slice(bytes) {
+        Ok(Value::Object(fields)) => Ok(fields),
+        Ok(other) => Err(format!("the line is {}, not a JSON object", kind(&other))),
+        // serde_json counts lines too, and to it each of ours is line 1.
+        Err(e) => Err(format!("not JSON: {} at column {}", e.to_string().split(" at line ").next().unwrap_or_default(), e.column())),
+    }
+}
+
+fn at(path: &Path, line: u64, what: impl Display) -> Error {
+    Error::input(format!("{}:{line}: {what}", path.display()))
+}
+
+/// What a value is, with its article.
+pub(super) fn kind(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "a boolean",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a string",
+        Value::Array(_) => "an array",
+        Value::Object(_) => "an object",
+    }
+}
+
+impl Record<'_> {
+    /// An input error at this line.
+    pub fn error(&self, what: impl Display) -> Error {
+        at(self.path, self.line, what)
+    }
+
+    /// Puts file and line before an error's message.
+    pub fn located<T>(&self, result: Result<T>) -> Result<T> {
+        result.map_err(|e| Error::new(e.exit, format!("{}:{}: {}", self.path.display(), self.line, e.message)))
+    }
+
+    /// A field that is there and not null.
+    pub fn get(&self, field: &str) -> Option<&Value> {
+        self.fields.get(field).filter(|v| !v.is_null())
+    }
+
+    /// A field that must be a string.
+    pub fn text(&self, field: &str) -> Result<&str> {
+        let value = self.required(field)?;
+        value.as_str().ok_or_else(|| self.mistyped(field, value, "a string"))
+    }
+
+    /// A field that must be an array.
+    pub fn list(&self, field: &str) -> Result<&[Value]> {
+        let value = self.required(field)?;
+        value.as_array().map(Vec::as_slice).ok_or_else(|| self.mistyped(field, value, "an array"))
+    }
+
+    /// An error about a field, or a part of one, of the wrong type.
+    pub fn mistyped(&self, field: &str, value: &Value, wanted: &str) -> Error {
+        self.error(format!("field '{field}' is {}, not {wanted}; expected {}", kind(value), self.expected))
+    }
+
+    /// An error about a field, or a part of one, that is not there.
+    pub fn missing(&self, field: &str) -> Error {
+        self.error(format!("field '{field}' is missing; expected {}", self.expected))
+    }
+
+    fn required(&self, field: &str) -> Result<&Value> {
+        self.fields.get(field).ok_or_else(|| self.missing(field))
+    }
+}

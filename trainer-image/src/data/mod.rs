@@ -1,0 +1,41 @@
+//! Records on the volume become token sequences: JSON Lines in, a training and an evaluation split out.
+//!
+//! - A file is read line by line; blank lines are skipped and fields that no format knows are ignored. The first record
+//!   that cannot be used ends the reading with an error that names file, line and field.
+//! - Prompt and response are encoded apart and joined on ids, as in generation, where a response's ids follow the
+//!   prompt's; no text is encoded twice. EOS is appended to what is to be learnt or scored, unless it is cut.
+//! - The split is a function of the seed and of the record's line number (fine-tuning) or its prompt (rankings and
+//!   prompts, so that no prompt is in both halves). It needs no random state and is the same on every rank.
+//!
+//! Nothing here touches a device.
+
+mod jsonl;
+pub mod order;
+mod prompts;
+mod rankings;
+mod sft;
+mod split;
+
+pub use prompts::{Prompt, load_prompts};
+pub use rankings::{Ranking, load_rankings};
+pub use sft::{SftSample, load_sft};
+pub use split::{Split, Summary};
+
+use crate::error::{Error, Result};
+use rlhf_api::config::volume_path;
+use rlhf_api::stage::Dataset;
+use std::path::{Path, PathBuf};
+
+/// Where a dataset lies below the mounted `volume`.
+///
+/// # Errors
+/// If its source is not a location on the volume.
+pub fn dataset_path(volume: &Path, dataset: &Dataset) -> Result<PathBuf> {
+    let relative = volume_path(&dataset.source).ok_or_else(|| {
+        Error::config(format!("dataset source '{}' is not a file on the job's volume; write volume://path/to/file.jsonl", dataset.source))
+    })?;
+    Ok(volume.join(relative))
+}
+
+#[cfg(test)]
+mod tests;

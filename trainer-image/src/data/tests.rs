@@ -1,0 +1,325 @@
+use super::*;
+use crate::error::Result;
+use crate::tokenizer::Tokenizer;
+use crate::tokenizer::fixture::*;
+use proptest::prelude::*;
+use rlhf_api::stage::{Ppo, RewardModel, Sft};
+use serde_json::{Value, json};
+use std::collections::{BTreeSet, HashMap};
+use std::path::PathBuf;
+use tempfile::TempDir;
+
+fn dataset(eval: f64) -> Value {
+    json!({"source": "volume://d.jsonl", "evalFraction": eval})
+}
+
+fn sft(format: &str, max_length: u32, eval: f64) -> Sft {
+    let optimizer = json!({"learningRate": 0.1});
+    serde_json::from_value(json!({"dataset": dataset(eval), "format": format, "epochs": 1, "batch": {"globalSize": 1}, "maxLength": max_length, "optimizer": optimizer})).unwrap()
+}
+
+fn reward(max_length: u32, eval: f64) -> RewardModel {
+    let optimizer = json!({"learningRate": 0.1});
+    serde_json::from_value(json!({"dataset": dataset(eval), "epochs": 1, "batch": {"globalSize": 1}, "maxLength": max_length, "optimizer": optimizer})).unwrap()
+}
+
+fn ppo(max_prompt_length: u32, eval: f64) -> Ppo {
+    let optimizer = json!({"learningRate": 0.1});
+    serde_json::from_value(json!({
+        "reward": "r", "prompts": dataset(eval), "iterations": 1, "rolloutBatchSize": 1, "batch": {"globalSize": 1}, "maxPromptLength": max_prompt_length,
+        "maxNewTokens": 1, "kl": {"coefficient": 0.1}, "actorOptimizer": optimizer, "criticOptimizer": optimizer
+    }))
+    .unwrap()
+}
+
+/// A dataset file with this content.
+fn file(content: impl AsRef<[u8]>) -> (TempDir, PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("d.jsonl");
+    std::fs::write(&path, content).unwrap();
+    (dir, path)
+}
+
+fn lines(records: &[Value]) -> String {
+    records.iter().map(|r| format!("{r}\n")).collect()
+}
+
+fn read_sft(records: &[Value], settings: &Sft, tokenizer: &Tokenizer) -> Result<Split<SftSample>> {
+    let (_dir, path) = file(lines(records));
+    load_sft(&path, settings, tokenizer, 1)
+}
+
+fn read_rankings(records: &[Value], settings: &RewardModel, tokenizer: &Tokenizer) -> Result<Split<Ranking>> {
+    let (_dir, path) = file(lines(records));
+    load_rankings(&path, settings, tokenizer, 1)
+}
+
+fn read_prompts(records: &[Value], settings: &Ppo, tokenizer: &Tokenizer) -> Result<Split<Prompt>> {
+    let (_dir, path) = file(lines(records));
+    load_prompts(&path, settings, tokenizer, 1)
+}
+
+/// The one sample that a record becomes, as (ids, target ids).
+fn sample(record: Value, settings: &Sft, tokenizer: &Tokenizer) -> (Vec<i64>, Vec<i64>) {
+    let split = read_sft(&[record], settings, tokenizer).unwrap();
+    let SftSample { tokens, target } = split.train.into_iter().next().unwrap();
+    assert_eq!(tokens.len(), target.len());
+    let targets = tokens.iter().zip(target).filter_map(|(&token, target)| target.then_some(token)).collect();
+    (tokens, targets)
+}
+
+fn concat(parts: &[&[i64]]) -> Vec<i64> {
+    parts.concat()
+}
+
+#[test]
+fn every_token_of_a_text_but_the_first_is_a_target() {
+    let settings = sft("text", 16, 0.0);
+    assert_eq!(sample(json!({"text": "xyz"}), &settings, &plain()), (concat(&[&ids("xyz"), &[EOS]]), concat(&[&ids("yz"), &[EOS]])));
+    assert_eq!(sample(json!({"text": "xyz"}), &settings, &with_bos()), (concat(&[&[BOS], &ids("xyz"), &[EOS]]), concat(&[&ids("xyz"), &[EOS]])));
+}
+
+#[test]
+fn prompt_and_completion_are_joined_on_ids_and_eos_is_learnt() {
+    let record = json!({"prompt": "xa", "completion": "bc", "id": 7});
+    let mut settings = sft("promptCompletion", 16, 0.0);
+    let tokens = concat(&[&[BOS], &ids("xabc"), &[EOS]]);
+    assert_eq!(sample(record.clone(), &settings, &with_bos()), (tokens.clone(), concat(&[&ids("bc"), &[EOS]])));
+    settings.train_on_prompt = true;
+    assert_eq!(sample(record, &settings, &with_bos()), (tokens.clone(), tokens[1..].to_vec()));
+}
+
+#[test]
+fn eos_is_learnt_where_it_is_also_the_pad() {
+    let tokenizer = changed(|_, config| config["pad_token"] = Value::Null).1.unwrap();
+    assert_eq!(tokenizer.pad(), tokenizer.eos());
+    assert_eq!(sample(json!({"prompt": "x", "completion": "y"}), &sft("promptCompletion", 16, 0.0), &tokenizer).1, [id('y'), EOS]);
+}
+
+#[test]
+fn an_instruction_is_written_as_alpaca_writes_it() {
+    let decode = |record: Value| {
+        let (tokens, targets) = sample(record, &sft("instruction", 1000, 0.0), &plain());
+        (plain().decode(&tokens).unwrap(), plain().decode(&targets).unwrap())
+    };
+    let plain = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Response:3".to_string();
+    assert_eq!(decode(json!({"instruction": "Add.", "input": "", "output": "3"})), (plain.clone(), "3".into()));
+    assert_eq!(decode(json!({"instruction": "Add.", "input": null, "output": "3"})).0, plain);
+    assert_eq!(decode(json!({"instruction": "Add.", "output": "3"})).0, plain);
+    let input = "Below is an instruction that describes a task, paired with an input that provides further context. Write a response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:3";
+    assert_eq!(decode(json!({"instruction": "Add.", "input": "1 2", "output": "3"})).0, input);
+}
+
+#[test]
+fn a_dialogue_is_rendered_and_the_assistant_is_learnt() {
+    let record = json!({"messages": [{"role": "user", "content": "x", "name": "U"}, {"role": "assistant", "content": "y"}]});
+    let mut settings = sft("chat", 100, 0.0);
+    assert_eq!(sample(record.clone(), &settings, &plain()).1, [id('y'), EOS]);
+    settings.train_on_prompt = true;
+    let (tokens, targets) = sample(record, &settings, &plain());
+    assert_eq!(targets, tokens[1..]);
+}
+
+#[test]
+fn a_long_sample_loses_its_end_and_one_without_targets_is_dropped() {
+    let record = |completion: &str| json!({"prompt": "xyz", "completion": completion});
+    let split = read_sft(&[record("k"), record("kl"), record("klm")], &sft("promptCompletion", 5, 0.0), &plain()).unwrap();
+    let tokens: Vec<_> = split.train.iter().map(|s| s.tokens.clone()).collect();
+    assert_eq!(tokens, [concat(&[&ids("xyzk"), &[EOS]]), ids("xyzkl"), ids("xyzkl")]);
+    assert_eq!(split.summary, Summary { records: 3, train: 3, truncated: 2, tokens: 15, longest_tokens: 5, ..Default::default() });
+
+    let short = json!({"prompt": "x", "completion": "y"});
+    let split = read_sft(&[record("k"), short], &sft("promptCompletion", 3, 0.5), &plain()).unwrap();
+    assert_eq!(split.summary, Summary { records: 2, train: 1, dropped: 1, tokens: 3, longest_tokens: 3, ..Default::default() });
+    let error = read_sft(&[record("k"), record("l")], &sft("promptCompletion", 3, 0.0), &plain()).unwrap_err();
+    assert!(["d.jsonl", "2 dropped", "maxLength 3", "raise maxLength"].iter().all(|n| error.message.contains(n)), "{error}");
+}
+
+#[test]
+fn a_pair_a_ranking_and_whole_dialogues_become_sequences() {
+    let records = [
+        json!({"prompt": "xa", "chosen": "b", "rejected": ""}),
+        json!({"prompt": "", "ranked": ["k", "l", "m"]}),
+        json!({"chosen": "Q: x\nA: abc", "rejected": "Q: x\nA: k", "prompt": null}),
+    ];
+    let split = read_rankings(&records, &reward(32, 0.0), &plain()).unwrap();
+    let sequences: Vec<_> = split.train.into_iter().map(|r| r.responses).collect();
+    assert_eq!(sequences[0], [concat(&[&ids("xab"), &[EOS]]), concat(&[&ids("xa"), &[EOS]])]);
+    assert_eq!(sequences[1], ["k", "l", "m"].map(|r| concat(&[&[BOS], &ids(r), &[EOS]])));
+    assert_eq!(sequences[2], [concat(&[&ids("Q: x\nA: "), &[ABC, EOS]]), concat(&[&ids("Q: x\nA: k"), &[EOS]])]);
+    assert_eq!((split.summary.records, split.summary.tokens, split.summary.longest_tokens), (3, 4 + 3 + 9 + 10 + 10, 10));
+}
+
+#[test]
+fn a_ranking_whose_responses_the_cut_makes_equal_is_dropped() {
+    let records = [
+        json!({"prompt": "xyz", "chosen": "kl", "rejected": "km"}),
+        json!({"prompt": "xyz", "chosen": "k", "rejected": "m"}),
+        json!({"prompt": "x", "ranked": ["k", "m", "k"]}),
+    ];
+    let split = read_rankings(&records, &reward(4, 0.0), &plain()).unwrap();
+    assert_eq!(split.train, [Ranking { responses: vec![ids("xyzk"), ids("xyzm")] }]);
+    assert_eq!(split.summary, Summary { records: 3, train: 1, dropped: 2, truncated: 1, tokens: 8, longest_tokens: 4, ..Default::default() });
+    let error = read_rankings(&records[..1], &reward(4, 0.0), &plain()).unwrap_err();
+    assert!(error.message.contains("maxLength 4"), "{error}");
+}
+
+#[test]
+fn a_long_prompt_keeps_its_end_and_its_bos() {
+    let records = [json!({"prompt": "abcxyz"})];
+    let tokens = |max: u32, tokenizer: &Tokenizer| read_prompts(&records, &ppo(max, 0.0), tokenizer).unwrap().train.remove(0).tokens;
+    assert_eq!(tokens(3, &plain()), ids("xyz"));
+    assert_eq!(tokens(4, &plain()), concat(&[&[ABC], &ids("xyz")]));
+    assert_eq!(tokens(3, &with_bos()), concat(&[&[BOS], &ids("yz")]));
+    assert_eq!(tokens(1, &with_bos()), ids("z"));
+    let split = read_prompts(&records, &ppo(3, 0.0), &plain()).unwrap();
+    assert_eq!((split.train[0].text.as_str(), split.summary.truncated), ("abcxyz", 1));
+}
+
+#[test]
+fn an_empty_prompt_is_bos_alone_or_an_error() {
+    let records = [json!({"prompt": ""})];
+    assert_eq!(read_prompts(&records, &ppo(3, 0.0), &plain()).unwrap().train[0].tokens, [BOS]);
+    let error = read_prompts(&records, &ppo(3, 0.0), &without_bos()).unwrap_err();
+    assert!(error.message.contains("d.jsonl:1: the prompt is empty"), "{error}");
+}
+
+#[test]
+fn a_wrong_record_is_named_with_line_field_and_what_is_expected() {
+    let messages = |m: Value| json!({"messages": m});
+    for (format, record, names) in [
+        ("text", json!({"txt": "x"}), vec!["field 'text' is missing", r#"{"text": string} (format text)"#]),
+        ("promptCompletion", json!({"prompt": "x"}), vec!["field 'completion' is missing", "format promptCompletion"]),
+        ("promptCompletion", json!({"prompt": "x", "completion": 3}), vec!["field 'completion' is a number, not a string"]),
+        ("promptCompletion", json!(["x"]), vec!["the line is an array, not a JSON object", "expected {\"prompt\""]),
+        ("instruction", json!({"instruction": "x", "output": "y", "input": {}}), vec!["field 'input' is an object, not a string"]),
+        ("chat", messages(json!("x")), vec!["field 'messages' is a string, not an array"]),
+        ("chat", messages(json!([{"role": "user", "content": null}])), vec!["field 'messages[0].content' is null, not a string"]),
+        ("chat", messages(json!([{"content": "x"}])), vec!["field 'messages[0].role' is missing"]),
+        ("chat", messages(json!([{"role": "gpt", "content": "x"}])), vec!["no message has the role 'assistant'", "[gpt]"]),
+        ("chat", messages(json!([])), vec!["no message has the role 'assistant'"]),
+    ] {
+        let (_dir, path) = file(format!("\n  \r\n{record}\n"));
+        let error = load_sft(&path, &sft(format, 16, 0.0), &plain(), 0).unwrap_err();
+        assert_eq!(error.exit.code(), 65);
+        assert!(error.message.starts_with(&format!("{}:3: ", path.display())), "{error}");
+        assert!(names.iter().all(|n| error.message.contains(n)), "{error}");
+    }
+    for (record, names) in [
+        (json!({"prompt": "x", "chosen": "y"}), vec!["field 'rejected' is missing", "ranked"]),
+        (json!({"chosen": ["y"], "rejected": "n"}), vec!["field 'chosen' is an array, not a string"]),
+        (json!({"prompt": "x", "ranked": ["y"]}), vec!["'ranked' has 1 responses"]),
+        (json!({"prompt": "x", "ranked": ["y", 2]}), vec!["field 'ranked[1]' is a number"]),
+        (json!({"ranked": ["y", "n"]}), vec!["field 'prompt' is missing"]),
+    ] {
+        let error = read_rankings(&[record], &reward(16, 0.0), &plain()).unwrap_err();
+        assert!(names.iter().all(|n| error.message.contains(n)) && error.message.contains("d.jsonl:1: "), "{error}");
+    }
+}
+
+#[test]
+fn a_template_that_refuses_a_record_is_named_with_its_line() {
+    let tokenizer = changed(|_, config| config["chat_template"] = json!("{{ raise_exception('no') }}")).1.unwrap();
+    let record = json!({"messages": [{"role": "assistant", "content": "x"}]});
+    let error = read_sft(&[record], &sft("chat", 16, 0.0), &tokenizer).unwrap_err();
+    assert!(error.message.contains("d.jsonl:1: the chat template refuses this dialogue: no"), "{error}");
+}
+
+#[test]
+fn a_file_that_cannot_be_used_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    for (path, what) in [(dir.path().join("none"), "No such file"), (dir.path().to_path_buf(), "not a file")] {
+        let error = load_prompts(&path, &ppo(3, 0.0), &plain(), 0).unwrap_err();
+        assert!(error.exit.code() == 65 && error.message.contains(what) && error.message.contains("JSON Lines"), "{error}");
+    }
+    let (_dir, path) = file(" \n\n");
+    assert!(load_prompts(&path, &ppo(3, 0.0), &plain(), 0).unwrap_err().message.contains("the file has no record"));
+    let (_dir, path) = file("{\"prompt\": \"x\"}\n{\"prompt\": \"\u{1}\"}");
+    let error = load_prompts(&path, &ppo(3, 0.0), &plain(), 0).unwrap_err().message;
+    assert!(error.contains(":2: not JSON: control character") && error.contains("at column 13") && !error.contains("line 1"), "{error}");
+    let (_dir, path) = file(format!("{{\"prompt\": \"{}\"}}", "x".repeat(64 << 20)));
+    assert!(load_prompts(&path, &ppo(3, 0.0), &plain(), 0).unwrap_err().message.contains(":1: the line is longer than 64 MiB"));
+}
+
+#[test]
+fn the_split_never_changes_between_versions() {
+    let records: Vec<Value> = (0..20).map(|i| json!({"prompt": format!("p{i}")})).collect();
+    let split = read_prompts(&records, &ppo(9, 0.2), &plain()).unwrap();
+    let eval: Vec<&str> = split.eval.iter().map(|p| p.text.as_str()).collect();
+    // sha256(seed 1 as eight little-endian bytes, then the prompt), its first eight bytes big-endian, below 0.2 * 2^64.
+    assert_eq!(eval, ["p1", "p5", "p10", "p11", "p12"]);
+    let records: Vec<Value> = (0..20).map(|i| json!({"text": format!("p{i}")})).collect();
+    let split = read_sft(&records, &sft("text", 9, 0.2), &plain()).unwrap();
+    let eval: Vec<String> = split.eval.iter().map(|s| plain().decode(&s.tokens).unwrap()).collect();
+    // The same with the line's number, from 1, as eight little-endian bytes in the prompt's place.
+    assert_eq!(eval, ["p1", "p3", "p6", "p10", "p11", "p17"]);
+}
+
+#[test]
+fn dialogues_with_the_same_prompt_are_in_the_same_half() {
+    let pair = |i: usize, a: &str, b: &str| json!({"chosen": format!("Q: {i}\nA: {a}"), "rejected": format!("Q: {i}\nA: {b}")});
+    let records: Vec<Value> = (0..40).flat_map(|i| [pair(i, "I do", "I don't"), pair(i, "x", "y")]).collect();
+    let split = read_rankings(&records, &reward(64, 0.5), &plain()).unwrap();
+    let questions = |half: &[Ranking]| -> Vec<String> {
+        let text = |r: &Ranking| plain().decode(&r.responses[0]).unwrap().split('\n').next().unwrap().to_string();
+        half.iter().map(text).collect()
+    };
+    let (train, eval) = (questions(&split.train), questions(&split.eval));
+    assert!(train.len() > 8 && eval.len() > 8 && train.iter().all(|q| !eval.contains(q)), "{train:?} {eval:?}");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn arbitrary_bytes_never_panic_and_an_error_names_the_line(
+        good in 0usize..4,
+        line in prop_oneof![
+            prop::collection::vec(any::<u8>(), 1..80),
+            "\\{\"(prompt|chosen|ranked|messages)\": ?[\\[\\]{}\":,a-z0-9\\\\]{0,20}\\}?".prop_map(String::into_bytes),
+        ],
+    ) {
+        let broken = !line.trim_ascii().is_empty() && line.split(|&b| b == b'\n').any(|l| !l.trim_ascii().is_empty() && serde_json::from_slice::<Value>(l).is_err());
+        let (_dir, path) = file([b"{\"prompt\": \"x\", \"chosen\": \"y\", \"rejected\": \"z\"}\n".repeat(good), line].concat());
+        let tokenizer = plain();
+        for result in [load_rankings(&path, &reward(16, 0.0), &tokenizer, 0).map(|_| ()), load_prompts(&path, &ppo(16, 0.0), &tokenizer, 0).map(|_| ())] {
+            prop_assert!(!broken || result.is_err());
+            if let Err(error) = result {
+                prop_assert_eq!(error.exit.code(), 65);
+                let rest = error.message.strip_prefix(&format!("{}:", path.display())).unwrap().to_string();
+                let number: Option<usize> = rest.split(':').next().unwrap().parse().ok();
+                prop_assert!(number.is_some_and(|n| n > good) || (good == 0 && rest.contains("no record")), "{}", error.message);
+            }
+        }
+    }
+
+    #[test]
+    fn splits_are_disjoint_complete_and_stable(prompts in prop::collection::vec("[a-e]{0,2}", 1..60), fraction in 0.0f64..0.5, seed: u64) {
+        let records: Vec<Value> = prompts.iter().map(|p| json!({"prompt": p})).collect();
+        let (_dir, path) = file(lines(&records));
+        let (settings, tokenizer) = (ppo(4, fraction), plain());
+        let split = load_prompts(&path, &settings, &tokenizer, seed).unwrap();
+        prop_assert_eq!(&split, &load_prompts(&path, &settings, &tokenizer, seed).unwrap());
+        let texts = |half: &[Prompt]| half.iter().map(|p| p.text.clone()).collect::<Vec<_>>();
+        let (train, eval) = (texts(&split.train), texts(&split.eval));
+        prop_assert_eq!((split.summary.train as usize, split.summary.eval as usize), (train.len(), eval.len()));
+        let count = |list: &[String]| list.iter().fold(HashMap::new(), |mut n, p| { *n.entry(p.clone()).or_insert(0) += 1; n });
+        prop_assert_eq!(count(&[train.clone(), eval.clone()].concat()), count(&prompts));
+        let (train, eval): (BTreeSet<_>, BTreeSet<_>) = (train.into_iter().collect(), eval.into_iter().collect());
+        prop_assert!(train.is_disjoint(&eval) && !train.is_empty());
+        prop_assert_eq!(eval.is_empty(), fraction <= 0.0 || train.len() + eval.len() < 2);
+    }
+
+    #[test]
+    fn a_larger_fraction_holds_out_the_same_records_and_more(count in 2usize..100, seed: u64) {
+        let records: Vec<Value> = (0..count).map(|i| json!({"text": format!("t{i}")})).collect();
+        let (_dir, path) = file(lines(&records));
+        let tokenizer = plain();
+        let halves = [0.0, 0.02, 0.2, 0.5].map(|fraction| load_sft(&path, &sft("text", 16, fraction), &tokenizer, seed).unwrap());
+        prop_assert!(halves[0].eval.is_empty());
+        for pair in halves.windows(2) {
+            prop_assert!(pair[0].eval.iter().all(|s| pair[1].eval.contains(s)));
+            prop_assert!(!pair[1].eval.is_empty() && pair[1].train.len() + pair[1].eval.len() == count);
+        }
+    }
+}

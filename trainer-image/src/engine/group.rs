@@ -1,0 +1,121 @@
+//! The ranks that train together. With one rank every collective is the identity and costs nothing.
+
+use crate::error::{Error, Result};
+use c10d::{ProcessGroup, ReduceOp, Work};
+use tch::{Device, Kind, Tensor};
+
+/// This rank and its peers.
+pub struct Group {
+    peers: Option<ProcessGroup>,
+    rank: u32,
+    world_size: u32,
+    /// Where the process group's tensors live: NCCL takes only those of its device.
+    device: Device,
+}
+
+impl Group {
+    /// A group over a process group whose collectives take tensors on `device`, or `None` for a rank alone.
+    pub fn new(peers: Option<ProcessGroup>, rank: u32, world_size: u32, device: Device) -> Self {
+        Self { peers, rank, world_size, device }
+    }
+
+    /// A rank alone.
+    pub fn alone() -> Self {
+        Self::new(None, 0, 1, Device::Cpu)
+    }
+
+    /// This rank, from 0.
+    pub fn rank(&self) -> u32 {
+        self.rank
+    }
+
+    /// All ranks.
+    pub fn world_size(&self) -> u32 {
+        self.world_size
+    }
+
+    /// Whether this rank writes what is written once.
+    pub fn is_first(&self) -> bool {
+        self.rank == 0
+    }
+
+    /// This rank's part of a list that every rank holds: each `world_size`-th element.
+    pub fn share<'a, T>(&self, all: &'a [T]) -> Vec<&'a T> {
+        all.iter().skip(self.rank as usize).step_by(self.world_size as usize).collect()
+    }
+
+    /// Starts summing `tensor` over the ranks, in place.
+    ///
+    /// # Errors
+    /// A peer was lost.
+    pub fn start_sum(&self, tensor: &Tensor) -> Result<Option<Work>> {
+        self.peers.as_ref().map(|p| Ok(p.all_reduce(tensor, ReduceOp::Sum)?)).transpose()
+    }
+
+    /// Sums numbers over the ranks, in place.
+    ///
+    /// # Errors
+    /// A peer was lost.
+    pub fn sum(&self, values: &mut [f64]) -> Result<()> {
+        let Some(peers) = &self.peers else { return Ok(()) };
+        let tensor = Tensor::from_slice(values).f_to_device(self.device)?;
+        peers.all_reduce(&tensor, ReduceOp::Sum)?.wait()?;
+        tensor.f_to_device(Device::Cpu)?.f_copy_data(values, values.len())?;
+        Ok(())
+    }
+
+    /// Whether any rank says so.
+    ///
+    /// # Errors
+    /// A peer was lost.
+    pub fn any(&self, here: bool) -> Result<bool> {
+        let mut votes = [f64::from(u8::from(here))];
+        self.sum(&mut votes)?;
+        Ok(votes[0] > 0.0)
+    }
+
+    /// Rank 0's number, on every rank.
+    ///
+    /// # Errors
+    /// A peer was lost.
+    pub fn from_first(&self, value: i64) -> Result<i64> {
+        let Some(peers) = &self.peers else { return Ok(value) };
+        let tensor = Tensor::from_slice(&[value]).f_to_device(self.device)?;
+        peers.broadcast(&tensor, 0)?.wait()?;
+        Ok(tensor.f_int64_value(&[0])?)
+    }
+
+    /// Rows `[n, c]` of every rank, rank after rank: `[world_size * n, c]`, on the CPU. Every rank must give the same shape.
+    ///
+    /// # Errors
+    /// A peer was lost.
+    pub fn gather_rows(&self, rows: &Tensor) -> Result<Tensor> {
+        let Some(peers) = &self.peers else { return Ok(rows.shallow_clone()) };
+        let [n, columns] = rows.size()[..] else {
+            return Err(Error::bug(format!("gather_rows wants [rows, columns], got {:?}", rows.size())));
+        };
+        let rows = rows.f_to_device(self.device)?.f_contiguous()?;
+        let all = Tensor::f_empty([n * i64::from(self.world_size), columns], (rows.kind(), self.device))?;
+        peers.all_gather(&all, &rows)?.wait()?;
+        Ok(all.f_to_device(Device::Cpu)?)
+    }
+
+    /// A 32-byte digest of every rank, in rank order.
+    ///
+    /// # Errors
+    /// A peer was lost.
+    pub fn gather_digests(&self, digest: &[u8; 32]) -> Result<Vec<[u8; 32]>> {
+        let row = Tensor::from_slice(digest).f_to_kind(Kind::Int64)?.f_view([1, 32])?;
+        let all = self.gather_rows(&row)?.f_to_kind(Kind::Uint8)?.f_flatten(0, -1)?;
+        let bytes = Vec::<u8>::try_from(all)?;
+        Ok(bytes.chunks_exact(32).map(|c| std::array::from_fn(|i| c[i])).collect())
+    }
+
+    /// Waits until every rank is here.
+    ///
+    /// # Errors
+    /// A peer was lost.
+    pub fn barrier(&self) -> Result<()> {
+        self.peers.as_ref().map_or(Ok(()), |p| Ok(p.barrier()?))
+    }
+}

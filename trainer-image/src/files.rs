@@ -1,0 +1,114 @@
+//! Writes that are whole or absent: a sibling is written and flushed, then renamed, and the folder is flushed.
+
+use crate::error::{Error, Result};
+use std::fs::{self, File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+/// Writes and flushes one file.
+///
+/// # Errors
+/// Names the path where storage failed.
+pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
+    let run = || {
+        let mut file = File::create(path)?;
+        file.write_all(bytes)?;
+        file.sync_all()
+    };
+    run().map_err(|e: std::io::Error| Error::storage(path, e))
+}
+
+/// Appends one line to a file, made where it is missing.
+///
+/// # Errors
+/// Names the path where storage failed.
+pub fn append_line(path: &Path, line: &str) -> Result<()> {
+    let run = || OpenOptions::new().create(true).append(true).open(path)?.write_all(format!("{line}\n").as_bytes());
+    run().map_err(|e: std::io::Error| Error::storage(path, e))
+}
+
+/// Makes a folder and its parents.
+///
+/// # Errors
+/// Names the path where storage failed.
+pub fn make_dir(path: &Path) -> Result<()> {
+    fs::create_dir_all(path).map_err(|e| Error::storage(path, e))
+}
+
+/// Removes a folder and what is in it; one that is not there is fine.
+///
+/// # Errors
+/// Names the path where storage failed.
+pub fn remove_dir(path: &Path) -> Result<()> {
+    match fs::remove_dir_all(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::storage(path, e)),
+        _ => Ok(()),
+    }
+}
+
+/// Flushes every file in a folder and the folder itself.
+///
+/// # Errors
+/// Names the path where storage failed.
+pub fn sync_dir(path: &Path) -> Result<()> {
+    let run = || {
+        for entry in fs::read_dir(path)? {
+            File::open(entry?.path())?.sync_all()?;
+        }
+        File::open(path)?.sync_all()
+    };
+    run().map_err(|e: std::io::Error| Error::storage(path, e))
+}
+
+/// Moves a finished folder to its place, over what was there, and flushes the parent.
+///
+/// # Errors
+/// Names the path where storage failed.
+pub fn publish_dir(finished: &Path, target: &Path) -> Result<()> {
+    remove_dir(target)?;
+    fs::rename(finished, target).map_err(|e| Error::storage(target, e))?;
+    match target.parent() {
+        Some(parent) => File::open(parent).and_then(|d| d.sync_all()).map_err(|e| Error::storage(parent, e)),
+        None => Ok(()),
+    }
+}
+
+/// Fills a new folder beside `target` and moves it there once it is whole.
+///
+/// # Errors
+/// What `fill` fails with, or the path where storage failed; `target` is then as it was.
+pub fn replace_dir(target: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let temporary = sibling(target, "tmp");
+    remove_dir(&temporary)?;
+    make_dir(&temporary)?;
+    fill(&temporary)?;
+    sync_dir(&temporary)?;
+    publish_dir(&temporary, target)
+}
+
+/// The path beside `path` with `.suffix` added to its name.
+pub fn sibling(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.file_name().unwrap_or_default().to_os_string();
+    name.push(format!(".{suffix}"));
+    path.with_file_name(name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_is_replaced_whole_or_not_at_all() {
+        let root = tempfile::tempdir().unwrap();
+        let target = root.path().join("model");
+        replace_dir(&target, |dir| write(&dir.join("a"), b"1")).unwrap();
+        let failed = replace_dir(&target, |dir| {
+            write(&dir.join("b"), b"2")?;
+            Err(Error::bug("stopped halfway"))
+        });
+        assert_eq!(failed.unwrap_err().message, "stopped halfway");
+        assert_eq!(fs::read(target.join("a")).unwrap(), b"1");
+        replace_dir(&target, |dir| write(&dir.join("b"), b"2")).unwrap();
+        assert!(!target.join("a").exists() && target.join("b").exists());
+    }
+}

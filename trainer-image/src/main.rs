@@ -1,0 +1,141 @@
+//! `rlhf-trainer`: the program in the trainer's container.
+//!
+//! `launch` starts the workers of a pod, `worker` is one of them, `prepare` checks a job before any device is taken. Each
+//! ends with an exit code of the contract, and this is the one place that prints why.
+
+use clap::{Args, Parser, Subcommand};
+use rlhf_api::config::{CONFIG_DIR, CONFIG_FILE, HTTP_PORT, PrepareConfig};
+use rlhf_api::report::{ExitCode, Output, TerminationMessage};
+use rlhf_trainer::data::Summary;
+use rlhf_trainer::environment::Environment;
+use rlhf_trainer::prepare::{self, StageReport};
+use rlhf_trainer::telemetry::logging;
+use rlhf_trainer::{config_file, ending, launch, worker};
+use std::path::{Path, PathBuf};
+
+/// Supervised fine-tuning, reward-model training and PPO on libtorch.
+#[derive(Parser)]
+#[command(name = "rlhf-trainer", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Starts one worker for each local rank and turns their ends into one: the entry of a trainer container.
+    Launch {
+        #[command(flatten)]
+        config: ConfigFlag,
+        #[command(flatten)]
+        http: HttpFlag,
+        #[command(flatten)]
+        termination: TerminationFlag,
+    },
+    /// Runs one rank of a stage.
+    Worker {
+        #[command(flatten)]
+        config: ConfigFlag,
+        #[command(flatten)]
+        http: HttpFlag,
+    },
+    /// Checks the models and data of all of a job's stages.
+    Prepare {
+        #[command(flatten)]
+        config: ConfigFlag,
+        #[command(flatten)]
+        termination: TerminationFlag,
+    },
+}
+
+#[derive(Args)]
+struct ConfigFlag {
+    /// The config file.
+    #[arg(long, value_name = "FILE", default_value_os_t = Path::new(CONFIG_DIR).join(CONFIG_FILE))]
+    config: PathBuf,
+}
+
+#[derive(Args)]
+struct HttpFlag {
+    /// The first worker's port for /metrics, /progress and /healthz; local rank r takes this plus r. 0: none.
+    #[arg(long, value_name = "PORT", default_value_t = HTTP_PORT)]
+    http_port: u16,
+}
+
+#[derive(Args)]
+struct TerminationFlag {
+    /// Where the termination message is written. Default: Kubernetes' own file, if there is one.
+    #[arg(long, value_name = "FILE")]
+    termination_file: Option<PathBuf>,
+}
+
+fn main() -> std::process::ExitCode {
+    let message = match Cli::try_parse() {
+        Ok(cli) => run(cli.command),
+        Err(error) => {
+            let wrong = error.use_stderr();
+            // Nothing can be done where even the terminal is gone.
+            let _ = error.print();
+            return exit(if wrong { ExitCode::BadConfig.code() } else { ExitCode::Done.code() });
+        }
+    };
+    if message.code != ExitCode::Done.code() {
+        tracing::error!(code = message.code, reason = message.reason, rank = message.rank, step = message.step, "{}", message.message);
+    }
+    exit(message.code)
+}
+
+fn exit(code: i32) -> std::process::ExitCode {
+    std::process::ExitCode::from(u8::try_from(code).unwrap_or(u8::MAX))
+}
+
+fn run(command: Command) -> TerminationMessage {
+    let options = |config: ConfigFlag, http: HttpFlag| worker::Options { config: config.config, http_port: http.http_port };
+    match command {
+        Command::Launch { config, http, termination } => leave(termination, logged(|| launch::run(&options(config, http)))),
+        Command::Worker { config, http } => logged(|| worker::run(&options(config, http))),
+        Command::Prepare { config, termination } => leave(termination, logged(|| prepare(&config.config))),
+    }
+}
+
+/// Does `work` with logging on.
+fn logged(work: impl FnOnce() -> TerminationMessage) -> TerminationMessage {
+    match logging::init() {
+        Ok(()) => work(),
+        Err(error) => {
+            eprintln!("rlhf-trainer: {error}");
+            ending::message(Err(error), None, None)
+        }
+    }
+}
+
+/// Writes the pod's last word to its termination file.
+fn leave(flag: TerminationFlag, message: TerminationMessage) -> TerminationMessage {
+    if let Err(error) = ending::write_termination_file(flag.termination_file.as_deref(), &message) {
+        tracing::error!("the termination message is lost: {error}");
+    }
+    message
+}
+
+fn prepare(config: &Path) -> TerminationMessage {
+    let result = ending::guard(|| {
+        let environment = Environment::from_process()?;
+        let config = config_file::read::<PrepareConfig>(config)?.value;
+        let report = prepare::run(&config, &environment.volume)?;
+        Ok(Output { path: job_dir(&config), metrics: report.stages.iter().flat_map(counts).collect() })
+    });
+    ending::message(result, None, None)
+}
+
+/// The job's folder below the volume: a stage's model is two levels below it.
+fn job_dir(config: &PrepareConfig) -> String {
+    let output = config.stages.first().map(|stage| Path::new(&stage.paths.output));
+    output.and_then(|path| path.parent()?.parent()).map(|dir| dir.display().to_string()).unwrap_or_default()
+}
+
+/// A stage's dataset in figures, such as `sft.train`.
+fn counts(report: &StageReport) -> Vec<(String, f64)> {
+    let Summary { records, train, eval, dropped, truncated, tokens, longest_tokens } = report.dataset;
+    let named = [("records", records), ("train", train), ("eval", eval), ("dropped", dropped), ("truncated", truncated), ("tokens", tokens), ("longestTokens", longest_tokens)];
+    named.into_iter().map(|(name, n)| (format!("{}.{name}", report.stage), n as f64)).collect()
+}

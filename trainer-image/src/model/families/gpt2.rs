@@ -1,0 +1,70 @@
+//! GPT-2: layer norm, learned positions, biases everywhere, a tied head, weights stored as `[in, out]`.
+
+use super::{Config, HfTensor};
+use crate::error::Result;
+use crate::model::spec::{Mlp, ModelSpec, Norm, Param, Positions, Segment};
+
+pub(super) fn spec(config: &Config<'_>) -> Result<ModelSpec> {
+    config.one_of("activation_function", "gelu_new", &["gelu_new", "gelu_pytorch_tanh"])?;
+    let (hidden, heads) = (config.size("n_embd")?, config.size("n_head")?);
+    if config.flag("scale_attn_by_inverse_layer_idx", false) {
+        return Err(config.error("scale_attn_by_inverse_layer_idx is not supported; it must be false"));
+    }
+    Ok(ModelSpec {
+        vocab: config.size("vocab_size")?,
+        hidden,
+        layers: config.size("n_layer")? as usize,
+        heads,
+        kv_heads: heads,
+        head_dim: hidden / heads,
+        ffn: config.size_or("n_inner", 4 * hidden)?,
+        max_positions: config.size_or("n_positions", 1024)?,
+        norm: Norm::Layer,
+        norm_eps: config.number_or("layer_norm_epsilon", 1e-5)?,
+        positions: Positions::Learned,
+        mlp: Mlp::Gelu,
+        qkv_bias: true,
+        attention_output_bias: true,
+        mlp_bias: true,
+        tied_head: config.flag("tie_word_embeddings", true),
+    })
+}
+
+pub(super) fn tensors(segment: Segment) -> Vec<HfTensor> {
+    match segment {
+        Segment::Embed => vec![
+            HfTensor::plain("transformer.wte.weight".into(), Param::TokenEmbedding),
+            HfTensor::plain("transformer.wpe.weight".into(), Param::PositionEmbedding),
+        ],
+        Segment::Block(i) => block(i),
+        Segment::Head => vec![
+            HfTensor::plain("transformer.ln_f.weight".into(), Param::FinalNormWeight),
+            HfTensor::plain("transformer.ln_f.bias".into(), Param::FinalNormBias),
+            HfTensor::plain("lm_head.weight".into(), Param::LmHeadWeight),
+        ],
+    }
+}
+
+fn block(i: usize) -> Vec<HfTensor> {
+    use Param::*;
+    let plain = |name: &str, param| HfTensor::plain(format!("transformer.h.{i}.{name}"), param);
+    let conv = |name: &str, parts: &[Param]| HfTensor {
+        name: format!("transformer.h.{i}.{name}"),
+        parts: parts.to_vec(),
+        transposed: true,
+    };
+    vec![
+        plain("ln_1.weight", AttentionNormWeight),
+        plain("ln_1.bias", AttentionNormBias),
+        conv("attn.c_attn.weight", &[QueryWeight, KeyWeight, ValueWeight]),
+        HfTensor { transposed: false, ..conv("attn.c_attn.bias", &[QueryBias, KeyBias, ValueBias]) },
+        conv("attn.c_proj.weight", &[OutputWeight]),
+        plain("attn.c_proj.bias", OutputBias),
+        plain("ln_2.weight", MlpNormWeight),
+        plain("ln_2.bias", MlpNormBias),
+        conv("mlp.c_fc.weight", &[UpWeight]),
+        plain("mlp.c_fc.bias", UpBias),
+        conv("mlp.c_proj.weight", &[DownWeight]),
+        plain("mlp.c_proj.bias", DownBias),
+    ]
+}

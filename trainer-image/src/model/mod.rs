@@ -1,0 +1,15 @@
+//! One transformer with switches, and a small file per family that maps Hugging Face configs and tensor names onto it.
+//!
+//! A model is a chain of segments (embedding, blocks, head). This module knows the mathematics of each segment
+//! and the parameters it needs; where those parameters live and how the segments are chained is the engine's.
+//! Shapes: `b` batch, `t` time, `h` hidden, `n` heads, `d` head dimension, `v` vocabulary.
+
+mod batch;
+pub mod families;
+mod hf;
+mod spec;
+pub mod transformer;
+
+pub use batch::Batch;
+pub use hf::{Outgoing, ScoreNormalisation, Source, read_config, write_model};
+pub use spec::{HeadKind, Mlp, ModelSpec, Norm, Param, ParamSpec, Positions, Segment};

@@ -1,0 +1,207 @@
+//! The switches that tell one decoder-only transformer from another, and the parameters that follow from them.
+
+/// How activations are normalised.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Norm {
+    /// Root-mean-square norm with a weight (Zhang and Sennrich 2019).
+    Rms,
+    /// Layer norm with weight and bias.
+    Layer,
+}
+
+/// How a token's position enters.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Positions {
+    /// Rotary embedding of queries and keys, halves rotated (Su 2021, in the layout of Hugging Face's Llama).
+    Rotary {
+        /// Base of the frequencies.
+        theta: f64,
+    },
+    /// A learned vector a position, added to the token's.
+    Learned,
+}
+
+/// The feed-forward network of a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mlp {
+    /// `down(silu(gate(x)) * up(x))` (Shazeer 2020).
+    SwiGlu,
+    /// `down(gelu(up(x)))` with the tanh approximation.
+    Gelu,
+}
+
+/// What stands on top of the last block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HeadKind {
+    /// Logits over the vocabulary.
+    Lm,
+    /// One number a position: a score or a value.
+    Scalar,
+}
+
+/// The shape and switches of a model.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ModelSpec {
+    /// Tokens in the vocabulary.
+    pub vocab: i64,
+    /// Width of the residual stream.
+    pub hidden: i64,
+    /// Number of blocks.
+    pub layers: usize,
+    /// Query heads.
+    pub heads: i64,
+    /// Key and value heads; query heads share them in groups (Ainslie 2023).
+    pub kv_heads: i64,
+    /// Width of a head.
+    pub head_dim: i64,
+    /// Width of the feed-forward network.
+    pub ffn: i64,
+    /// Positions that the model knows.
+    pub max_positions: i64,
+    /// How activations are normalised.
+    pub norm: Norm,
+    /// Added to the variance in norms.
+    pub norm_eps: f64,
+    /// How a token's position enters.
+    pub positions: Positions,
+    /// The feed-forward network.
+    pub mlp: Mlp,
+    /// Biases on queries, keys and values.
+    pub qkv_bias: bool,
+    /// Bias on the attention's output.
+    pub attention_output_bias: bool,
+    /// Biases in the feed-forward network.
+    pub mlp_bias: bool,
+    /// The output head is the token embedding.
+    pub tied_head: bool,
+}
+
+/// A link of the chain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Segment {
+    /// Token (and position) embedding.
+    Embed,
+    /// The block with this index.
+    Block(usize),
+    /// Final norm and output head.
+    Head,
+}
+
+/// A parameter's role in its segment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[allow(missing_docs)]
+pub enum Param {
+    TokenEmbedding,
+    PositionEmbedding,
+    AttentionNormWeight,
+    AttentionNormBias,
+    QueryWeight,
+    QueryBias,
+    KeyWeight,
+    KeyBias,
+    ValueWeight,
+    ValueBias,
+    OutputWeight,
+    OutputBias,
+    MlpNormWeight,
+    MlpNormBias,
+    GateWeight,
+    GateBias,
+    UpWeight,
+    UpBias,
+    DownWeight,
+    DownBias,
+    FinalNormWeight,
+    FinalNormBias,
+    LmHeadWeight,
+    ScalarHeadWeight,
+    ScalarHeadBias,
+}
+
+/// A parameter and its shape; matrices are `[out, in]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ParamSpec {
+    /// Its role.
+    pub param: Param,
+    /// Its shape.
+    pub shape: Vec<i64>,
+}
+
+impl ModelSpec {
+    /// The segments in forward order.
+    pub fn segments(&self) -> Vec<Segment> {
+        let blocks = (0..self.layers).map(Segment::Block);
+        std::iter::once(Segment::Embed).chain(blocks).chain([Segment::Head]).collect()
+    }
+
+    /// The parameters of a segment, matrices first: weight decay then applies to one contiguous range.
+    pub fn params(&self, segment: Segment, head: HeadKind) -> Vec<ParamSpec> {
+        let mut list = ParamList::default();
+        match segment {
+            Segment::Embed => self.embed_params(&mut list),
+            Segment::Block(_) => self.block_params(&mut list),
+            Segment::Head => self.head_params(&mut list, head),
+        }
+        list.0.sort_by_key(|p| p.shape.len() < 2);
+        list.0
+    }
+
+    /// All parameters of the model.
+    pub fn parameter_count(&self, head: HeadKind) -> i64 {
+        self.segments().into_iter().flat_map(|s| self.params(s, head)).map(|p| p.shape.iter().product::<i64>()).sum()
+    }
+
+    fn embed_params(&self, list: &mut ParamList) {
+        list.push(Param::TokenEmbedding, &[self.vocab, self.hidden]);
+        if self.positions == Positions::Learned {
+            list.push(Param::PositionEmbedding, &[self.max_positions, self.hidden]);
+        }
+    }
+
+    fn block_params(&self, list: &mut ParamList) {
+        let (query, key_value) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
+        list.norm(self, Param::AttentionNormWeight, Param::AttentionNormBias);
+        list.linear(Param::QueryWeight, Param::QueryBias, query, self.hidden, self.qkv_bias);
+        list.linear(Param::KeyWeight, Param::KeyBias, key_value, self.hidden, self.qkv_bias);
+        list.linear(Param::ValueWeight, Param::ValueBias, key_value, self.hidden, self.qkv_bias);
+        list.linear(Param::OutputWeight, Param::OutputBias, self.hidden, query, self.attention_output_bias);
+        list.norm(self, Param::MlpNormWeight, Param::MlpNormBias);
+        if self.mlp == Mlp::SwiGlu {
+            list.linear(Param::GateWeight, Param::GateBias, self.ffn, self.hidden, self.mlp_bias);
+        }
+        list.linear(Param::UpWeight, Param::UpBias, self.ffn, self.hidden, self.mlp_bias);
+        list.linear(Param::DownWeight, Param::DownBias, self.hidden, self.ffn, self.mlp_bias);
+    }
+
+    fn head_params(&self, list: &mut ParamList, head: HeadKind) {
+        list.norm(self, Param::FinalNormWeight, Param::FinalNormBias);
+        match head {
+            HeadKind::Lm if self.tied_head => {}
+            HeadKind::Lm => list.push(Param::LmHeadWeight, &[self.vocab, self.hidden]),
+            HeadKind::Scalar => list.linear(Param::ScalarHeadWeight, Param::ScalarHeadBias, 1, self.hidden, true),
+        }
+    }
+}
+
+#[derive(Default)]
+struct ParamList(Vec<ParamSpec>);
+
+impl ParamList {
+    fn push(&mut self, param: Param, shape: &[i64]) {
+        self.0.push(ParamSpec { param, shape: shape.to_vec() });
+    }
+
+    fn linear(&mut self, weight: Param, bias: Param, out: i64, input: i64, has_bias: bool) {
+        self.push(weight, &[out, input]);
+        if has_bias {
+            self.push(bias, &[out]);
+        }
+    }
+
+    fn norm(&mut self, spec: &ModelSpec, weight: Param, bias: Param) {
+        self.push(weight, &[spec.hidden]);
+        if spec.norm == Norm::Layer {
+            self.push(bias, &[spec.hidden]);
+        }
+    }
+}

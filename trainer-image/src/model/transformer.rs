@@ -1,0 +1,227 @@
+//! The mathematics of each segment, over views of its parameters. Nothing here knows of ranks or shards.
+
+use super::spec::{Mlp, ModelSpec, Norm, Param, ParamSpec, Positions};
+use crate::error::{Error, Result};
+use tch::{Device, Kind, Tensor};
+
+/// A segment's parameters, as views into its chunk.
+#[derive(Debug)]
+pub struct Params {
+    list: Vec<(Param, Tensor)>,
+}
+
+impl Params {
+    /// Pairs parameter specs with their tensors, in order.
+    pub fn new(specs: &[ParamSpec], tensors: Vec<Tensor>) -> Self {
+        Self { list: specs.iter().map(|s| s.param).zip(tensors).collect() }
+    }
+
+    /// The parameter in this role.
+    ///
+    /// # Errors
+    /// A bug: the segment has no such parameter.
+    pub fn get(&self, param: Param) -> Result<&Tensor> {
+        self.find(param).ok_or_else(|| Error::bug(format!("the segment has no parameter {param:?}")))
+    }
+
+    /// The parameter in this role, where the segment has one.
+    pub fn find(&self, param: Param) -> Option<&Tensor> {
+        self.list.iter().find(|(p, _)| *p == param).map(|(_, t)| t)
+    }
+
+    /// All tensors, in the segment's order.
+    pub fn tensors(&self) -> impl Iterator<Item = &Tensor> {
+        self.list.iter().map(|(_, t)| t)
+    }
+
+    fn linear(&self, x: &Tensor, weight: Param, bias: Param) -> Result<Tensor> {
+        Ok(x.f_linear(self.get(weight)?, self.find(bias))?)
+    }
+
+    fn norm(&self, spec: &ModelSpec, x: &Tensor, weight: Param, bias: Param) -> Result<Tensor> {
+        let weight = self.get(weight)?;
+        Ok(match spec.norm {
+            Norm::Layer => x.f_layer_norm([spec.hidden], Some(weight), self.find(bias), spec.norm_eps, false)?,
+            Norm::Rms => {
+                let x32 = x.to_kind(Kind::Float);
+                let variance = x32.f_square()?.f_mean_dim([-1].as_slice(), true, Kind::Float)?;
+                let scaled = x32.f_mul(&(variance + spec.norm_eps).f_rsqrt()?)?.to_kind(x.kind());
+                scaled.f_mul(weight)?
+            }
+        })
+    }
+}
+
+/// Keys and values of one block's past tokens `[b, kv_heads, capacity, d]`, of which the first `filled` columns count.
+#[derive(Debug)]
+pub struct LayerCache {
+    keys: Tensor,
+    values: Tensor,
+    filled: i64,
+}
+
+impl LayerCache {
+    /// An empty cache for `rows` rows of up to `capacity` tokens.
+    ///
+    /// # Errors
+    /// Where the device has no room.
+    pub fn new(spec: &ModelSpec, rows: i64, capacity: i64, device: Device) -> Result<Self> {
+        let shape = [rows, spec.kv_heads, capacity, spec.head_dim];
+        let make = || Tensor::f_zeros(shape, (Kind::Float, device));
+        Ok(Self { keys: make()?, values: make()?, filled: 0 })
+    }
+
+    /// Keeps only the rows at these indices.
+    ///
+    /// # Errors
+    /// Where the device has no room.
+    pub fn keep_rows(&mut self, rows: &Tensor) -> Result<()> {
+        self.keys = self.keys.f_index_select(0, rows)?;
+        self.values = self.values.f_index_select(0, rows)?;
+        Ok(())
+    }
+
+    /// Appends `[b, kv_heads, t, d]` and returns all keys and values so far.
+    fn append(&mut self, keys: &Tensor, values: &Tensor) -> Result<(Tensor, Tensor)> {
+        let time = keys.size()[2];
+        self.keys.f_narrow(2, self.filled, time)?.f_copy_(keys)?;
+        self.values.f_narrow(2, self.filled, time)?.f_copy_(values)?;
+        self.filled += time;
+        Ok((self.keys.f_narrow(2, 0, self.filled)?, self.values.f_narrow(2, 0, self.filled)?))
+    }
+}
+
+/// What attention needs beside a block's input, the same for every block of one pass.
+#[derive(Debug)]
+pub struct AttentionContext {
+    rotary: Option<(Tensor, Tensor)>,
+    mask: Option<Tensor>,
+    causal: bool,
+}
+
+impl AttentionContext {
+    /// The context of a pass over tokens at `positions` `[b, t]`.
+    ///
+    /// With a `mask` `[b, 1, t, keys]` (true: may see) it alone decides; without, the causal rule does,
+    /// which for a single query over a cache means that it sees everything.
+    ///
+    /// # Errors
+    /// Where libtorch fails.
+    pub fn new(spec: &ModelSpec, positions: &Tensor, mask: Option<&Tensor>) -> Result<Self> {
+        let rotary = match spec.positions {
+            Positions::Rotary { theta } => Some(rotary_tables(positions, spec.head_dim, theta)?),
+            Positions::Learned => None,
+        };
+        let causal = mask.is_none() && positions.size()[1] > 1;
+        Ok(Self { rotary, mask: mask.map(Tensor::shallow_clone), causal })
+    }
+}
+
+/// Cosine and sine `[b, 1, t, d]` for each position.
+fn rotary_tables(positions: &Tensor, head_dim: i64, theta: f64) -> Result<(Tensor, Tensor)> {
+    let exponents = Tensor::f_arange_start_step(0, head_dim, 2, (Kind::Float, positions.device()))? / head_dim as f64;
+    let frequencies =
+        Tensor::from(theta).to_kind(Kind::Float).f_pow(&exponents)?.f_reciprocal()?.to_device(positions.device());
+    let angles = positions.to_kind(Kind::Float).f_unsqueeze(-1)?.f_mul(&frequencies)?.f_unsqueeze(1)?;
+    let angles = Tensor::f_cat(&[&angles, &angles], -1)?;
+    Ok((angles.f_cos()?, angles.f_sin()?))
+}
+
+/// Rotates the two halves of each head of `x` `[b, n, t, d]`.
+fn rotate(x: &Tensor, (cos, sin): &(Tensor, Tensor)) -> Result<Tensor> {
+    let half = x.size()[3] / 2;
+    let turned = Tensor::f_cat(&[&x.f_narrow(3, half, half)?.f_neg()?, &x.f_narrow(3, 0, half)?], -1)?;
+    Ok(x.f_mul(cos)?.f_add(&turned.f_mul(sin)?)?)
+}
+
+/// Token ids `[b, t]` and positions `[b, t]` to `[b, t, h]`.
+///
+/// # Errors
+/// Where an id or a position is out of range, or libtorch fails.
+pub fn embed(params: &Params, tokens: &Tensor, positions: &Tensor) -> Result<Tensor> {
+    let embedded = Tensor::f_embedding(params.get(Param::TokenEmbedding)?, tokens, -1, false, false)?;
+    Ok(match params.find(Param::PositionEmbedding) {
+        Some(table) => embedded.f_add(&Tensor::f_embedding(table, positions, -1, false, false)?)?,
+        None => embedded,
+    })
+}
+
+/// One block, `[b, t, h]` to `[b, t, h]`: pre-norm attention and feed-forward, each with its residual.
+///
+/// # Errors
+/// Where libtorch fails.
+pub fn block(
+    spec: &ModelSpec,
+    params: &Params,
+    x: &Tensor,
+    context: &AttentionContext,
+    cache: Option<&mut LayerCache>,
+) -> Result<Tensor> {
+    let normed = params.norm(spec, x, Param::AttentionNormWeight, Param::AttentionNormBias)?;
+    let x = x.f_add(&attention(spec, params, &normed, context, cache)?)?;
+    let normed = params.norm(spec, &x, Param::MlpNormWeight, Param::MlpNormBias)?;
+    Ok(x.f_add(&mlp(spec, params, &normed)?)?)
+}
+
+fn attention(
+    spec: &ModelSpec,
+    params: &Params,
+    x: &Tensor,
+    context: &AttentionContext,
+    cache: Option<&mut LayerCache>,
+) -> Result<Tensor> {
+    let (rows, time) = (x.size()[0], x.size()[1]);
+    let heads = |weight, bias, count| -> Result<Tensor> {
+        Ok(params.linear(x, weight, bias)?.f_view([rows, time, count, spec.head_dim])?.f_transpose(1, 2)?)
+    };
+    let mut queries = heads(Param::QueryWeight, Param::QueryBias, spec.heads)?;
+    let mut keys = heads(Param::KeyWeight, Param::KeyBias, spec.kv_heads)?;
+    let mut values = heads(Param::ValueWeight, Param::ValueBias, spec.kv_heads)?;
+    if let Some(tables) = &context.rotary {
+        queries = rotate(&queries, tables)?;
+        keys = rotate(&keys, tables)?;
+    }
+    if let Some(cache) = cache {
+        (keys, values) = cache.append(&keys, &values)?;
+    }
+    let grouped = spec.heads != spec.kv_heads;
+    let mixed = Tensor::f_scaled_dot_product_attention(
+        &queries,
+        &keys,
+        &values,
+        context.mask.as_ref(),
+        0.0,
+        context.causal,
+        None::<f64>,
+        grouped,
+    )?;
+    let mixed = mixed.f_transpose(1, 2)?.f_reshape([rows, time, spec.heads * spec.head_dim])?;
+    params.linear(&mixed, Param::OutputWeight, Param::OutputBias)
+}
+
+fn mlp(spec: &ModelSpec, params: &Params, x: &Tensor) -> Result<Tensor> {
+    let up = params.linear(x, Param::UpWeight, Param::UpBias)?;
+    let inner = match spec.mlp {
+        Mlp::SwiGlu => params.linear(x, Param::GateWeight, Param::GateBias)?.f_silu()?.f_mul(&up)?,
+        Mlp::Gelu => up.f_gelu("tanh")?,
+    };
+    params.linear(&inner, Param::DownWeight, Param::DownBias)
+}
+
+/// Final norm and output head over selected positions `[n, h]`: logits `[n, v]` or scalars `[n]`, always in fp32.
+/// `tied` is the token embedding where the model's head is tied to it.
+///
+/// # Errors
+/// Where libtorch fails.
+pub fn head(spec: &ModelSpec, params: &Params, tied: Option<&Tensor>, x: &Tensor) -> Result<Tensor> {
+    let normed = params.norm(spec, x, Param::FinalNormWeight, Param::FinalNormBias)?;
+    if params.find(Param::ScalarHeadWeight).is_some() {
+        let scalars = params.linear(&normed, Param::ScalarHeadWeight, Param::ScalarHeadBias)?;
+        return Ok(scalars.f_squeeze_dim(-1)?.to_kind(Kind::Float));
+    }
+    let weight = match tied {
+        Some(weight) => weight,
+        None => params.get(Param::LmHeadWeight)?,
+    };
+    Ok(normed.f_linear(weight, None::<&Tensor>)?.to_kind(Kind::Float))
+}

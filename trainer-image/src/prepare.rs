@@ -1,0 +1,127 @@
+//! What can be checked of a job before any device is taken: its volume, model, tokenizer, lengths and every record.
+//!
+//! The datasets are read by the very loaders of the stages, so that what passes here loads there.
+
+use crate::data::{self, Summary, dataset_path};
+use crate::error::{Error, Result};
+use crate::files;
+use crate::model::Source;
+use crate::tokenizer::Tokenizer;
+use rlhf_api::config::{PrepareConfig, StageConfig};
+use rlhf_api::stage::StageKind;
+use serde::Serialize;
+use std::path::{Path, PathBuf};
+
+/// Written to see whether a folder can be written, and removed.
+const PROBE: &str = ".rlhf-probe";
+
+/// The figures of a job's datasets.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct PrepareReport {
+    /// One for each stage, in the job's order.
+    pub stages: Vec<StageReport>,
+}
+
+/// The figures of a stage's dataset.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct StageReport {
+    /// The stage's name.
+    pub stage: String,
+    /// Its dataset.
+    pub dataset: Summary,
+}
+
+/// Checks the job of `config`, whose volume is mounted at `volume`.
+///
+/// # Errors
+/// The first thing that is wrong: where it is, and what to do.
+pub fn run(config: &PrepareConfig, volume: &Path) -> Result<PrepareReport> {
+    let first = config.stages.first().ok_or_else(|| Error::config("the job has no stages; write one or more"))?;
+    for dir in config.stages.iter().flat_map(|stage| output_dirs(stage, volume)) {
+        check_writable(&dir)?;
+    }
+    let model_dir = volume.join(&first.paths.base_model);
+    let model = Source::open(&model_dir)?;
+    let tokenizer = Tokenizer::load(&model_dir)?;
+    check_vocabulary(&model, &tokenizer)?;
+    for stage in &config.stages {
+        check_length(stage, &model)?;
+    }
+    let stages = config.stages.iter().map(|stage| check_dataset(stage, volume, &tokenizer)).collect::<Result<_>>()?;
+    Ok(PrepareReport { stages })
+}
+
+/// The folders in which a stage makes its folders.
+fn output_dirs(stage: &StageConfig, volume: &Path) -> [PathBuf; 2] {
+    let output = volume.join(&stage.paths.output);
+    [output.parent().map(Path::to_path_buf).unwrap_or(output), volume.join(&stage.paths.checkpoints)]
+}
+
+/// Makes a folder, and writes, flushes and removes a file in it.
+fn check_writable(dir: &Path) -> Result<()> {
+    files::make_dir(dir)?;
+    let probe = dir.join(PROBE);
+    files::write(&probe, PROBE.as_bytes())?;
+    std::fs::remove_file(&probe).map_err(|e| Error::storage(&probe, e))
+}
+
+fn check_vocabulary(model: &Source, tokenizer: &Tokenizer) -> Result<()> {
+    let (ids, vocab) = (tokenizer.vocab_size() as i64, model.spec.vocab);
+    if ids <= vocab {
+        return Ok(());
+    }
+    Err(Error::input(format!(
+        "{}: the tokenizer has ids up to {}, but config.json says vocab_size {vocab}: some tokens have no embedding; use the tokenizer that belongs to the model",
+        model.dir.display(),
+        ids - 1
+    )))
+}
+
+/// No stage may make a sequence longer than the model has positions.
+fn check_length(stage: &StageConfig, model: &Source) -> Result<()> {
+    let (tokens, settings) = match &stage.kind {
+        StageKind::Sft(s) => (i64::from(s.max_length), format!("maxLength {}", s.max_length)),
+        StageKind::RewardModel(s) => (i64::from(s.max_length), format!("maxLength {}", s.max_length)),
+        StageKind::Ppo(s) => {
+            (i64::from(s.max_prompt_length) + i64::from(s.max_new_tokens), format!("maxPromptLength {} plus maxNewTokens {}", s.max_prompt_length, s.max_new_tokens))
+        }
+    };
+    let positions = model.spec.max_positions;
+    if tokens <= positions {
+        return Ok(());
+    }
+    let dir = model.dir.display();
+    Err(Error::config(format!("stage '{}': {settings} is more than the {positions} positions of the model ({dir}); lower it to {positions} or less", stage.stage)))
+}
+
+/// Reads a stage's whole dataset.
+fn check_dataset(stage: &StageConfig, volume: &Path, tokenizer: &Tokenizer) -> Result<StageReport> {
+    let load = || {
+        let seed = stage.seed;
+        Ok(match &stage.kind {
+            StageKind::Sft(s) => data::load_sft(&dataset_path(volume, &s.dataset)?, s, tokenizer, seed)?.summary,
+            StageKind::RewardModel(s) => data::load_rankings(&dataset_path(volume, &s.dataset)?, s, tokenizer, seed)?.summary,
+            StageKind::Ppo(s) => data::load_prompts(&dataset_path(volume, &s.prompts)?, s, tokenizer, seed)?.summary,
+        })
+    };
+    let dataset = load().map_err(|e: Error| Error::new(e.exit, format!("stage '{}': {}", stage.stage, e.message)))?;
+    log(stage, &dataset);
+    Ok(StageReport { stage: stage.stage.clone(), dataset })
+}
+
+fn log(stage: &StageConfig, dataset: &Summary) {
+    let Summary { records, train, eval, dropped, truncated, tokens, longest_tokens } = *dataset;
+    tracing::info!(stage = stage.stage, records, train, eval, dropped, truncated, tokens, longest_tokens, "dataset is good");
+    let (setting, size) = match &stage.kind {
+        StageKind::Sft(s) => ("batch.globalSize", s.batch.global_size),
+        StageKind::RewardModel(s) => ("batch.globalSize", s.batch.global_size),
+        StageKind::Ppo(s) => ("rolloutBatchSize", s.rollout_batch_size),
+    };
+    if u64::from(size) > train {
+        tracing::warn!(stage = stage.stage, train, "{setting} is {size}, more than there are records to train on");
+    }
+}
+
+#[cfg(test)]
+mod tests;

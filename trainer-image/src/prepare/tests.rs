@@ -1,0 +1,170 @@
+use super::*;
+use crate::tokenizer::fixture::{VOCAB, changed, write, write_tokenizer};
+use safetensors::tensor::{Dtype, TensorView};
+use serde_json::{Value, json};
+use std::fs;
+use tempfile::TempDir;
+
+const POSITIONS: u32 = 64;
+
+fn model_config() -> Value {
+    json!({
+        "model_type": "llama", "vocab_size": VOCAB, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "intermediate_size": 16, "max_position_embeddings": POSITIONS, "hidden_act": "silu", "rms_norm_eps": 1e-5, "tie_word_embeddings": true
+    })
+}
+
+fn write_weights(path: &Path) {
+    let bytes = [0; 16];
+    let tensor = TensorView::new(Dtype::F32, vec![2, 2], &bytes).unwrap();
+    safetensors::serialize_to_file([("t", tensor)], None, path).unwrap();
+}
+
+/// A volume with a model and a dataset for each stage.
+fn volume() -> TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    let model = dir.path().join("models/m");
+    fs::create_dir_all(&model).unwrap();
+    write(&model, "config.json", &model_config());
+    write_weights(&model.join("model.safetensors"));
+    write_tokenizer(&model);
+    for (name, line) in [("sft", r#"{"prompt": "x", "completion": "y"}"#), ("reward", r#"{"prompt": "x", "chosen": "y", "rejected": "z"}"#), ("ppo", r#"{"prompt": "x"}"#)] {
+        fs::write(dir.path().join(format!("{name}.jsonl")), format!("{line}\n").repeat(3)).unwrap();
+    }
+    dir
+}
+
+fn stages() -> [Value; 3] {
+    let optimizer = json!({"learningRate": 0.1});
+    let dataset = |name: &str| json!({"source": format!("volume://{name}.jsonl"), "evalFraction": 0.5});
+    let supervised = |name: &str| json!({"dataset": dataset(name), "epochs": 1, "batch": {"globalSize": 8}, "maxLength": POSITIONS, "optimizer": optimizer});
+    let ppo = json!({
+        "reward": "reward", "prompts": dataset("ppo"), "iterations": 1, "rolloutBatchSize": 8, "batch": {"globalSize": 8}, "maxPromptLength": POSITIONS - 4,
+        "maxNewTokens": 4, "kl": {"coefficient": 0.1}, "actorOptimizer": optimizer, "criticOptimizer": optimizer
+    });
+    let stage = |name: &str, kind: Value| {
+        let paths = json!({"baseModel": "models/m", "startModel": "models/m", "output": format!("jobs/j/{name}/model"), "checkpoints": format!("jobs/j/{name}/checkpoints")});
+        json!({"job": {"namespace": "n", "name": "j", "uid": "u"}, "stage": name, "kind": kind, "seed": 1, "paths": paths, "collectiveTimeoutSeconds": 60})
+    };
+    [stage("sft", json!({"sft": supervised("sft")})), stage("reward", json!({"rewardModel": supervised("reward")})), stage("ppo", json!({"ppo": ppo}))]
+}
+
+/// Prepares a job whose stages are `change`d.
+fn prepare(volume: &Path, change: impl FnOnce(&mut [Value; 3])) -> Result<PrepareReport> {
+    let mut stages = stages();
+    change(&mut stages);
+    let config = json!({"job": {"namespace": "n", "name": "j", "uid": "u"}, "stages": stages});
+    run(&serde_json::from_value(config).unwrap(), volume)
+}
+
+#[test]
+fn a_good_job_is_reported_stage_by_stage_and_leaves_only_its_folders() {
+    let volume = volume();
+    let report = prepare(volume.path(), |_| ()).unwrap();
+    let figures: Vec<_> = report.stages.iter().map(|s| (s.stage.as_str(), s.dataset.records, s.dataset.train + s.dataset.eval, s.dataset.tokens)).collect();
+    assert_eq!(figures, [("sft", 3, 3, 9), ("reward", 3, 3, 18), ("ppo", 3, 3, 3)]);
+    for stage in ["sft", "reward", "ppo"] {
+        let dir = volume.path().join("jobs/j").join(stage);
+        let names: Vec<_> = fs::read_dir(&dir).unwrap().map(|e| e.unwrap().file_name()).collect();
+        assert_eq!(names, ["checkpoints"]);
+        assert_eq!(fs::read_dir(dir.join("checkpoints")).unwrap().count(), 0);
+    }
+}
+
+/// The error of a job whose volume is changed by `break_it`.
+fn broken(break_it: impl FnOnce(&Path)) -> Error {
+    let volume = volume();
+    break_it(volume.path());
+    prepare(volume.path(), |_| ()).unwrap_err()
+}
+
+fn check(error: &Error, exit: i32, parts: &[&str]) {
+    assert_eq!(error.exit.code(), exit, "{error}");
+    assert!(parts.iter().all(|p| error.message.contains(p)), "{error}");
+}
+
+#[test]
+fn a_bad_record_is_named_with_stage_file_and_line() {
+    for (stage, line, field) in [("sft", r#"{"prompt": "x"}"#, "completion"), ("reward", r#"{"prompt": "x", "chosen": 1, "rejected": ""}"#, "chosen"), ("ppo", "{}", "prompt")] {
+        let error = broken(|volume| {
+            let path = volume.join(format!("{stage}.jsonl"));
+            let good = fs::read_to_string(&path).unwrap();
+            fs::write(path, format!("{good}\n{line}\n")).unwrap();
+        });
+        check(&error, 65, &[&format!("stage '{stage}': "), &format!("{stage}.jsonl:5: "), &format!("field '{field}'")]);
+    }
+    check(&broken(|volume| fs::remove_file(volume.join("ppo.jsonl")).unwrap()), 65, &["stage 'ppo'", "ppo.jsonl", "No such file"]);
+    check(&broken(|volume| fs::write(volume.join("reward.jsonl"), "").unwrap()), 65, &["stage 'reward'", "no record"]);
+}
+
+#[test]
+fn a_bad_model_is_named_with_its_file() {
+    let in_model = |name: &'static str, change: fn(&Path)| broken(|volume| change(&volume.join("models/m").join(name)));
+    check(&in_model("config.json", |p| fs::remove_file(p).unwrap()), 65, &["config.json"]);
+    check(&in_model("tokenizer.json", |p| fs::remove_file(p).unwrap()), 65, &["tokenizer.json"]);
+    check(&in_model("model.safetensors", |p| fs::remove_file(p).unwrap()), 65, &["model.safetensors"]);
+    let cut = in_model("model.safetensors", |p| {
+        let bytes = fs::read(p).unwrap();
+        fs::write(p, &bytes[..bytes.len() - 1]).unwrap();
+    });
+    check(&cut, 65, &["model.safetensors"]);
+    let lost_shard = in_model("model.safetensors", |p| {
+        fs::rename(p, p.with_file_name("a.safetensors")).unwrap();
+        write(p.parent().unwrap(), "model.safetensors.index.json", &json!({"weight_map": {"t": "a.safetensors", "u": "b.safetensors"}}));
+    });
+    check(&lost_shard, 65, &["b.safetensors"]);
+}
+
+#[test]
+fn sharded_weights_are_found_by_their_index() {
+    let volume = volume();
+    let model = volume.path().join("models/m");
+    fs::rename(model.join("model.safetensors"), model.join("a.safetensors")).unwrap();
+    write(&model, "model.safetensors.index.json", &json!({"weight_map": {"t": "a.safetensors"}}));
+    prepare(volume.path(), |_| ()).unwrap();
+}
+
+#[test]
+fn a_tokenizer_with_more_ids_than_the_model_is_refused() {
+    let error = broken(|volume| {
+        let mut config = model_config();
+        config["vocab_size"] = json!(VOCAB - 1);
+        write(&volume.join("models/m"), "config.json", &config);
+    });
+    check(&error, 65, &["models/m", &format!("ids up to {}", VOCAB - 1), &format!("vocab_size {}", VOCAB - 1)]);
+}
+
+#[test]
+fn a_length_beyond_the_models_positions_is_refused_with_the_setting_to_lower() {
+    let volume = volume();
+    let with = |stage: usize, kind: &str, setting: &str| prepare(volume.path(), |stages| stages[stage]["kind"][kind][setting] = json!(POSITIONS + 1)).unwrap_err();
+    check(&with(0, "sft", "maxLength"), 64, &["stage 'sft'", "maxLength 65", "64 positions"]);
+    check(&with(1, "rewardModel", "maxLength"), 64, &["stage 'reward'", "maxLength 65", "64 positions"]);
+    check(&with(2, "ppo", "maxPromptLength"), 64, &["stage 'ppo'", "maxPromptLength 65 plus maxNewTokens 4", "64 positions"]);
+}
+
+#[test]
+fn a_source_outside_the_volume_is_refused() {
+    let volume = volume();
+    let error = prepare(volume.path(), |stages| stages[0]["kind"]["sft"]["dataset"]["source"] = json!("volume://../etc/passwd")).unwrap_err();
+    check(&error, 64, &["stage 'sft'", "volume://../etc/passwd"]);
+}
+
+#[test]
+fn a_volume_that_cannot_be_written_is_named() {
+    check(&broken(|volume| fs::write(volume.join("jobs"), "").unwrap()), 74, &["jobs/j/sft"]);
+    let volume = volume();
+    fs::create_dir_all(volume.path().join("jobs/j/reward/checkpoints").join(PROBE)).unwrap();
+    check(&prepare(volume.path(), |_| ()).unwrap_err(), 74, &["jobs/j/reward/checkpoints/.rlhf-probe"]);
+    let no_stages = PrepareConfig { job: serde_json::from_value(json!({"namespace": "n", "name": "j", "uid": "u"})).unwrap(), stages: vec![] };
+    check(&run(&no_stages, volume.path()).unwrap_err(), 64, &["no stages"]);
+}
+
+#[test]
+fn a_tokenizer_that_begins_with_bos_still_counts_within_the_lengths() {
+    let volume = volume();
+    let (dir, _) = changed(|_, config| config["add_bos_token"] = json!(true));
+    fs::copy(dir.path().join("tokenizer_config.json"), volume.path().join("models/m/tokenizer_config.json")).unwrap();
+    let report = prepare(volume.path(), |_| ()).unwrap();
+    assert_eq!(report.stages.iter().map(|s| s.dataset.longest_tokens).collect::<Vec<_>>(), [4, 4, 2]);
+}

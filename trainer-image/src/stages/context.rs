@@ -1,0 +1,181 @@
+//! What every stage needs beside its settings: its place, its peers, its paths, and whom to tell.
+
+use crate::checkpoint::{Checkpoints, Restored};
+use crate::data::dataset_path;
+use crate::engine::{Group, Model, Placement};
+use crate::environment::Environment;
+use crate::error::{Error, Result};
+use crate::files;
+use crate::model::{HeadKind, ScoreNormalisation, Source, write_model};
+use crate::shutdown::Shutdown;
+use crate::telemetry::{Figure, Phase, Telemetry};
+use crate::tokenizer::Tokenizer;
+use rlhf_api::config::StageConfig;
+use rlhf_api::report::{ExitCode, Output};
+use rlhf_api::stage::Dataset;
+use serde_json::{Map, Value, json};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use tch::Device;
+
+/// A file beside the stage's model with one JSON line for each step: the stage's learning curves.
+const HISTORY: &str = "metrics.jsonl";
+
+/// A worker's surroundings.
+pub struct Context {
+    /// The stage's config.
+    pub config: StageConfig,
+    /// This process's place.
+    pub environment: Environment,
+    /// The ranks that train together.
+    pub group: Group,
+    /// Whom to tell about progress.
+    pub telemetry: Telemetry,
+    /// Whether the process was asked to stop.
+    pub shutdown: Shutdown,
+    /// The device of this worker.
+    pub device: Device,
+}
+
+impl Context {
+    /// A path below the volume.
+    pub fn path(&self, relative: &str) -> PathBuf {
+        self.environment.volume.join(relative)
+    }
+
+    /// The stage's own folder, which holds its model, checkpoints, samples and learning curves.
+    pub fn stage_dir(&self) -> PathBuf {
+        let output = self.path(&self.config.paths.output);
+        output.parent().map_or(output.clone(), PathBuf::from)
+    }
+
+    /// The file of a dataset.
+    ///
+    /// # Errors
+    /// The location is not on the job's volume.
+    pub fn dataset(&self, dataset: &Dataset) -> Result<PathBuf> {
+        dataset_path(&self.environment.volume, dataset)
+    }
+
+    /// The job's tokenizer.
+    ///
+    /// # Errors
+    /// Names the file that is missing or wrong.
+    pub fn tokenizer(&self) -> Result<Tokenizer> {
+        Tokenizer::load(&self.path(&self.config.paths.base_model))
+    }
+
+    /// Where a model of this stage is placed.
+    pub fn placement(&self, trainable: bool) -> Placement {
+        Placement { device: self.device, trainable, recompute: self.config.strategy.recompute }
+    }
+
+    /// The stage's checkpoints.
+    pub fn checkpoints(&self) -> Checkpoints {
+        Checkpoints::new(&self.config, &self.environment.volume)
+    }
+
+    /// Resumes from the newest checkpoint, if there is one, and says so.
+    ///
+    /// # Errors
+    /// As [`Checkpoints::restore`].
+    pub fn restore(&self, total_steps: u64, models: &mut [(&str, &mut Model)]) -> Result<Option<Restored>> {
+        self.telemetry.set_total_steps(total_steps);
+        let restored = self.checkpoints().restore(&self.group, models)?;
+        if let Some(restored) = &restored {
+            tracing::info!(step = restored.step, checkpoint = restored.checkpoint.path, "resumed");
+            self.telemetry.resume_at(restored.step);
+            self.telemetry.checkpoint(restored.checkpoint.clone());
+        }
+        Ok(restored)
+    }
+
+    /// Saves a checkpoint and tells about it.
+    ///
+    /// # Errors
+    /// As [`Checkpoints::save`].
+    pub fn save(&self, step: u64, models: &[(&str, &Model)], state: &Value) -> Result<()> {
+        let saved =
+            self.telemetry.phase(Phase::Checkpoint, || self.checkpoints().save(&self.group, step, models, state))?;
+        self.telemetry.checkpoint(saved);
+        Ok(())
+    }
+
+    /// Saves a checkpoint where one is due after `step` of `total` steps, and ends the worker where it was asked to
+    /// stop. `stop` is what all ranks agreed on.
+    ///
+    /// # Errors
+    /// [`ExitCode::Terminated`] after a stop, or where saving failed.
+    pub fn step_edge(&self, step: u64, total: u64, stop: bool, models: &[(&str, &Model)], state: &Value) -> Result<()> {
+        let due = step.is_multiple_of(u64::from(self.config.checkpoint.every_steps)) || step == total;
+        if due || stop {
+            self.save(step, models, state)?;
+        }
+        if stop && step < total {
+            return Err(Error::new(
+                ExitCode::Terminated,
+                format!("stopped on request after step {step} of {total}; a checkpoint was written"),
+            ));
+        }
+        Ok(())
+    }
+
+    /// Tells about a finished step: metrics, progress, and a line of the stage's learning curves.
+    ///
+    /// # Errors
+    /// Where storage failed.
+    pub fn report(&self, step: u64, figures: &[(Figure, f64)]) -> Result<()> {
+        self.telemetry.record_step(step, figures);
+        self.append_history(step, figures)
+    }
+
+    /// Tells about an evaluation after `step` steps.
+    ///
+    /// # Errors
+    /// Where storage failed.
+    pub fn report_evaluation(&self, step: u64, figures: &[(Figure, f64)]) -> Result<()> {
+        self.telemetry.record(figures);
+        self.append_history(step, figures)
+    }
+
+    fn append_history(&self, step: u64, figures: &[(Figure, f64)]) -> Result<()> {
+        if !self.group.is_first() {
+            return Ok(());
+        }
+        let mut line: Map<String, Value> = figures.iter().map(|(f, v)| (f.key().to_string(), json!(v))).collect();
+        line.insert("step".into(), json!(step));
+        line.insert("attempt".into(), json!(self.environment.attempt));
+        let dir = self.stage_dir();
+        files::make_dir(&dir)?;
+        files::append_line(&dir.join(HISTORY), &Value::Object(line).to_string())
+    }
+
+    /// Writes the trained model in Hugging Face layout, with the job's tokenizer; rank 0 does.
+    ///
+    /// # Errors
+    /// Where storage failed or a peer was lost.
+    pub fn export(
+        &self,
+        model: &Model,
+        source: &Source,
+        score: Option<ScoreNormalisation>,
+        metrics: BTreeMap<String, f64>,
+    ) -> Result<Output> {
+        if self.group.is_first() {
+            let tokenizer = self.tokenizer()?;
+            let head = model.head_kind();
+            write_model(&self.path(&self.config.paths.output), source, head, score, &model.parameters(), |dir| {
+                tokenizer.copy_files(dir)
+            })?;
+            let kind = if head == HeadKind::Lm { "language model" } else { "reward model" };
+            tracing::info!(path = self.config.paths.output, "wrote the {kind}");
+        }
+        self.group.barrier()?;
+        Ok(Output { path: self.config.paths.output.clone(), metrics })
+    }
+}
+
+/// Figures by their keys, as an output carries them.
+pub fn keyed(figures: &[(Figure, f64)]) -> BTreeMap<String, f64> {
+    figures.iter().filter(|(_, v)| v.is_finite()).map(|(f, v)| (f.key().to_string(), *v)).collect()
+}

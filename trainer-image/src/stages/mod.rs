@@ -1,0 +1,28 @@
+//! The algorithms. Each stage reads as its paper does: data in, loss, step, figures out. What a rank, a shard or a
+//! device copy is, only the engine knows; a stage splits its batches by [`Group::share`] and sums its figures.
+
+mod context;
+pub mod math;
+mod ppo;
+mod reward_model;
+mod sft;
+mod supervised;
+
+pub use context::Context;
+
+use crate::error::Result;
+use rlhf_api::report::Output;
+use rlhf_api::stage::StageKind;
+
+/// Runs the stage to its end (or resumes it) and writes its model.
+///
+/// # Errors
+/// With the exit code that the operator acts on; [`rlhf_api::report::ExitCode::Terminated`] after a checkpoint where
+/// the process was asked to stop.
+pub fn run(context: Context) -> Result<Output> {
+    match context.config.kind.clone() {
+        StageKind::Sft(settings) => sft::run(&context, &settings),
+        StageKind::RewardModel(settings) => reward_model::run(&context, &settings),
+        StageKind::Ppo(settings) => ppo::run(&context, &settings),
+    }
+}

@@ -1,0 +1,67 @@
+//! Held-out prompts answered and scored: is the actor better, and how far has it moved?
+
+use super::Run;
+use super::experience::{Experience, mean};
+use crate::data::Prompt;
+use crate::error::{Error, Result};
+use crate::files;
+use crate::telemetry::{Figure, Phase};
+use serde_json::json;
+
+/// The stream of random draws that evaluations share, apart from every iteration's: the same draws each time, so that
+/// two evaluations differ by the actor only.
+const STREAM: u64 = u64::MAX;
+/// Sampled texts that an evaluation logs.
+const LOGGED: usize = 10;
+
+impl Run<'_> {
+    /// Evaluates between the first and the last iteration where the settings ask for it.
+    pub(super) fn evaluate_if_due(&self, iteration: u64, held_out: &[Prompt]) -> Result<()> {
+        let every = u64::from(self.settings.eval_every_iterations);
+        if every > 0 && iteration.is_multiple_of(every) && iteration < u64::from(self.settings.iterations) {
+            self.evaluate(iteration, &format!("eval-{iteration}"), held_out)?;
+        }
+        Ok(())
+    }
+
+    /// Mean and deviation of the reward and mean KL on held-out prompts, after `iteration` iterations; the answers are
+    /// written to `samples/<name>.jsonl` beside the stage's model.
+    pub(super) fn evaluate(&self, iteration: u64, name: &str, held_out: &[Prompt]) -> Result<Vec<(Figure, f64)>> {
+        if held_out.is_empty() {
+            return Ok(vec![]);
+        }
+        let prompts: Vec<(u64, &Prompt)> = (0..).zip(held_out).collect();
+        let (answers, _) = self
+            .context
+            .telemetry
+            .phase(Phase::Eval, || self.roll_out(&prompts, [self.context.config.seed, STREAM]))?;
+        let reward = mean(&answers, |e| e.score);
+        let figures = vec![
+            (Figure::EvalReward, reward),
+            (Figure::EvalRewardStd, mean(&answers, |e| (e.score - reward).powi(2)).sqrt()),
+            (Figure::EvalKl, mean(&answers, |e| e.kl.iter().sum())),
+        ];
+        self.write_samples(name, held_out, &answers)?;
+        self.context.report_evaluation(iteration, &figures)?;
+        Ok(figures)
+    }
+
+    fn write_samples(&self, name: &str, prompts: &[Prompt], answers: &[Experience]) -> Result<()> {
+        if !self.context.group.is_first() {
+            return Ok(());
+        }
+        let mut text = String::new();
+        for (i, (prompt, answer)) in prompts.iter().zip(answers).enumerate() {
+            let response = self.tokenizer.decode(answer.response())?;
+            if i < LOGGED {
+                tracing::info!(evaluation = name, reward = answer.score, prompt = prompt.text, response, "sample");
+            }
+            let line = json!({"prompt": prompt.text, "response": response, "reward": answer.score});
+            text.push_str(&serde_json::to_string(&line).map_err(|e| Error::bug(e.to_string()))?);
+            text.push('\n');
+        }
+        let dir = self.context.stage_dir().join("samples");
+        files::make_dir(&dir)?;
+        files::write(&dir.join(format!("{name}.jsonl")), text.as_bytes())
+    }
+}

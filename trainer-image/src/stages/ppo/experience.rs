@@ -1,0 +1,255 @@
+//! Experience: answers to prompts with everything that learning needs to know about each token.
+
+use super::Run;
+use crate::data::Prompt;
+use crate::engine::{Group, Model};
+use crate::error::{Error, Result};
+use crate::model::Batch;
+use crate::rollout::{Decoding, Request, generate};
+use crate::stages::math::{entropy, gae, kl_estimate, log_probabilities, token_rewards, whiten};
+use crate::telemetry::Phase;
+use rlhf_api::stage::Ppo;
+use std::time::Instant;
+use tch::{Kind, Tensor};
+
+/// One answered prompt. Vectors hold one number a response token.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(super) struct Experience {
+    /// Prompt and response.
+    pub tokens: Vec<i64>,
+    /// Tokens of the prompt.
+    pub prompt_len: usize,
+    /// Whether the response ends with the end-of-sequence token.
+    pub ended: bool,
+    /// The reward model's normalised score, clipped or replaced as the settings ask.
+    pub score: f64,
+    /// Sum of the policy's entropies at the response's tokens.
+    pub entropy: f64,
+    /// Log-probability under the policy that drew the token.
+    pub log_p: Vec<f64>,
+    /// Estimated KL to the reference (the settings' estimator).
+    pub kl: Vec<f64>,
+    /// The critic's value before the token.
+    pub values: Vec<f64>,
+    /// Whitened advantages.
+    pub advantages: Vec<f64>,
+    /// Advantages before whitening plus values: what the critic should have said.
+    pub returns: Vec<f64>,
+    /// Returns minus values.
+    pub value_errors: Vec<f64>,
+}
+
+impl Experience {
+    /// Tokens of the response.
+    pub fn response_len(&self) -> usize {
+        self.tokens.len() - self.prompt_len
+    }
+
+    /// The response's tokens.
+    pub fn response(&self) -> &[i64] {
+        &self.tokens[self.prompt_len..]
+    }
+}
+
+/// The mean of something over responses.
+pub(super) fn mean(experience: &[Experience], of: impl Fn(&Experience) -> f64) -> f64 {
+    experience.iter().map(of).sum::<f64>() / experience.len().max(1) as f64
+}
+
+/// Rewards, advantages and returns of a scored rollout.
+pub(super) fn estimate_advantages(experience: &mut [Experience], settings: &Ppo, kl_coefficient: f64) {
+    for e in experience.iter_mut() {
+        let rewards = token_rewards(e.score, &e.kl, kl_coefficient);
+        e.advantages = gae(&rewards, &e.values, settings.gamma, settings.lambda);
+        e.returns = e.advantages.iter().zip(&e.values).map(|(a, v)| a + v).collect();
+        e.value_errors = e.advantages.clone();
+    }
+    whiten(&mut experience.iter_mut().map(|e| &mut e.advantages).collect::<Vec<_>>());
+}
+
+impl Run<'_> {
+    /// Answers and scores prompts: each rank its share, every rank gets all, in the prompts' order. Also returns the
+    /// tokens drawn a second over all ranks.
+    pub(super) fn roll_out(&self, prompts: &[(u64, &Prompt)], stream: [u64; 2]) -> Result<(Vec<Experience>, f64)> {
+        let started = Instant::now();
+        let decoding = Decoding::Sample { sampling: self.settings.sampling.clone(), stream };
+        let share = self.context.group.share(prompts);
+        let mut mine = self.context.telemetry.phase(Phase::Rollout, || self.answer(&share, &decoding))?;
+        let seconds = started.elapsed().as_secs_f64();
+        self.context.telemetry.phase(Phase::Score, || {
+            mine.chunks_mut(self.settings.batch.micro_size as usize).try_for_each(|part| self.score(part))
+        })?;
+        let columns = self.settings.max_prompt_length as usize + self.settings.max_new_tokens as usize;
+        let all = gather(&self.context.group, &mine, prompts.len(), columns, self.settings.max_new_tokens as usize)?;
+        let drawn: usize = all.iter().map(Experience::response_len).sum();
+        Ok((all, drawn as f64 / seconds))
+    }
+
+    fn answer(&self, prompts: &[&(u64, &Prompt)], decoding: &Decoding) -> Result<Vec<Experience>> {
+        let requests: Vec<Request<'_>> =
+            prompts.iter().map(|(id, prompt)| Request { prompt: &prompt.tokens, id: *id }).collect();
+        let responses = generate(
+            &self.models.actor,
+            &requests,
+            decoding,
+            self.tokenizer.eos(),
+            self.settings.max_new_tokens as usize,
+        )?;
+        let join = |(request, response): (&Request<'_>, crate::rollout::Response)| Experience {
+            tokens: [request.prompt, &response.tokens].concat(),
+            prompt_len: request.prompt.len(),
+            ended: response.ended,
+            ..Experience::default()
+        };
+        Ok(requests.iter().zip(responses).map(join).collect())
+    }
+
+    /// Scores one micro-batch of answers with all four models.
+    fn score(&self, part: &mut [Experience]) -> Result<()> {
+        let rows: Vec<&[i64]> = part.iter().map(|e| e.tokens.as_slice()).collect();
+        let batch = Batch::right_padded(&rows, self.models.actor.device());
+        let states = states(&batch, part.iter());
+        let temperature = self.settings.sampling.temperature;
+        let (actor, entropies) = token_scores(&self.models.actor, &batch, &states, part, temperature)?;
+        let (reference, _) = token_scores(&self.models.reference, &batch, &states, part, temperature)?;
+        let values = self.models.critic.scalars(&batch, &states)?;
+        let ends: Vec<i64> = (0..part.len()).map(|row| batch.flat_index(row, batch.lengths[row] - 1)).collect();
+        let raw = self.models.reward.scalars(&batch, &ends)?;
+        let mut start = 0;
+        for (e, raw) in part.iter_mut().zip(raw) {
+            let span = start..start + e.response_len();
+            start = span.end;
+            e.entropy = entropies[span.clone()].iter().sum();
+            e.kl = span.clone().map(|i| kl_estimate(self.settings.kl.estimator, actor[i] - reference[i])).collect();
+            e.log_p = actor[span.clone()].to_vec();
+            e.values = values[span].to_vec();
+            e.score = self.shaped_score((raw - self.models.score.mean) / self.models.score.std, e.ended);
+        }
+        Ok(())
+    }
+
+    fn shaped_score(&self, score: f64, ended: bool) -> f64 {
+        match (self.settings.missing_eos_penalty, self.settings.clip_reward) {
+            (Some(penalty), _) if !ended => penalty,
+            (_, Some(clip)) => score.clamp(-clip, clip),
+            _ => score,
+        }
+    }
+}
+
+/// The positions whose outputs speak of each response token: the one before it.
+pub(super) fn states<'e>(batch: &Batch, part: impl Iterator<Item = &'e Experience>) -> Vec<i64> {
+    part.enumerate()
+        .flat_map(|(row, e)| (e.prompt_len..e.tokens.len()).map(move |i| (row, i as i64 - 1)))
+        .map(|(row, i)| batch.flat_index(row, i))
+        .collect()
+}
+
+/// Log-probability of each response token, and the entropy of the law it was drawn from.
+fn token_scores(
+    model: &Model,
+    batch: &Batch,
+    states: &[i64],
+    part: &[Experience],
+    temperature: f64,
+) -> Result<(Vec<f64>, Vec<f64>)> {
+    let targets: Vec<i64> = part.iter().flat_map(|e| e.response().iter().copied()).collect();
+    let (mut log_ps, mut entropies) = (Vec::with_capacity(states.len()), Vec::with_capacity(states.len()));
+    model.visit_head(&model.hidden(batch)?, states, |logits, range| {
+        let targets = Tensor::from_slice(&targets[range]).to_device(logits.device());
+        let (chosen, all) = log_probabilities(logits, &targets, temperature)?;
+        log_ps.extend(Vec::<f64>::try_from(chosen.f_to_kind(Kind::Double)?)?);
+        entropies.extend(Vec::<f64>::try_from(entropy(&all)?.f_to_kind(Kind::Double)?)?);
+        Ok(())
+    })?;
+    Ok((log_ps, entropies))
+}
+
+/// Gives every rank the experience of all, in the order of the prompts: prompt `j` was answered by rank `j % world size`.
+/// Rows travel padded to one size, since ranks must send equal shapes.
+fn gather(
+    group: &Group,
+    mine: &[Experience],
+    total: usize,
+    max_tokens: usize,
+    max_new: usize,
+) -> Result<Vec<Experience>> {
+    if group.world_size() == 1 {
+        return Ok(mine.to_vec());
+    }
+    let world = group.world_size() as usize;
+    let slots = total.div_ceil(world);
+    let width = HEADER + max_tokens + 3 * max_new;
+    let mut packed = vec![0f64; slots * width];
+    for (e, row) in mine.iter().zip(packed.chunks_exact_mut(width)) {
+        pack(e, row, max_tokens, max_new);
+    }
+    let all = group.gather_rows(&Tensor::from_slice(&packed).f_view([slots as i64, width as i64])?)?;
+    let all = Vec::<f64>::try_from(all.f_flatten(0, -1)?)?;
+    (0..total)
+        .map(|j| unpack(&all[((j % world) * slots + j / world) * width..][..width], max_tokens, max_new))
+        .collect()
+}
+
+/// Numbers before a packed row's tokens: tokens, prompt length, ended, score, entropy.
+const HEADER: usize = 5;
+
+fn pack(e: &Experience, row: &mut [f64], max_tokens: usize, max_new: usize) {
+    row[..HEADER].copy_from_slice(&[
+        e.tokens.len() as f64,
+        e.prompt_len as f64,
+        f64::from(u8::from(e.ended)),
+        e.score,
+        e.entropy,
+    ]);
+    let (tokens, rest) = row[HEADER..].split_at_mut(max_tokens);
+    tokens.iter_mut().zip(&e.tokens).for_each(|(slot, &t)| *slot = t as f64);
+    for (slots, values) in rest.chunks_exact_mut(max_new).zip([&e.log_p, &e.kl, &e.values]) {
+        slots[..values.len()].copy_from_slice(values);
+    }
+}
+
+fn unpack(row: &[f64], max_tokens: usize, max_new: usize) -> Result<Experience> {
+    let (len, prompt_len) = (row[0] as usize, row[1] as usize);
+    if len > max_tokens || prompt_len > len || len - prompt_len > max_new {
+        return Err(Error::bug(format!("a gathered row has {len} tokens, {prompt_len} of them in the prompt")));
+    }
+    let (tokens, rest) = row[HEADER..].split_at(max_tokens);
+    let part = |i: usize| rest[i * max_new..][..len - prompt_len].to_vec();
+    Ok(Experience {
+        tokens: tokens[..len].iter().map(|&t| t as i64).collect(),
+        prompt_len,
+        ended: row[2] > 0.0,
+        score: row[3],
+        entropy: row[4],
+        log_p: part(0),
+        kl: part(1),
+        values: part(2),
+        ..Experience::default()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_packed_row_comes_back_as_it_was() {
+        let e = Experience {
+            tokens: vec![1, 50_000, 3],
+            prompt_len: 1,
+            ended: true,
+            score: -0.5,
+            entropy: 2.25,
+            log_p: vec![-1.0, -2.0],
+            kl: vec![0.5, 0.25],
+            values: vec![1.0, 3.0],
+            ..Default::default()
+        };
+        let mut row = vec![9.0; HEADER + 6 + 3 * 4];
+        pack(&e, &mut row, 6, 4);
+        assert_eq!(unpack(&row, 6, 4).unwrap(), e);
+        row[0] = 7.0;
+        assert!(unpack(&row, 6, 4).is_err());
+    }
+}

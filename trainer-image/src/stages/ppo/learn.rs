@@ -1,0 +1,197 @@
+//! Several passes of clipped policy and value steps over one rollout (Schulman 2017; Huang 2024, details 8 to 12).
+
+use super::Models;
+use super::experience::{Experience, states};
+use crate::data::order::permutation;
+use crate::engine::Model;
+use crate::error::Result;
+use crate::model::Batch;
+use crate::stages::Context;
+use crate::stages::math::{entropy, log_probabilities, policy_loss, value_loss};
+use crate::telemetry::Figure;
+use rlhf_api::stage::Ppo;
+use std::ops::Range;
+use tch::{Kind, Tensor};
+
+/// Sums over the response tokens of mini-batches.
+#[derive(Clone, Copy, Debug, Default)]
+struct Sums {
+    tokens: f64,
+    policy_loss: f64,
+    value_loss: f64,
+    ratio: f64,
+    clipped: f64,
+    approx_kl: f64,
+}
+
+impl Sums {
+    fn add(&mut self, other: &Self) {
+        let Self { tokens, policy_loss, value_loss, ratio, clipped, approx_kl } = other;
+        self.tokens += tokens;
+        self.policy_loss += policy_loss;
+        self.value_loss += value_loss;
+        self.ratio += ratio;
+        self.clipped += clipped;
+        self.approx_kl += approx_kl;
+    }
+
+    fn over_ranks(self, context: &Context) -> Result<Self> {
+        let Self { tokens, policy_loss, value_loss, ratio, clipped, approx_kl } = self;
+        let mut all = [tokens, policy_loss, value_loss, ratio, clipped, approx_kl];
+        context.group.sum(&mut all)?;
+        let [tokens, policy_loss, value_loss, ratio, clipped, approx_kl] = all;
+        Ok(Self { tokens, policy_loss, value_loss, ratio, clipped, approx_kl })
+    }
+}
+
+/// Learns from a rollout; returns the iteration's figures, means over all response tokens of all passes.
+pub(super) fn learn(
+    context: &Context,
+    settings: &Ppo,
+    models: &mut Models,
+    experience: &[Experience],
+    iteration: u64,
+    rates: [f64; 2],
+) -> Result<Vec<(Figure, f64)>> {
+    let mut total = Sums::default();
+    let mut norms = [0.0, 0.0];
+    let mut steps = 0.0;
+    'passes: for pass in 0..settings.epochs {
+        let order = permutation(
+            experience.len(),
+            context.config.seed,
+            iteration * u64::from(settings.epochs) + u64::from(pass),
+        );
+        for mini_batch in order.chunks(settings.batch.global_size as usize) {
+            let rows: Vec<&Experience> = mini_batch.iter().map(|&i| &experience[i]).collect();
+            let mut sums = run_mini_batch(context, settings, models, &rows)?;
+            norms[0] += models.actor.step(&settings.actor_optimizer, rates[0])?;
+            norms[1] += models.critic.step(&settings.critic_optimizer, rates[1])?;
+            steps += 1.0;
+            if let Some(target) = settings.target_kl {
+                sums = sums.over_ranks(context)?;
+                total.add(&sums);
+                if sums.approx_kl > target * sums.tokens {
+                    break 'passes;
+                }
+            } else {
+                total.add(&sums);
+            }
+        }
+    }
+    if settings.target_kl.is_none() {
+        total = total.over_ranks(context)?;
+    }
+    Ok(figures(&total, norms, steps))
+}
+
+fn figures(total: &Sums, norms: [f64; 2], steps: f64) -> Vec<(Figure, f64)> {
+    let mean = |sum: f64| sum / total.tokens.max(1.0);
+    vec![
+        (Figure::PolicyLoss, mean(total.policy_loss)),
+        (Figure::ValueLoss, mean(total.value_loss)),
+        (Figure::Ratio, mean(total.ratio)),
+        (Figure::ClipFraction, mean(total.clipped)),
+        (Figure::ApproxKl, mean(total.approx_kl)),
+        (Figure::GradNorm, norms[0] / steps),
+        (Figure::CriticGradNorm, norms[1] / steps),
+    ]
+}
+
+/// Forward and backward of actor and critic over this rank's share of a mini-batch.
+fn run_mini_batch(context: &Context, settings: &Ppo, models: &mut Models, rows: &[&Experience]) -> Result<Sums> {
+    let tokens = rows.iter().map(|e| e.response_len()).sum::<usize>().max(1) as f64;
+    let share: Vec<&Experience> = context.group.share(rows).into_iter().copied().collect();
+    let micro_batches = share.chunks(settings.batch.micro_size as usize);
+    let last = micro_batches.len();
+    let mut sums = Sums::default();
+    for (i, rows) in micro_batches.enumerate() {
+        let micro_batch = MicroBatch::new(rows, &models.actor, settings, tokens);
+        micro_batch.run_actor(context, &mut models.actor, i + 1 == last, &mut sums)?;
+        micro_batch.run_critic(context, &mut models.critic, i + 1 == last, &mut sums)?;
+    }
+    if last == 0 {
+        models.actor.backward_nothing(&context.group)?;
+        models.critic.backward_nothing(&context.group)?;
+    }
+    Ok(sums)
+}
+
+/// A few rows as a padded batch, with the numbers of their response tokens joined `[n]`.
+struct MicroBatch<'a> {
+    settings: &'a Ppo,
+    /// Response tokens of the whole mini-batch: what losses are averaged over.
+    tokens: f64,
+    batch: Batch,
+    states: Vec<i64>,
+    targets: Tensor,
+    log_p: Tensor,
+    advantages: Tensor,
+    values: Tensor,
+    returns: Tensor,
+}
+
+impl<'a> MicroBatch<'a> {
+    fn new(rows: &[&Experience], actor: &Model, settings: &'a Ppo, tokens: f64) -> Self {
+        let device = actor.device();
+        let token_rows: Vec<&[i64]> = rows.iter().map(|e| e.tokens.as_slice()).collect();
+        let batch = Batch::right_padded(&token_rows, device);
+        let targets: Vec<i64> = rows.iter().flat_map(|e| e.response().iter().copied()).collect();
+        let joined = |of: fn(&Experience) -> &Vec<f64>| {
+            let all: Vec<f32> = rows.iter().flat_map(|e| of(e).iter().map(|x| *x as f32)).collect();
+            Tensor::from_slice(&all).to_device(device)
+        };
+        Self {
+            settings,
+            tokens,
+            states: states(&batch, rows.iter().copied()),
+            batch,
+            targets: Tensor::from_slice(&targets).to_device(device),
+            log_p: joined(|e| &e.log_p),
+            advantages: joined(|e| &e.advantages),
+            values: joined(|e| &e.values),
+            returns: joined(|e| &e.returns),
+        }
+    }
+
+    fn run_actor(&self, context: &Context, actor: &mut Model, last: bool, sums: &mut Sums) -> Result<()> {
+        actor.backward(&context.group, &self.batch, &self.states, last, |logits, range| {
+            let part = |t: &Tensor| slice(t, &range);
+            let (log_p, all) = log_probabilities(logits, &part(&self.targets)?, self.settings.sampling.temperature)?;
+            let (losses, ratio) =
+                policy_loss(&log_p, &part(&self.log_p)?, &part(&self.advantages)?, self.settings.clip_ratio)?;
+            let mut loss = losses.f_sum(Kind::Float)?;
+            sums.tokens += range.len() as f64;
+            sums.policy_loss += loss.f_double_value(&[])?;
+            self.count(&ratio.f_detach()?, sums)?;
+            if self.settings.entropy_coefficient > 0.0 {
+                loss = loss - entropy(&all)?.f_sum(Kind::Float)? * self.settings.entropy_coefficient;
+            }
+            Ok(loss / self.tokens)
+        })
+    }
+
+    /// Adds up the health figures of the probability ratios `[n]`.
+    fn count(&self, ratio: &Tensor, sums: &mut Sums) -> Result<()> {
+        let sum = |t: Tensor| -> Result<f64> { Ok(t.f_sum(Kind::Double)?.f_double_value(&[])?) };
+        sums.ratio += sum(ratio.shallow_clone())?;
+        sums.clipped += sum((ratio - 1.0).f_abs()?.f_gt(self.settings.clip_ratio)?)?;
+        // Schulman 2020, k3 of the old policy from the new: ratio - 1 - log ratio.
+        sums.approx_kl += sum((ratio - 1.0).f_sub(&ratio.f_log()?)?)?;
+        Ok(())
+    }
+
+    fn run_critic(&self, context: &Context, critic: &mut Model, last: bool, sums: &mut Sums) -> Result<()> {
+        critic.backward(&context.group, &self.batch, &self.states, last, |values, range| {
+            let part = |t: &Tensor| slice(t, &range);
+            let loss = value_loss(values, &part(&self.values)?, &part(&self.returns)?, self.settings.clip_value)?
+                .f_sum(Kind::Float)?;
+            sums.value_loss += loss.f_double_value(&[])?;
+            Ok(loss / self.tokens)
+        })
+    }
+}
+
+fn slice(tensor: &Tensor, range: &Range<usize>) -> Result<Tensor> {
+    Ok(tensor.f_narrow(0, range.start as i64, range.len() as i64)?)
+}

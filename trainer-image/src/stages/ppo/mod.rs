@@ -1,0 +1,223 @@
+//! Proximal policy optimisation of a language model against a reward model (Ziegler 2019; Stiennon 2020; Huang 2024).
+//!
+//! Each iteration: answer a batch of prompts, score the answers, compute advantages, learn from them in several
+//! passes. Experience is small beside the models, so every rank holds all of it and any rank can learn from any
+//! row: what is learnt does not depend on the world size.
+
+mod evaluate;
+mod experience;
+mod learn;
+
+use super::context::{Context, keyed};
+use super::math::{adapted_kl_coefficient, explained_variance};
+use crate::data::order::permutation;
+use crate::data::{Prompt, load_prompts};
+use crate::engine::{Model, ScalarInit};
+use crate::error::{Error, Result};
+use crate::model::{HeadKind, ScoreNormalisation, Source};
+use crate::optim::learning_rate;
+use crate::telemetry::{Figure, Phase};
+use crate::tokenizer::Tokenizer;
+use experience::Experience;
+use rlhf_api::report::Output;
+use rlhf_api::stage::Ppo;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+/// The models of PPO. Actor and critic are trained; reference and reward model are frozen.
+struct Models {
+    actor: Model,
+    critic: Model,
+    reference: Model,
+    reward: Model,
+    score: ScoreNormalisation,
+}
+
+/// What a resumed run needs beside the models.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct State {
+    kl_coefficient: f64,
+    /// Figures of the evaluation before the first iteration.
+    before: BTreeMap<String, f64>,
+}
+
+/// A PPO stage at work.
+struct Run<'a> {
+    context: &'a Context,
+    settings: &'a Ppo,
+    tokenizer: Tokenizer,
+    models: Models,
+    state: State,
+}
+
+pub(super) fn run(context: &Context, settings: &Ppo) -> Result<Output> {
+    warn_of_cuts(settings);
+    let tokenizer = context.tokenizer()?;
+    let prompts = context.telemetry.phase(Phase::Data, || {
+        load_prompts(&context.dataset(&settings.prompts)?, settings, &tokenizer, context.config.seed)
+    })?;
+    let source = Source::open(&context.path(&context.config.paths.start_model))?;
+    let models = Models::load(context, &source)?;
+    let state = State { kl_coefficient: settings.kl.coefficient, before: BTreeMap::new() };
+    let mut run = Run { context, settings, tokenizer, models, state };
+    let start = run.restore_or_evaluate(&prompts.eval)?;
+    for iteration in start..u64::from(settings.iterations) {
+        run.iterate(iteration, &prompts.train)?;
+        run.evaluate_if_due(iteration + 1, &prompts.eval)?;
+    }
+    let figures = run.evaluate(settings.iterations.into(), "eval-after", &prompts.eval)?;
+    let before = run.state.before.into_iter().map(|(key, value)| (format!("{key}Before"), value));
+    let metrics = keyed(&figures).into_iter().chain(before).collect();
+    context.export(&run.models.actor, &source, None, metrics)
+}
+
+/// Log-probabilities are those of the whole softmax, so cuts make the sampled law another than the scored one.
+fn warn_of_cuts(settings: &Ppo) {
+    if settings.sampling.top_p < 1.0 || settings.sampling.top_k > 0 {
+        tracing::warn!(
+            "sampling is cut by topP or topK: the policy that is scored differs from the one that is sampled, and the KL estimate may be negative"
+        );
+    }
+}
+
+impl Models {
+    fn load(context: &Context, actor: &Source) -> Result<Self> {
+        let reward_path = context
+            .config
+            .paths
+            .reward_model
+            .as_ref()
+            .ok_or_else(|| Error::config("paths.rewardModel is missing: a PPO stage needs a reward model"))?;
+        let reward = Source::open(&context.path(reward_path))?;
+        let score = reward.score.unwrap_or(ScoreNormalisation { mean: 0.0, std: 1.0 });
+        let init = ScalarInit { seed: context.config.seed };
+        if reward.spec.vocab != actor.spec.vocab {
+            return Err(Error::input(format!(
+                "the reward model has {} tokens and the actor {}: both must come from the job's model",
+                reward.spec.vocab, actor.spec.vocab
+            )));
+        }
+        let mut critic = Model::load(&reward, HeadKind::Scalar, init, context.placement(true))?;
+        critic.fold_normalisation(score.mean, score.std)?;
+        Ok(Self {
+            actor: Model::load(actor, HeadKind::Lm, init, context.placement(true))?,
+            critic,
+            reference: Model::load(actor, HeadKind::Lm, init, context.placement(false))?,
+            reward: Model::load(&reward, HeadKind::Scalar, init, context.placement(false))?,
+            score,
+        })
+    }
+}
+
+impl Run<'_> {
+    /// The iteration to go on with: that of the newest checkpoint, or 0 after an evaluation of the untrained actor.
+    fn restore_or_evaluate(&mut self, held_out: &[Prompt]) -> Result<u64> {
+        let models = &mut self.models;
+        let restored = self.context.restore(
+            self.settings.iterations.into(),
+            &mut [("actor", &mut models.actor), ("critic", &mut models.critic)],
+        )?;
+        match restored {
+            Some(restored) => {
+                self.state = serde_json::from_value(restored.state).map_err(|e| {
+                    Error::input(format!(
+                        "checkpoint {}: {e}; delete it to start the stage anew",
+                        restored.checkpoint.path
+                    ))
+                })?;
+                Ok(restored.step)
+            }
+            None => {
+                self.state.before = keyed(&self.evaluate(0, "eval-before", held_out)?);
+                Ok(0)
+            }
+        }
+    }
+
+    /// The prompts of an iteration, each with its number among all prompts ever answered; the same on every rank.
+    fn prompts<'p>(&self, iteration: u64, prompts: &'p [Prompt]) -> Vec<(u64, &'p Prompt)> {
+        let size = u64::from(self.settings.rollout_batch_size);
+        let mut epoch = u64::MAX;
+        let mut order = Vec::new();
+        (iteration * size..(iteration + 1) * size)
+            .map(|number| {
+                if number / prompts.len() as u64 != epoch {
+                    epoch = number / prompts.len() as u64;
+                    order = permutation(prompts.len(), self.context.config.seed, epoch);
+                }
+                (number, &prompts[order[(number % prompts.len() as u64) as usize]])
+            })
+            .collect()
+    }
+
+    /// One iteration: rollout, scoring, advantages, learning.
+    fn iterate(&mut self, iteration: u64, prompts: &[Prompt]) -> Result<()> {
+        let (context, settings) = (self.context, self.settings);
+        let started = Instant::now();
+        // 1-2. Answer prompts and score the answers (experience.rs).
+        let stream = [context.config.seed, iteration];
+        let (mut experience, rollout_speed) = self.roll_out(&self.prompts(iteration, prompts), stream)?;
+        // 3. Advantages over response tokens, whitened over the global batch.
+        experience::estimate_advantages(&mut experience, settings, self.state.kl_coefficient);
+        // 4. Several passes of clipped policy and value steps (learn.rs).
+        let rates = [&settings.actor_optimizer, &settings.critic_optimizer]
+            .map(|o| learning_rate(o, iteration, settings.iterations.into()));
+        let learnt = context
+            .telemetry
+            .phase(Phase::Train, || learn::learn(context, settings, &mut self.models, &experience, iteration, rates))?;
+        // 5. The KL coefficient for the next iteration.
+        let kl_coefficient = self.state.kl_coefficient;
+        let kl = experience::mean(&experience, |e| e.kl.iter().sum());
+        self.state.kl_coefficient =
+            adapted_kl_coefficient(&settings.kl, kl_coefficient, kl, settings.rollout_batch_size);
+
+        let tokens: usize = experience.iter().map(|e| e.tokens.len()).sum();
+        context.telemetry.add_tokens(tokens as u64);
+        context.telemetry.add_samples(experience.len() as u64);
+        let mut figures = rollout_figures(&experience);
+        figures.extend(learnt);
+        figures.extend([
+            (Figure::KlCoefficient, kl_coefficient),
+            (Figure::LearningRate, rates[0]),
+            (Figure::CriticLearningRate, rates[1]),
+            (Figure::RolloutTokensPerSecond, rollout_speed),
+            (Figure::TokensPerSecond, tokens as f64 / started.elapsed().as_secs_f64()),
+        ]);
+        context.report(iteration + 1, &figures)?;
+        let stop = context.group.any(context.shutdown.requested())?;
+        let state = serde_json::to_value(&self.state).unwrap_or(Value::Null);
+        context.step_edge(
+            iteration + 1,
+            settings.iterations.into(),
+            stop,
+            &[("actor", &self.models.actor), ("critic", &self.models.critic)],
+            &state,
+        )
+    }
+}
+
+/// The figures of a rollout, over the global batch.
+fn rollout_figures(experience: &[Experience]) -> Vec<(Figure, f64)> {
+    let mean = |f: &dyn Fn(&Experience) -> f64| experience::mean(experience, f);
+    let reward = mean(&|e| e.score);
+    let tokens: f64 = experience.iter().map(|e| e.response_len() as f64).sum::<f64>().max(1.0);
+    let entropy = experience.iter().map(|e| e.entropy).sum::<f64>() / tokens;
+    vec![
+        (Figure::Reward, reward),
+        (Figure::RewardStd, mean(&|e| (e.score - reward).powi(2)).sqrt()),
+        (Figure::Kl, mean(&|e| e.kl.iter().sum())),
+        (Figure::Entropy, entropy),
+        (Figure::ResponseLength, mean(&|e| e.response_len() as f64)),
+        (Figure::EosFraction, mean(&|e| f64::from(u8::from(e.ended)))),
+        (
+            Figure::ExplainedVariance,
+            explained_variance(
+                experience.iter().map(|e| e.returns.as_slice()),
+                experience.iter().map(|e| e.value_errors.as_slice()),
+            ),
+        ),
+    ]
+}

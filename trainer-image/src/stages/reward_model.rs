@@ -1,0 +1,170 @@
+//! Reward-model training from rankings (InstructGPT, section 3.4): a scalar at the last real token, a pairwise
+//! logistic loss over all pairs of a ranking, and a normalisation of the score at the end (Huang 2024, detail 8).
+
+use super::context::{Context, keyed};
+use super::math::ranking_loss;
+use super::supervised::{self, Objective, Schedule};
+use crate::data::{Ranking, load_rankings};
+use crate::engine::{Model, ScalarInit};
+use crate::error::Result;
+use crate::model::{Batch, HeadKind, ScoreNormalisation, Source};
+use crate::telemetry::{Figure, Phase};
+use rlhf_api::report::Output;
+use rlhf_api::stage::RewardModel;
+use std::ops::Range;
+use tch::{Kind, Tensor};
+
+/// Responses whose scores give the normalisation: 512 as many as Ziegler 2019 fits gain and bias on, twice.
+const REFERENCE_RESPONSES: usize = 512;
+
+struct PairwiseLogistic<'a> {
+    rankings: &'a [Ranking],
+    micro_size: usize,
+    centering: f64,
+}
+
+/// All responses of some rankings as one batch, where each one's score is read, and which belong together.
+fn collate(rankings: &[&Ranking], device: tch::Device) -> (Batch, Vec<i64>, Vec<Range<usize>>) {
+    let rows: Vec<&[i64]> = rankings.iter().flat_map(|r| r.responses.iter().map(Vec::as_slice)).collect();
+    let batch = Batch::right_padded(&rows, device);
+    let last = batch.lengths.iter().enumerate().map(|(row, n)| batch.flat_index(row, n - 1)).collect();
+    let mut start = 0;
+    let spans = rankings.iter().map(|r| {
+        start += r.responses.len();
+        start - r.responses.len()..start
+    });
+    (batch, last, spans.collect())
+}
+
+/// Share of a ranking's pairs that are in order (a tie counts half), and the mean gap between better and worse.
+fn agreement(scores: &[f64]) -> (f64, f64) {
+    let pairs = (0..scores.len()).flat_map(|i| (i + 1..scores.len()).map(move |j| scores[i] - scores[j]));
+    let (mut right, mut gap, mut count) = (0.0, 0.0, 0.0);
+    for d in pairs {
+        right += if d > 0.0 {
+            1.0
+        } else if d == 0.0 {
+            0.5
+        } else {
+            0.0
+        };
+        gap += d;
+        count += 1.0;
+    }
+    (right / f64::max(count, 1.0), gap / f64::max(count, 1.0))
+}
+
+impl Objective for PairwiseLogistic<'_> {
+    fn backward(&self, context: &Context, model: &mut Model, global_batch: &[usize]) -> Result<Vec<f64>> {
+        let rankings = global_batch.len() as f64;
+        let share: Vec<&Ranking> = context.group.share(global_batch).into_iter().map(|&i| &self.rankings[i]).collect();
+        let mut sums = vec![0.0; 4];
+        let micro_batches = share.chunks(self.micro_size);
+        let last = micro_batches.len();
+        for (i, micro_batch) in micro_batches.enumerate() {
+            let (batch, ends, spans) = collate(micro_batch, model.device());
+            sums[0] += batch.lengths.iter().sum::<i64>() as f64;
+            model.backward(&context.group, &batch, &ends, i + 1 == last, |scores, _| {
+                let losses = spans
+                    .iter()
+                    .map(|s| ranking_loss(&scores.f_narrow(0, s.start as i64, s.len() as i64)?, self.centering))
+                    .collect::<Result<Vec<_>>>()?;
+                let loss = Tensor::f_stack(&losses, 0)?.f_sum(Kind::Float)? / rankings;
+                sums[1] += loss.f_double_value(&[])?;
+                let scores = Vec::<f64>::try_from(scores.f_detach()?.f_to_kind(Kind::Double)?)?;
+                for (right, gap) in spans.iter().map(|s| agreement(&scores[s.clone()])) {
+                    sums[2] += right / rankings;
+                    sums[3] += gap / rankings;
+                }
+                Ok(loss)
+            })?;
+        }
+        if last == 0 {
+            model.backward_nothing(&context.group)?;
+        }
+        Ok(sums)
+    }
+
+    fn figures(&self, sums: &[f64]) -> Vec<(Figure, f64)> {
+        vec![(Figure::Loss, sums[1]), (Figure::Accuracy, sums[2]), (Figure::Margin, sums[3])]
+    }
+}
+
+/// Each ranking's scores, for this rank's share of some rankings.
+fn scores(context: &Context, model: &Model, rankings: &[Ranking], micro_size: usize) -> Result<Vec<Vec<f64>>> {
+    let mut all = Vec::new();
+    for micro_batch in context.group.share(rankings).chunks(micro_size) {
+        let (batch, ends, spans) = collate(micro_batch, model.device());
+        let flat = model.scalars(&batch, &ends)?;
+        all.extend(spans.into_iter().map(|s| flat[s].to_vec()));
+    }
+    Ok(all)
+}
+
+/// Held-out accuracy, margin and loss.
+fn evaluate(context: &Context, model: &Model, rankings: &[Ranking], micro_size: usize) -> Result<Vec<(Figure, f64)>> {
+    if rankings.is_empty() {
+        return Ok(vec![]);
+    }
+    let mut sums = [0.0; 2];
+    for row in scores(context, model, rankings, micro_size)? {
+        let (right, _) = agreement(&row);
+        sums[0] += right;
+        sums[1] += ranking_loss(&Tensor::from_slice(&row), 0.0)?.f_double_value(&[])?;
+    }
+    context.group.sum(&mut sums)?;
+    let n = rankings.len() as f64;
+    Ok(vec![(Figure::EvalAccuracy, sums[0] / n), (Figure::EvalLoss, sums[1] / n)])
+}
+
+/// Mean and standard deviation of the scores of reference responses: held-out ones, or the first trained ones
+/// where none are held out.
+fn normalisation(
+    context: &Context,
+    model: &Model,
+    train: &[Ranking],
+    eval: &[Ranking],
+    micro_size: usize,
+) -> Result<ScoreNormalisation> {
+    let from = if eval.is_empty() { train } else { eval };
+    let from = &from[..from.len().min(REFERENCE_RESPONSES / 2)];
+    let flat = scores(context, model, from, micro_size)?.concat();
+    let mut sums = [flat.len() as f64, flat.iter().sum(), flat.iter().map(|s| s * s).sum()];
+    context.group.sum(&mut sums)?;
+    let mean = sums[1] / sums[0].max(1.0);
+    let variance = (sums[2] / sums[0].max(1.0) - mean * mean).max(0.0);
+    Ok(ScoreNormalisation { mean, std: if variance > 0.0 { variance.sqrt() } else { 1.0 } })
+}
+
+pub(super) fn run(context: &Context, settings: &RewardModel) -> Result<Output> {
+    let tokenizer = context.tokenizer()?;
+    let data = context.telemetry.phase(Phase::Data, || {
+        load_rankings(&context.dataset(&settings.dataset)?, settings, &tokenizer, context.config.seed)
+    })?;
+    let source = Source::open(&context.path(&context.config.paths.start_model))?;
+    let mut model =
+        Model::load(&source, HeadKind::Scalar, ScalarInit { seed: context.config.seed }, context.placement(true))?;
+    let micro_size = settings.batch.micro_size as usize;
+    let schedule = Schedule {
+        records: data.train.len(),
+        epochs: settings.epochs,
+        max_steps: settings.max_steps,
+        batch: &settings.batch,
+        seed: context.config.seed,
+    };
+    let objective = PairwiseLogistic { rankings: &data.train, micro_size, centering: settings.centering_coefficient };
+    supervised::train(context, &schedule, &settings.optimizer, &mut model, &objective)?;
+    let (figures, score) = context.telemetry.phase(Phase::Eval, || {
+        let figures = evaluate(context, &model, &data.eval, micro_size)?;
+        Ok::<_, crate::error::Error>((figures, normalisation(context, &model, &data.train, &data.eval, micro_size)?))
+    })?;
+    context.report_evaluation(schedule.total_steps(), &figures)?;
+    let score = ScoreNormalisation { mean: score.mean - scalar_bias(&model)?, ..score };
+    context.export(&model, &source, Some(score), keyed(&figures))
+}
+
+/// The head's bias. The exported layout has no place for it, so it moves into the normalisation's mean.
+fn scalar_bias(model: &Model) -> Result<f64> {
+    let bias = model.chunks().last().and_then(|c| c.params().find(crate::model::Param::ScalarHeadBias));
+    bias.map_or(Ok(0.0), |b| Ok(b.f_double_value(&[0])?))
+}

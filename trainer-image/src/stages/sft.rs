@@ -1,0 +1,115 @@
+//! Supervised fine-tuning: cross entropy on the response's tokens, averaged over the valid tokens of the whole
+//! global batch (InstructGPT, section 3.5).
+
+use super::context::{Context, keyed};
+use super::supervised::{self, Objective, Schedule};
+use crate::data::{SftSample, load_sft};
+use crate::engine::{Model, ScalarInit};
+use crate::error::Result;
+use crate::model::{Batch, HeadKind, Source};
+use crate::telemetry::{Figure, Phase};
+use rlhf_api::report::Output;
+use rlhf_api::stage::Sft;
+use tch::{Reduction, Tensor};
+
+struct CrossEntropy<'a> {
+    samples: &'a [SftSample],
+    micro_size: usize,
+}
+
+/// Samples as a padded batch, the positions that predict a target, and those targets.
+fn collate(samples: &[&SftSample], device: tch::Device) -> (Batch, Vec<i64>, Vec<i64>) {
+    let rows: Vec<&[i64]> = samples.iter().map(|s| s.tokens.as_slice()).collect();
+    let batch = Batch::right_padded(&rows, device);
+    let (mut positions, mut targets) = (Vec::new(), Vec::new());
+    for (row, sample) in samples.iter().enumerate() {
+        for i in (1..sample.tokens.len()).filter(|&i| sample.target[i]) {
+            positions.push(batch.flat_index(row, i as i64 - 1));
+            targets.push(sample.tokens[i]);
+        }
+    }
+    (batch, positions, targets)
+}
+
+fn target_count<'a>(samples: impl IntoIterator<Item = &'a SftSample>) -> usize {
+    samples.into_iter().map(|s| s.target.iter().skip(1).filter(|t| **t).count()).sum()
+}
+
+fn summed_loss(logits: &Tensor, targets: &[i64]) -> Result<Tensor> {
+    let targets = Tensor::from_slice(targets).to_device(logits.device());
+    Ok(logits.f_cross_entropy_loss(&targets, None::<&Tensor>, Reduction::Sum, -100, 0.0)?)
+}
+
+impl Objective for CrossEntropy<'_> {
+    fn backward(&self, context: &Context, model: &mut Model, global_batch: &[usize]) -> Result<Vec<f64>> {
+        let valid = target_count(global_batch.iter().map(|&i| &self.samples[i])).max(1) as f64;
+        let share: Vec<&SftSample> = context.group.share(global_batch).into_iter().map(|&i| &self.samples[i]).collect();
+        let (mut loss, mut tokens) = (0.0, 0);
+        let micro_batches = share.chunks(self.micro_size);
+        let last = micro_batches.len();
+        for (i, micro_batch) in micro_batches.enumerate() {
+            let (batch, positions, targets) = collate(micro_batch, model.device());
+            tokens += batch.lengths.iter().sum::<i64>();
+            model.backward(&context.group, &batch, &positions, i + 1 == last, |logits, range| {
+                let slice = summed_loss(logits, &targets[range])? / valid;
+                loss += slice.f_double_value(&[])?;
+                Ok(slice)
+            })?;
+        }
+        if last == 0 {
+            model.backward_nothing(&context.group)?;
+        }
+        Ok(vec![tokens as f64, loss])
+    }
+
+    fn figures(&self, sums: &[f64]) -> Vec<(Figure, f64)> {
+        vec![(Figure::Loss, sums[1]), (Figure::Perplexity, sums[1].exp())]
+    }
+}
+
+/// Mean cross entropy and perplexity over held-out samples.
+fn evaluate(context: &Context, model: &Model, samples: &[SftSample], micro_size: usize) -> Result<Vec<(Figure, f64)>> {
+    if samples.is_empty() {
+        return Ok(vec![]);
+    }
+    let share = context.group.share(samples);
+    let mut sums = [0.0, target_count(share.iter().copied()) as f64];
+    for micro_batch in share.chunks(micro_size) {
+        let (batch, positions, targets) = collate(micro_batch, model.device());
+        model.visit_head(&model.hidden(&batch)?, &positions, |logits, range| {
+            sums[0] += summed_loss(logits, &targets[range])?.f_double_value(&[])?;
+            Ok(())
+        })?;
+    }
+    context.group.sum(&mut sums)?;
+    let loss = sums[0] / sums[1].max(1.0);
+    Ok(vec![(Figure::EvalLoss, loss), (Figure::EvalPerplexity, loss.exp())])
+}
+
+pub(super) fn run(context: &Context, settings: &Sft) -> Result<Output> {
+    let tokenizer = context.tokenizer()?;
+    let data = context.telemetry.phase(Phase::Data, || {
+        load_sft(&context.dataset(&settings.dataset)?, settings, &tokenizer, context.config.seed)
+    })?;
+    let source = Source::open(&context.path(&context.config.paths.start_model))?;
+    let mut model =
+        Model::load(&source, HeadKind::Lm, ScalarInit { seed: context.config.seed }, context.placement(true))?;
+    let micro_size = settings.batch.micro_size as usize;
+    let schedule = Schedule {
+        records: data.train.len(),
+        epochs: settings.epochs,
+        max_steps: settings.max_steps,
+        batch: &settings.batch,
+        seed: context.config.seed,
+    };
+    supervised::train(
+        context,
+        &schedule,
+        &settings.optimizer,
+        &mut model,
+        &CrossEntropy { samples: &data.train, micro_size },
+    )?;
+    let figures = context.telemetry.phase(Phase::Eval, || evaluate(context, &model, &data.eval, micro_size))?;
+    context.report_evaluation(schedule.total_steps(), &figures)?;
+    context.export(&model, &source, None, keyed(&figures))
+}

@@ -1,0 +1,103 @@
+//! The loop that supervised fine-tuning and reward-model training share: epochs over records, global batches,
+//! one optimizer step each.
+
+use super::context::Context;
+use crate::data::order::permutation;
+use crate::engine::Model;
+use crate::error::Result;
+use crate::optim::learning_rate;
+use crate::telemetry::{Figure, Phase};
+use rlhf_api::stage::{Batch, Optimizer};
+use serde_json::Value;
+use std::time::Instant;
+
+/// Which records make up each step.
+pub(super) struct Schedule<'a> {
+    pub records: usize,
+    pub epochs: u32,
+    pub max_steps: Option<u32>,
+    pub batch: &'a Batch,
+    pub seed: u64,
+}
+
+impl Schedule<'_> {
+    fn steps_per_epoch(&self) -> u64 {
+        (self.records as u64).div_ceil(self.batch.global_size.into())
+    }
+
+    /// Steps of the whole stage.
+    pub fn total_steps(&self) -> u64 {
+        let all = self.steps_per_epoch() * u64::from(self.epochs);
+        self.max_steps.map_or(all, |max| all.min(max.into()))
+    }
+
+    /// The records of a step's global batch, the same on every rank. An epoch's last batch holds what is left.
+    pub fn global_batch(&self, step: u64) -> Vec<usize> {
+        let (epoch, index) = (step / self.steps_per_epoch(), (step % self.steps_per_epoch()) as usize);
+        let size = self.batch.global_size as usize;
+        permutation(self.records, self.seed, epoch).into_iter().skip(index * size).take(size).collect()
+    }
+}
+
+/// What a stage learns from a global batch.
+pub(super) trait Objective {
+    /// Runs forward and backward over this rank's share of a global batch; returns this rank's sums, the tokens it
+    /// ran first. Every rank returns as many.
+    fn backward(&self, context: &Context, model: &mut Model, global_batch: &[usize]) -> Result<Vec<f64>>;
+
+    /// The step's figures from the sums over all ranks.
+    fn figures(&self, sums: &[f64]) -> Vec<(Figure, f64)>;
+}
+
+/// Trains from where the last checkpoint left off to the last step, saving on the way.
+pub(super) fn train(
+    context: &Context,
+    schedule: &Schedule<'_>,
+    optimizer: &Optimizer,
+    model: &mut Model,
+    objective: &impl Objective,
+) -> Result<()> {
+    let total = schedule.total_steps();
+    let restored = context.restore(total, &mut [("model", model)])?;
+    for step in restored.map_or(0, |r| r.step)..total {
+        let started = Instant::now();
+        let global_batch = schedule.global_batch(step);
+        let rate = learning_rate(optimizer, step, total);
+        let (mut sums, norm) = context.telemetry.phase(Phase::Train, || {
+            let sums = objective.backward(context, model, &global_batch)?;
+            Ok::<_, crate::error::Error>((sums, model.step(optimizer, rate)?))
+        })?;
+        sums.push(f64::from(u8::from(context.shutdown.requested())));
+        context.group.sum(&mut sums)?;
+        let stop = sums.pop().is_some_and(|votes| votes > 0.0);
+        context.telemetry.add_tokens(sums[0] as u64);
+        context.telemetry.add_samples(global_batch.len() as u64);
+        let mut figures = objective.figures(&sums);
+        let speed = sums[0] / started.elapsed().as_secs_f64();
+        figures.extend([(Figure::LearningRate, rate), (Figure::GradNorm, norm), (Figure::TokensPerSecond, speed)]);
+        context.report(step + 1, &figures)?;
+        context.step_edge(step + 1, total, stop, &[("model", model)], &Value::Null)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_epoch_visits_every_record_once_and_ends_with_what_is_left() {
+        let batch = Batch { global_size: 4, micro_size: 2 };
+        let schedule = Schedule { records: 10, epochs: 2, max_steps: None, batch: &batch, seed: 1 };
+        assert_eq!(schedule.total_steps(), 6);
+        for epoch in 0..2 {
+            let batches: Vec<_> = (0..3).map(|s| schedule.global_batch(epoch * 3 + s)).collect();
+            assert_eq!(batches.iter().map(Vec::len).collect::<Vec<_>>(), [4, 4, 2]);
+            let mut all = batches.concat();
+            all.sort_unstable();
+            assert_eq!(all, (0..10).collect::<Vec<_>>());
+        }
+        assert_ne!(schedule.global_batch(0), schedule.global_batch(3));
+        assert_eq!(Schedule { max_steps: Some(5), ..schedule }.total_steps(), 5);
+    }
+}

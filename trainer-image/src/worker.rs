@@ -1,0 +1,174 @@
+//! One rank: reads its config and environment, meets its peers, serves its telemetry, runs the stage, and leaves a report.
+//!
+//! Until the stage runs, SIGTERM ends the process at once, as there is nothing to save yet; from then on it asks the
+//! training loop to write a checkpoint and stop ([`crate::shutdown`]).
+
+use crate::engine::Group;
+use crate::environment::Environment;
+use crate::error::{Error, Result};
+use crate::shutdown::Shutdown;
+use crate::stages::{self, Context};
+use crate::telemetry::{Telemetry, http, logging};
+use crate::{config_file, ending};
+use c10d::{ProcessGroup, Rendezvous};
+use rlhf_api::config::StageConfig;
+use rlhf_api::report::{ExitCode, Output, TerminationMessage};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, ToSocketAddrs, UdpSocket};
+use std::path::PathBuf;
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+use tch::Device;
+
+/// The environment variable that names the file for this worker's report. `launch` sets it.
+pub const REPORT_FILE: &str = "RLHF_REPORT_FILE";
+
+/// How long ranks wait for each other at the start: pods of one stage may have to wait for nodes and pull images of
+/// several gigabytes, and names appear late.
+const RENDEZVOUS_DEADLINE: Duration = Duration::from_secs(15 * 60);
+
+/// How long the name of rank 0's host may be missing once the ranks have met, and the time between two looks.
+const NAME_DEADLINE: Duration = Duration::from_secs(60);
+const NAME_RETRY: Duration = Duration::from_millis(500);
+
+/// What a worker is told by flags.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The config file.
+    pub config: PathBuf,
+    /// The port of local rank 0's HTTP server; local rank `r` takes this plus `r`. 0: no server.
+    pub http_port: u16,
+}
+
+/// Runs this rank to its end. What happened is in the message, and in the file that [`REPORT_FILE`] names.
+pub fn run(options: &Options) -> TerminationMessage {
+    let (mut rank, telemetry) = (None, OnceLock::new());
+    let result = ending::guard(|| {
+        let environment = Environment::from_process()?;
+        rank = Some(environment.rank());
+        train(options, environment, &telemetry)
+    });
+    let message = ending::message(result, rank, telemetry.get().map(Telemetry::progress));
+    let report = std::env::var_os(REPORT_FILE).map(PathBuf::from);
+    if let Some(Err(error)) = report.map(|path| ending::write_termination_file(Some(&path), &message)) {
+        tracing::error!("the report is lost: {error}");
+    }
+    message
+}
+
+fn train(options: &Options, environment: Environment, shown: &OnceLock<Telemetry>) -> Result<Output> {
+    let config = config_file::read::<StageConfig>(&options.config)?;
+    if config.value.collective_timeout_seconds == 0 {
+        return Err(Error::config(format!("{}: collectiveTimeoutSeconds is 0, so every collective would fail: write at least 1", options.config.display())));
+    }
+    let (rank, world_size) = (environment.rank(), environment.world_size());
+    let _span = logging::worker_span(rank, &config.value.stage).entered();
+    c10d::init(true);
+    tch::set_num_threads(threads(std::env::var("OMP_NUM_THREADS").ok().as_deref(), environment.workers_per_node)?);
+    let telemetry = Telemetry::new(&config.value.job, &config.value.stage, environment.attempt, rank, world_size)?;
+    let telemetry = shown.get_or_init(|| telemetry).clone();
+    let device = device(environment.local_rank);
+    if let Device::Cuda(index) = device {
+        telemetry.watch_device(index);
+    }
+    serve(options.http_port, environment.local_rank, &telemetry)?;
+    let peers = meet(&environment, &config.value, &config.digest, device)?;
+    let group = Group::new(peers, rank, world_size, device);
+    let shutdown = Shutdown::install()?;
+    tracing::info!(attempt = environment.attempt, world_size, ?device, threads = tch::get_num_threads(), "training starts");
+    stages::run(Context { config: config.value, environment, group, telemetry, shutdown, device })
+}
+
+/// The device of a worker: the GPU of its local rank, or the CPU where there is none.
+fn device(local_rank: u32) -> Device {
+    if c10d::has_cuda() { Device::Cuda(local_rank as usize) } else { Device::Cpu }
+}
+
+/// Threads for one worker: what `OMP_NUM_THREADS` says, or its share of the cores. More threads than cores are a hundred
+/// times slower in small steps, as OpenMP's threads spin.
+fn threads(wanted: Option<&str>, workers: u32) -> Result<i32> {
+    let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+    let share = i32::try_from(cores / workers.max(1) as usize).unwrap_or(i32::MAX).max(1);
+    match wanted.filter(|text| !text.is_empty()) {
+        None => Ok(share),
+        Some(text) => text.trim().parse().ok().filter(|n| *n > 0).ok_or_else(|| Error::config(format!("environment variable OMP_NUM_THREADS: '{text}' is not a number of threads"))),
+    }
+}
+
+fn serve(first_port: u16, local_rank: u32, telemetry: &Telemetry) -> Result<()> {
+    if first_port == 0 {
+        return Ok(());
+    }
+    let port = u16::try_from(u32::from(first_port) + local_rank);
+    let port = port.map_err(|_| Error::config(format!("--http-port {first_port}: local rank {local_rank} would need a port beyond 65535")))?;
+    http::serve(port, telemetry.clone())
+}
+
+/// Meets the other ranks and makes sure that all have the same config; `None` for a rank alone.
+fn meet(
+    environment: &Environment,
+    config: &StageConfig,
+    digest: &[u8; 32],
+    device: Device,
+) -> Result<Option<ProcessGroup>> {
+    let (rank, world_size) = (environment.rank(), environment.world_size());
+    if world_size == 1 {
+        return Ok(None);
+    }
+    let (host, port) = (environment.master_addr.clone(), environment.master_port);
+    tracing::info!("waiting for {world_size} ranks at {host}:{port}");
+    let store = Rendezvous { host, port, rank, world_size, attempt: environment.attempt, deadline: RENDEZVOUS_DEADLINE }.connect()?;
+    let timeout = Duration::from_secs(config.collective_timeout_seconds.into());
+    let group = match device {
+        Device::Cuda(index) => ProcessGroup::nccl(&store, rank, world_size, index, timeout)?,
+        _ => {
+            let interface = address_towards(&environment.master_addr, port)?;
+            ProcessGroup::gloo(&store, rank, world_size, &interface, timeout)?
+        }
+    };
+    group.agree("config", digest)?;
+    Ok(Some(group))
+}
+
+/// This machine's address on the way to `host`, where the other ranks can reach it too. Nothing is sent. On rank 0's own
+/// machine the name may appear later than it did for the others, so it is looked up until it is there.
+fn address_towards(host: &str, port: u16) -> Result<String> {
+    let end = Instant::now() + NAME_DEADLINE;
+    loop {
+        match local_address(host, port) {
+            Ok(address) => return Ok(address.to_string()),
+            Err(_) if Instant::now() < end => std::thread::sleep(NAME_RETRY),
+            Err(e) => return Err(Error::new(ExitCode::PeerLost, format!("the name {host} of rank 0's host was not found in {NAME_DEADLINE:?}: {e}"))),
+        }
+    }
+}
+
+fn local_address(host: &str, port: u16) -> std::io::Result<IpAddr> {
+    let target = (host, port).to_socket_addrs()?.next().ok_or(std::io::ErrorKind::NotFound)?;
+    let any: IpAddr = if target.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let socket = UdpSocket::bind((any, 0))?;
+    socket.connect(target)?;
+    Ok(socket.local_addr()?.ip())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cores_are_shared_among_workers_unless_told_otherwise() {
+        let cores = std::thread::available_parallelism().unwrap().get();
+        assert_eq!(threads(None, 1).unwrap() as usize, cores);
+        assert_eq!(threads(Some(""), 1000).unwrap(), 1);
+        assert_eq!(threads(Some("3"), 8).unwrap(), 3);
+        for bad in ["0", "-1", "two"] {
+            assert!(threads(Some(bad), 1).unwrap_err().message.contains(&format!("OMP_NUM_THREADS: '{bad}'")));
+        }
+    }
+
+    #[test]
+    fn the_interface_is_the_one_that_leads_to_rank_0() {
+        assert_eq!(address_towards("127.0.0.1", 29500).unwrap(), "127.0.0.1");
+        assert!(local_address("localhost", 29500).unwrap().is_loopback());
+        assert!(local_address("no-such-host.invalid", 29500).is_err());
+    }
+}

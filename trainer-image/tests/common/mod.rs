@@ -1,0 +1,301 @@
+//! A volume with a tiny random model of either family, a tokenizer and data for the three stages, on which the real
+//! `rlhf-trainer launch` runs with as many processes as a test asks for.
+
+#![allow(dead_code)] // each test binary uses a part
+
+use safetensors::SafeTensors;
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::fs;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
+
+/// The random models of `tests/golden/models` that tests train.
+pub const FAMILIES: [&str; 3] = ["gpt2", "llama-gqa-untied", "llama-tied-headdim"];
+const WORDS: i64 = 90;
+const EOS: i64 = 96;
+
+/// A job's volume in a temporary folder.
+pub struct Volume {
+    root: TempDir,
+}
+
+/// How a stage is launched.
+#[derive(Clone, Debug)]
+pub struct Launch {
+    pub processes: u32,
+    pub attempt: u32,
+    pub config: Value,
+}
+
+/// What a finished launch left.
+pub struct Finished {
+    pub code: Option<i32>,
+    pub message: Value,
+    pub log: String,
+}
+
+impl Volume {
+    /// A volume with the golden model of this name, a word-level tokenizer over its vocabulary, and data.
+    pub fn new(model: &str) -> Self {
+        let root = tempfile::tempdir().unwrap();
+        let dir = root.path().join("models/base");
+        fs::create_dir_all(&dir).unwrap();
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/models").join(model);
+        for file in ["config.json", "model.safetensors"] {
+            fs::copy(golden.join(file), dir.join(file)).unwrap();
+        }
+        write_tokenizer(&dir);
+        let volume = Self { root };
+        volume.write_data();
+        volume
+    }
+
+    pub fn path(&self, relative: &str) -> PathBuf {
+        self.root.path().join(relative)
+    }
+
+    fn write_data(&self) {
+        fs::create_dir_all(self.path("data")).unwrap();
+        let words = |seed: i64, n: i64| {
+            (0..n).map(|i| format!("w{}", (seed * 31 + i * i * 7 + i) % WORDS)).collect::<Vec<_>>().join(" ")
+        };
+        let lines = |of: &dyn Fn(i64) -> Value| (0..60).map(|i| of(i).to_string()).collect::<Vec<_>>().join("\n");
+        fs::write(
+            self.path("data/sft.jsonl"),
+            lines(&|i| json!({"prompt": words(i, 2), "completion": words(i + 7, 2 + i % 9)})),
+        )
+        .unwrap();
+        let pair =
+            |i| json!({"prompt": words(i, 2), "chosen": words(i + 3, 2 + i % 5), "rejected": words(i + 50, 1 + i % 7)});
+        fs::write(self.path("data/pairs.jsonl"), lines(&pair)).unwrap();
+        fs::write(self.path("data/prompts.jsonl"), lines(&|i| json!({"prompt": words(i, 1 + i % 4)}))).unwrap();
+    }
+
+    /// Runs a stage to its end.
+    pub fn run(&self, launch: &Launch) -> Finished {
+        let mut running = self.start(launch);
+        let status = running.child.wait().unwrap();
+        running.finish(status)
+    }
+
+    /// Runs a stage that has to succeed.
+    pub fn succeed(&self, launch: &Launch) -> Finished {
+        let finished = self.run(launch);
+        assert_eq!(finished.code, Some(0), "{launch:?}\n{}\n{}", finished.message, finished.log);
+        finished
+    }
+
+    /// Starts a stage.
+    pub fn start(&self, launch: &Launch) -> Running {
+        let stage = launch.config["stage"].as_str().unwrap();
+        let config = self.path(&format!("{stage}.json"));
+        fs::write(&config, launch.config.to_string()).unwrap();
+        let (log, termination) = (self.path(&format!("{stage}.log")), self.path(&format!("{stage}.end")));
+        let _ = fs::remove_file(&termination);
+        let output = fs::File::create(&log).unwrap();
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let child = Command::new(env!("CARGO_BIN_EXE_rlhf-trainer"))
+            .args(["launch", "--http-port", "0", "--config"])
+            .arg(&config)
+            .arg("--termination-file")
+            .arg(&termination)
+            .env("RLHF_VOLUME", self.root.path())
+            .env("NPROC_PER_NODE", launch.processes.to_string())
+            .env("RLHF_ATTEMPT", launch.attempt.to_string())
+            .env("MASTER_PORT", port.to_string())
+            .env("OMP_NUM_THREADS", "1")
+            .stdout(Stdio::from(output.try_clone().unwrap()))
+            .stderr(Stdio::from(output))
+            .spawn()
+            .unwrap();
+        Running { child, log, termination }
+    }
+
+    /// The last value of a figure at each step of a stage's learning curves, by step.
+    pub fn curve(&self, stage: &str, figure: &str) -> Vec<f64> {
+        let mut by_step = BTreeMap::new();
+        for line in self.history(stage) {
+            if let (Some(step), Some(value)) = (line["step"].as_u64(), line[figure].as_f64()) {
+                by_step.insert(step, value);
+            }
+        }
+        by_step.into_values().collect()
+    }
+
+    /// The lines of a stage's learning curves.
+    pub fn history(&self, stage: &str) -> Vec<Value> {
+        let text = fs::read_to_string(self.path(&format!("jobs/j/{stage}/metrics.jsonl"))).unwrap_or_default();
+        text.lines().filter_map(|l| serde_json::from_str(l).ok()).collect()
+    }
+
+    /// The bytes of a stage's trained weights.
+    pub fn weights(&self, stage: &str) -> Vec<u8> {
+        fs::read(self.path(&format!("jobs/j/{stage}/model/model.safetensors"))).unwrap()
+    }
+
+    /// Copies another volume's job folder, as a new pod would find it.
+    pub fn copy_job(&self, from: &Volume) {
+        copy_dir(&from.path("jobs"), &self.path("jobs"));
+    }
+}
+
+/// A stage that runs.
+pub struct Running {
+    pub child: Child,
+    log: PathBuf,
+    termination: PathBuf,
+}
+
+impl Running {
+    /// Waits for its end.
+    pub fn wait(mut self) -> Finished {
+        let status = self.child.wait().unwrap();
+        self.finish(status)
+    }
+
+    fn finish(&self, status: ExitStatus) -> Finished {
+        let message = fs::read_to_string(&self.termination)
+            .ok()
+            .and_then(|t| serde_json::from_str(&t).ok())
+            .unwrap_or(Value::Null);
+        Finished { code: status.code(), message, log: fs::read_to_string(&self.log).unwrap_or_default() }
+    }
+}
+
+/// Polls until a condition holds; fails the test after a minute.
+pub fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !holds() {
+        assert!(Instant::now() < deadline, "waited a minute for: {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn copy_dir(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let target = to.join(entry.file_name());
+        if entry.file_type().unwrap().is_dir() {
+            copy_dir(&entry.path(), &target);
+        } else {
+            fs::copy(entry.path(), target).unwrap();
+        }
+    }
+}
+
+fn write_tokenizer(dir: &Path) {
+    let mut vocab: serde_json::Map<String, Value> = (0..WORDS).map(|i| (format!("w{i}"), json!(i))).collect();
+    for (name, id) in [("<unk>", 94), ("<bos>", 95), ("<eos>", EOS)] {
+        vocab.insert(name.into(), json!(id));
+    }
+    let special = |id: i64, content: &str| json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true});
+    let tokenizer = json!({
+        "version": "1.0",
+        "added_tokens": [special(94, "<unk>"), special(95, "<bos>"), special(EOS, "<eos>")],
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"},
+    });
+    fs::write(dir.join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    fs::write(
+        dir.join("tokenizer_config.json"),
+        json!({"eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}).to_string(),
+    )
+    .unwrap();
+}
+
+fn optimizer(learning_rate: f64) -> Value {
+    json!({"learningRate": learning_rate, "schedule": "linear", "warmupRatio": 0.1, "weightDecay": 0.01})
+}
+
+fn stage(name: &str, kind: Value, start: &str, reward: Option<&str>) -> Launch {
+    let mut paths = json!({"baseModel": "models/base", "startModel": start, "output": format!("jobs/j/{name}/model"), "checkpoints": format!("jobs/j/{name}/checkpoints")});
+    if let Some(reward) = reward {
+        paths["rewardModel"] = json!(reward);
+    }
+    let config = json!({
+        "job": {"namespace": "n", "name": "j", "uid": "u"}, "stage": name, "kind": kind, "seed": 7, "paths": paths,
+        "checkpoint": {"everySteps": 10, "keep": 100}, "collectiveTimeoutSeconds": 30,
+    });
+    Launch { processes: 1, attempt: 1, config }
+}
+
+/// Twenty steps of supervised fine-tuning on the base model.
+pub fn sft() -> Launch {
+    let settings = json!({
+        "dataset": {"source": "volume://data/sft.jsonl", "evalFraction": 0.1}, "format": "promptCompletion", "epochs": 50, "maxSteps": 20,
+        "batch": {"globalSize": 6, "microSize": 6}, "maxLength": 12, "optimizer": optimizer(1e-3),
+    });
+    stage("sft", json!({"sft": settings}), "models/base", None)
+}
+
+/// Twenty steps of reward-model training on the base model.
+pub fn reward() -> Launch {
+    let settings = json!({
+        "dataset": {"source": "volume://data/pairs.jsonl", "evalFraction": 0.1}, "epochs": 50, "maxSteps": 20,
+        "batch": {"globalSize": 6, "microSize": 6}, "maxLength": 12, "centeringCoefficient": 0.01, "optimizer": optimizer(1e-3),
+    });
+    stage("reward", json!({"rewardModel": settings}), "models/base", None)
+}
+
+/// PPO of the base model against the `reward` stage's model: five iterations of four optimizer steps.
+pub fn ppo() -> Launch {
+    let settings = json!({
+        "reward": "reward", "prompts": {"source": "volume://data/prompts.jsonl", "evalFraction": 0.1}, "iterations": 5, "rolloutBatchSize": 12,
+        "batch": {"globalSize": 6, "microSize": 6}, "epochs": 2, "maxPromptLength": 4, "maxNewTokens": 7, "kl": {"coefficient": 0.05, "target": 1.0},
+        "actorOptimizer": optimizer(1e-3), "criticOptimizer": optimizer(1e-3),
+    });
+    let mut launch = stage("ppo", json!({"ppo": settings}), "models/base", Some("jobs/j/reward/model"));
+    launch.config["checkpoint"] = json!({"everySteps": 2, "keep": 100});
+    launch
+}
+
+impl Launch {
+    pub fn processes(mut self, processes: u32) -> Self {
+        self.processes = processes;
+        self
+    }
+
+    pub fn attempt(mut self, attempt: u32) -> Self {
+        self.attempt = attempt;
+        self
+    }
+
+    pub fn recompute(mut self, recompute: &str) -> Self {
+        self.config["strategy"] = json!({"recompute": recompute});
+        self
+    }
+
+    /// Changes one of the stage's settings, named by a JSON pointer.
+    pub fn with(mut self, pointer: &str, value: Value) -> Self {
+        let kind = self.config["kind"].as_object().unwrap().keys().next().unwrap().clone();
+        let (parent, key) = pointer.rsplit_once('/').unwrap();
+        self.config["kind"][&kind].pointer_mut(parent).unwrap()[key] = value;
+        self
+    }
+
+    pub fn micro(self, size: u32) -> Self {
+        self.with("/batch/microSize", json!(size))
+    }
+}
+
+/// Every number of a weights file, tensor after tensor in the order of their names.
+pub fn numbers(weights: &[u8]) -> Vec<f32> {
+    let file = SafeTensors::deserialize(weights).unwrap();
+    let mut names = file.names();
+    names.sort_unstable();
+    let bytes = names.iter().flat_map(|n| file.tensor(n).unwrap().data().to_vec()).collect::<Vec<u8>>();
+    bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
+}
+
+/// The largest difference of two weight files, relative to their largest number.
+pub fn relative_gap(a: &[u8], b: &[u8]) -> f64 {
+    let (a, b) = (numbers(a), numbers(b));
+    assert_eq!(a.len(), b.len());
+    let largest = a.iter().fold(0f32, |m, x| m.max(x.abs()));
+    f64::from(a.iter().zip(&b).fold(0f32, |m, (x, y)| m.max((x - y).abs())) / largest)
+}

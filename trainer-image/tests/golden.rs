@@ -1,0 +1,259 @@
+//! The models' forward, backward and generation against implementations that share no code with them: `transformers`
+//! for random models of both families, glassllm's own NumPy code for a trained one. See `tests/golden/README.md`.
+
+use rlhf_api::stage::Recompute;
+use rlhf_trainer::engine::{Group, Model, Placement, ScalarInit};
+use rlhf_trainer::model::{Batch, HeadKind, Source, write_model};
+use rlhf_trainer::rollout::{Decoding, Request, generate};
+use safetensors::SafeTensors;
+use serde_json::Value;
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use tch::{Device, Kind, Reduction, Tensor};
+
+const CAUSAL: [&str; 3] = ["gpt2", "llama-gqa-untied", "llama-tied-headdim"];
+/// fp32 against fp32 with other kernels: logits are of the order of 10, so this is a few units in the last place.
+const LOGIT_TOLERANCE: f64 = 2e-4;
+
+fn golden() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden")
+}
+
+fn model_dir(name: &str) -> PathBuf {
+    golden().join("models").join(name)
+}
+
+fn json(name: &str) -> Value {
+    serde_json::from_slice(&std::fs::read(golden().join(name)).unwrap()).unwrap()
+}
+
+fn tensors(name: &str) -> HashMap<String, Tensor> {
+    let bytes = std::fs::read(golden().join(name)).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let read = |view: safetensors::tensor::TensorView<'_>| {
+        let shape: Vec<i64> = view.shape().iter().map(|&n| n as i64).collect();
+        Tensor::from_data_size(view.data(), &shape, Kind::Float)
+    };
+    file.tensors().into_iter().map(|(name, view)| (name, read(view))).collect()
+}
+
+fn load(dir: &Path, head: HeadKind, recompute: Recompute) -> Model {
+    let source = Source::open(dir).unwrap();
+    Model::load(&source, head, ScalarInit { seed: 0 }, Placement { device: Device::Cpu, trainable: true, recompute })
+        .unwrap()
+}
+
+fn ids(row: &Value) -> Vec<i64> {
+    row.as_array().unwrap().iter().map(|x| x.as_i64().unwrap()).collect()
+}
+
+fn rows(json: &Value) -> Vec<Vec<i64>> {
+    json.as_array().unwrap().iter().map(ids).collect()
+}
+
+/// Logits at every real token, row after row.
+fn logits(model: &Model, batch: &Batch) -> Vec<Tensor> {
+    let hidden = model.hidden(batch).unwrap();
+    let of_row = |row: usize| {
+        let at: Vec<i64> = (0..batch.lengths[row]).map(|i| batch.flat_index(row, i)).collect();
+        let mut parts = Vec::new();
+        model
+            .visit_head(&hidden, &at, |out, _| {
+                parts.push(out.shallow_clone());
+                Ok(())
+            })
+            .unwrap();
+        Tensor::cat(&parts, 0)
+    };
+    (0..batch.lengths.len()).map(of_row).collect()
+}
+
+fn gap(a: &Tensor, b: &Tensor) -> f64 {
+    assert_eq!(a.size(), b.size());
+    (a - b).abs().max().double_value(&[])
+}
+
+#[test]
+fn logits_equal_those_of_transformers_under_any_padding() {
+    let rows = rows(&json("transformers.json")["ids"]);
+    let rows: Vec<&[i64]> = rows.iter().map(Vec::as_slice).collect();
+    let expected = tensors("transformers.safetensors");
+    for name in CAUSAL {
+        let model = load(&model_dir(name), HeadKind::Lm, Recompute::None);
+        let right = logits(&model, &Batch::right_padded(&rows, Device::Cpu));
+        let left = logits(&model, &Batch::left_padded(&rows, Device::Cpu));
+        for (i, row) in rows.iter().enumerate() {
+            let alone = logits(&model, &Batch::right_padded(&[row], Device::Cpu)).remove(0);
+            let reference = &expected[&format!("{name}.alone.{i}")];
+            for (how, actual) in [("alone", &alone), ("right-padded", &right[i]), ("left-padded", &left[i])] {
+                assert!(
+                    gap(actual, reference) < LOGIT_TOLERANCE,
+                    "{name}, row {i} {how}: off by {}",
+                    gap(actual, reference)
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn greedy_generation_equals_that_of_transformers() {
+    let golden_values = json("transformers.json");
+    let prompts = rows(&golden_values["ids"]);
+    let requests: Vec<Request<'_>> = prompts.iter().map(|r| Request { prompt: r, id: 0 }).collect();
+    for name in CAUSAL {
+        let model = load(&model_dir(name), HeadKind::Lm, Recompute::None);
+        let responses = generate(&model, &requests, &Decoding::Greedy, -1, 8).unwrap();
+        let actual: Vec<Vec<i64>> = responses.into_iter().map(|r| r.tokens).collect();
+        assert_eq!(actual, rows(&golden_values["causal"][name]["greedy"]), "{name}");
+    }
+}
+
+/// Rows leave the batch one by one as they end, and the ones that stay must not notice.
+#[test]
+fn a_row_that_ends_changes_nothing_for_the_others() {
+    let golden_values = json("transformers.json");
+    let prompts = rows(&golden_values["ids"]);
+    let requests: Vec<Request<'_>> = prompts.iter().map(|r| Request { prompt: r, id: 0 }).collect();
+    for name in CAUSAL {
+        let model = load(&model_dir(name), HeadKind::Lm, Recompute::None);
+        let whole = rows(&golden_values["causal"][name]["greedy"]);
+        for eos in whole.iter().flat_map(|r| [r[0], r[2], r[5]]) {
+            for (response, full) in generate(&model, &requests, &Decoding::Greedy, eos, 8).unwrap().iter().zip(&whole) {
+                let end = full.iter().position(|&t| t == eos);
+                assert_eq!(response.tokens, full[..end.map_or(8, |e| e + 1)], "{name}, end token {eos}");
+                assert_eq!(response.ended, end.is_some());
+            }
+        }
+    }
+}
+
+#[test]
+fn loss_and_every_gradient_equal_those_of_transformers() {
+    let golden_values = json("transformers.json");
+    let rows = rows(&golden_values["ids"]);
+    let rows: Vec<&[i64]> = rows.iter().map(Vec::as_slice).collect();
+    for name in CAUSAL {
+        for recompute in [Recompute::None, Recompute::Block] {
+            let mut model = load(&model_dir(name), HeadKind::Lm, recompute);
+            let loss = run_backward(&mut model, &rows);
+            let expected = golden_values["causal"][name]["loss"].as_f64().unwrap();
+            assert!((loss - expected).abs() < 1e-5 * expected, "{name}: loss {loss}, expected {expected}");
+            compare_gradients(
+                name,
+                &Source::open(&model_dir(name)).unwrap(),
+                &model,
+                &golden_values["causal"][name]["gradient_norms"],
+            );
+        }
+    }
+}
+
+fn run_backward(model: &mut Model, rows: &[&[i64]]) -> f64 {
+    let batch = Batch::right_padded(rows, Device::Cpu);
+    let predicting = rows.iter().enumerate().flat_map(|(r, row)| (0..row.len() as i64 - 1).map(move |i| (r, i)));
+    let at: Vec<i64> = predicting.map(|(r, i)| batch.flat_index(r, i)).collect();
+    let targets: Vec<i64> = rows.iter().flat_map(|row| row[1..].iter().copied()).collect();
+    let mut loss = 0.0;
+    model
+        .backward(&Group::alone(), &batch, &at, true, |logits, range| {
+            let sum = logits.cross_entropy_loss(
+                &Tensor::from_slice(&targets[range]),
+                None::<&Tensor>,
+                Reduction::Sum,
+                -100,
+                0.0,
+            ) / at.len() as f64;
+            loss += sum.double_value(&[]);
+            Ok(sum)
+        })
+        .unwrap();
+    loss
+}
+
+fn compare_gradients(name: &str, source: &Source, model: &Model, expected: &Value) {
+    let mut seen = 0;
+    for (segment, chunk) in source.spec.segments().into_iter().zip(model.chunks()) {
+        let specs = source.spec.params(segment, HeadKind::Lm);
+        let gradients = chunk.gradients().unwrap();
+        for entry in source.family.tensors(&source.spec, segment) {
+            let parts: Vec<&Tensor> = entry
+                .parts
+                .iter()
+                .filter_map(|p| Some(&gradients[specs.iter().position(|s| s.param == *p)?]))
+                .collect();
+            let Some(expected) = expected[&entry.name].as_f64().filter(|_| !parts.is_empty()) else { continue };
+            let norm = parts.iter().map(|g| g.square().sum(Kind::Double).double_value(&[])).sum::<f64>().sqrt();
+            assert!(
+                (norm - expected).abs() < 1e-4 * expected,
+                "{name}, {}: gradient norm {norm}, expected {expected}",
+                entry.name
+            );
+            seen += 1;
+        }
+    }
+    assert_eq!(seen, expected.as_object().unwrap().len(), "{name}: every gradient is compared");
+}
+
+#[test]
+fn scores_equal_those_of_sequence_classifiers() {
+    let golden_values = json("transformers.json");
+    let rows = rows(&golden_values["ids"]);
+    let rows: Vec<&[i64]> = rows.iter().map(Vec::as_slice).collect();
+    for name in ["gpt2-score", "llama-score"] {
+        let model = load(&model_dir(name), HeadKind::Scalar, Recompute::None);
+        let expected: Vec<f64> = golden_values["classifiers"][name]["scores"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|x| x.as_f64().unwrap())
+            .collect();
+        for batch in [Batch::right_padded(&rows, Device::Cpu), Batch::left_padded(&rows, Device::Cpu)] {
+            let ends: Vec<i64> = (0..rows.len()).map(|r| batch.flat_index(r, batch.lengths[r] - 1)).collect();
+            let actual = model.scalars(&batch, &ends).unwrap();
+            assert!(
+                actual.iter().zip(&expected).all(|(a, e)| (a - e).abs() < 1e-5),
+                "{name}: {actual:?}, expected {expected:?}"
+            );
+        }
+    }
+}
+
+/// Needs the trained model that `tests/assets/fetch.sh` makes; `make test` runs it first.
+#[test]
+fn logits_of_a_trained_model_equal_those_of_its_own_code() {
+    let dir = golden().join("../../.cache/assets/volume/models/glassllm");
+    assert!(dir.join("config.json").exists(), "{} is missing: run tests/assets/fetch.sh", dir.display());
+    let expected = tensors("glassllm.safetensors");
+    let model = load(&dir, HeadKind::Lm, Recompute::None);
+    for case in json("glassllm.json")["forward"].as_array().unwrap() {
+        let actual = logits(&model, &Batch::right_padded(&[&ids(&case["ids"])], Device::Cpu)).remove(0);
+        let off = gap(&actual, &expected[case["logits"].as_str().unwrap()]);
+        assert!(off < LOGIT_TOLERANCE, "{}: off by {off}", case["text"]);
+    }
+}
+
+#[test]
+fn a_written_model_is_the_one_that_was_read() {
+    let scalar = [("gpt2-score", HeadKind::Scalar), ("llama-score", HeadKind::Scalar)];
+    for (name, head) in CAUSAL.map(|n| (n, HeadKind::Lm)).into_iter().chain(scalar) {
+        let folder = tempfile::tempdir().unwrap();
+        let target = folder.path().join("model");
+        let model = load(&model_dir(name), head, Recompute::None);
+        write_model(&target, &Source::open(&model_dir(name)).unwrap(), head, None, &model.parameters(), |_| Ok(()))
+            .unwrap();
+        let read = |dir: &Path| std::fs::read(dir.join("model.safetensors")).unwrap();
+        let (before, after) = (read(&model_dir(name)), read(&target));
+        let (before, after) = (SafeTensors::deserialize(&before).unwrap(), SafeTensors::deserialize(&after).unwrap());
+        let names = |file: &SafeTensors<'_>| {
+            let mut names: Vec<String> = file.names().into_iter().map(String::from).collect();
+            names.sort_unstable();
+            names
+        };
+        assert_eq!(names(&before), names(&after), "{name}: the same tensors");
+        assert!(
+            names(&before).iter().all(|n| before.tensor(n).unwrap().data() == after.tensor(n).unwrap().data()),
+            "{name}: the same bytes"
+        );
+    }
+}

@@ -1,0 +1,129 @@
+//! Checkpoints: a resumed run ends as the run that was never stopped, bit for bit, and a damaged checkpoint costs only
+//! the steps since the one before.
+
+mod common;
+
+use common::{Launch, Volume, ppo, relative_gap, reward, sft, wait_until};
+use serde_json::json;
+use std::fs;
+use std::process::Command;
+
+/// A volume on which `stage` has run to its end.
+fn finished(family: &str, launch: &Launch) -> Volume {
+    let volume = Volume::new(family);
+    if launch.config["stage"] == "ppo" {
+        volume.succeed(&reward());
+    }
+    volume.succeed(launch);
+    volume
+}
+
+/// What a pod finds that starts after `step`: later checkpoints and the model are gone.
+fn rewound(whole: &Volume, family: &str, stage: &str, step: u64) -> Volume {
+    let volume = Volume::new(family);
+    volume.copy_job(whole);
+    fs::remove_dir_all(volume.path(&format!("jobs/j/{stage}/model"))).unwrap();
+    for entry in fs::read_dir(volume.path(&format!("jobs/j/{stage}/checkpoints"))).unwrap() {
+        let entry = entry.unwrap();
+        let written: u64 = entry.file_name().to_str().unwrap().strip_prefix("step-").unwrap().parse().unwrap();
+        if written > step {
+            fs::remove_dir_all(entry.path()).unwrap();
+        }
+    }
+    volume
+}
+
+#[test]
+fn a_resumed_run_ends_bit_for_bit_as_one_that_was_never_stopped() {
+    for (launch, step) in [(sft(), 10), (reward(), 10), (ppo(), 2), (sft().processes(2), 10)] {
+        let stage = launch.config["stage"].as_str().unwrap().to_string();
+        let whole = finished("llama-gqa-untied", &launch);
+        let volume = rewound(&whole, "llama-gqa-untied", &stage, step);
+        volume.succeed(&launch.clone().attempt(2));
+        assert!(volume.weights(&stage) == whole.weights(&stage), "{stage}: the weights differ");
+        let resumed: Vec<u64> =
+            volume.history(&stage).iter().filter(|l| l["attempt"] == 2).filter_map(|l| l["step"].as_u64()).collect();
+        assert_eq!(resumed.first(), Some(&(step + 1)), "{stage}: goes on after the checkpoint");
+    }
+}
+
+#[test]
+fn a_checkpoint_loads_under_another_world_size() {
+    let whole = finished("gpt2", &sft().processes(2));
+    let volume = rewound(&whole, "gpt2", "sft", 10);
+    volume.succeed(&sft().processes(3).attempt(2));
+    let gap = relative_gap(&volume.weights("sft"), &whole.weights("sft"));
+    assert!(gap < 1e-5, "parameters differ by {gap}");
+}
+
+#[test]
+fn a_damaged_checkpoint_is_skipped_for_the_one_before() {
+    let whole = finished("gpt2", &sft());
+    let damage: [(&str, fn(&mut Vec<u8>)); 3] = [
+        ("rank-00000.safetensors", |bytes| *bytes.last_mut().unwrap() ^= 1),
+        ("rank-00000.safetensors", |bytes| bytes.truncate(bytes.len() / 2)),
+        ("manifest.json", |bytes| bytes.truncate(10)),
+    ];
+    for (file, damage) in damage {
+        let volume = rewound(&whole, "gpt2", "sft", 20);
+        let path = volume.path("jobs/j/sft/checkpoints/step-20").join(file);
+        let mut bytes = fs::read(&path).unwrap();
+        damage(&mut bytes);
+        fs::write(&path, bytes).unwrap();
+        let end = volume.succeed(&sft().attempt(2));
+        assert!(end.log.contains("skipping a checkpoint") && end.log.contains("step-20"), "{}", end.log);
+        assert!(volume.weights("sft") == whole.weights("sft"));
+    }
+}
+
+#[test]
+fn a_checkpoint_of_another_job_is_not_resumed_from() {
+    let whole = finished("gpt2", &sft());
+    let volume = rewound(&whole, "gpt2", "sft", 20);
+    let mut other = sft().attempt(2);
+    other.config["job"]["uid"] = json!("another");
+    let end = volume.succeed(&other);
+    assert!(end.log.contains("belongs to stage 'sft' of the job with UID u"), "{}", end.log);
+    let first = volume.history("sft").into_iter().find(|l| l["attempt"] == 2).unwrap();
+    assert_eq!(first["step"], 1);
+}
+
+#[test]
+fn sigterm_saves_at_the_next_step_and_the_next_attempt_goes_on() {
+    let endless = sft().processes(2).with("/maxSteps", json!(100_000)).with("/epochs", json!(1000));
+    let volume = Volume::new("gpt2");
+    let running = volume.start(&endless);
+    wait_until("five steps", || volume.curve("sft", "loss").len() >= 5);
+    assert!(Command::new("kill").args(["-TERM", &running.child.id().to_string()]).status().unwrap().success());
+    let end = running.wait();
+    assert_eq!(
+        (end.code, end.message["reason"].as_str()),
+        (Some(143), Some("Terminated")),
+        "{}\n{}",
+        end.message,
+        end.log
+    );
+    let step = end.message["checkpoint"]["step"].as_u64().unwrap();
+    assert_eq!(end.message["step"].as_u64(), Some(step), "the last step is in the checkpoint");
+    assert!(volume.path(end.message["checkpoint"]["path"].as_str().unwrap()).join("manifest.json").exists());
+
+    let running = volume.start(&endless.attempt(2));
+    wait_until("a step of the second attempt", || volume.history("sft").iter().any(|l| l["attempt"] == 2));
+    assert!(Command::new("kill").args(["-TERM", &running.child.id().to_string()]).status().unwrap().success());
+    running.wait();
+    let next = volume.history("sft").into_iter().find(|l| l["attempt"] == 2).unwrap();
+    assert_eq!(next["step"].as_u64(), Some(step + 1));
+}
+
+#[test]
+fn the_kept_checkpoints_are_the_newest() {
+    let mut launch = sft();
+    launch.config["checkpoint"] = json!({"everySteps": 4, "keep": 2});
+    let volume = finished("gpt2", &launch);
+    let mut left: Vec<String> = fs::read_dir(volume.path("jobs/j/sft/checkpoints"))
+        .unwrap()
+        .map(|e| e.unwrap().file_name().into_string().unwrap())
+        .collect();
+    left.sort();
+    assert_eq!(left, ["step-16", "step-20"]);
+}
