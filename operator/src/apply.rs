@@ -1,0 +1,245 @@
+//! All writes of a pass, in the one order that survives a crash between any two: status first, under the resource
+//! version that was looked at, then the events that tell of it, then deletions, and last what is made.
+//!
+//! The status is applied server-side. Children are created, not applied over: creation is the one write that cannot
+//! touch an object that somebody else has put under the same name, and but for `suspend`, which is applied with the
+//! Job's UID as precondition, a child is never changed.
+
+#[cfg(test)]
+mod tests;
+
+use crate::build::Children;
+use crate::controller::Context;
+use crate::decide::{Decision, JobRef, Notice};
+use crate::observe::is_owned;
+use k8s_openapi::NamespaceResourceScope;
+use k8s_openapi::api::batch::v1::Job;
+use k8s_openapi::api::core::v1::{ConfigMap, ObjectReference};
+use kube::api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions};
+use kube::core::Status;
+use kube::runtime::events::{self, EventType};
+use kube::{Api, Resource, ResourceExt};
+use rlhf_api::job::RLHFJob;
+use rlhf_api::names::FIELD_MANAGER;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::json;
+
+/// A write that failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// What was decided is out of date; the next pass decides anew.
+    #[error("the job or a child of it changed meanwhile")]
+    Stale,
+    /// The RLHFJob is gone.
+    #[error("the job is gone")]
+    Gone,
+    /// Somebody else's object has a child's name.
+    #[error("{what} exists and belongs to {owner}; delete or rename it, or give this RLHFJob another name")]
+    Foreign {
+        /// The object.
+        what: String,
+        /// Its owner.
+        owner: String,
+    },
+    /// The API server refuses a child.
+    #[error("{what} is refused by the API server: {status}")]
+    Refused {
+        /// The child.
+        what: String,
+        /// The answer.
+        status: Box<Status>,
+    },
+    /// Any other answer, or none.
+    #[error("cannot write {what}: {source}")]
+    Api {
+        /// What was written.
+        what: String,
+        /// The answer.
+        source: kube::Error,
+    },
+}
+
+impl Error {
+    /// Whether the write cannot succeed for what the job says.
+    pub fn is_permanent(&self) -> bool {
+        matches!(self, Error::Refused { status, .. } if status.is_invalid())
+    }
+}
+
+/// What could not be made, and why.
+#[derive(Debug)]
+pub struct Blocked {
+    /// The stage.
+    pub stage: String,
+    /// Why.
+    pub error: Error,
+}
+
+/// Writes a decision. `Ok` with a [`Blocked`] means that all was written but a stage's children.
+pub async fn apply(job: &RLHFJob, decision: &Decision, ctx: &Context) -> Result<Option<Blocked>, Error> {
+    let Decision { status: _, delete, suspend, make, notices, outcomes, requeue: _ } = decision;
+    write_status(job, decision, ctx).await?;
+    for outcome in outcomes {
+        ctx.metrics.attempt_ended(*outcome);
+    }
+    for notice in notices {
+        publish(job, notice, ctx).await;
+    }
+    for child in delete {
+        delete_job(job, child, ctx).await?;
+    }
+    for (child, suspended) in suspend {
+        set_suspend(job, child, *suspended, ctx).await?;
+    }
+    let mut blocked = None;
+    for children in make {
+        match make_children(job, children, ctx).await {
+            Err(error @ (Error::Foreign { .. } | Error::Refused { .. })) => {
+                blocked.get_or_insert(Blocked { stage: children.stage.clone(), error });
+            }
+            other => other?,
+        }
+    }
+    Ok(blocked)
+}
+
+async fn write_status(job: &RLHFJob, decision: &Decision, ctx: &Context) -> Result<(), Error> {
+    if job.status.as_ref() == Some(&decision.status) {
+        return Ok(());
+    }
+    let name = job.name_any();
+    let body = json!({
+        "apiVersion": RLHFJob::api_version(&()),
+        "kind": RLHFJob::kind(&()),
+        // The resource version makes a status that was decided from an old one fail.
+        "metadata": {"name": name, "resourceVersion": job.resource_version()},
+        "status": decision.status,
+    });
+    let api: Api<RLHFJob> = ctx.api(job);
+    let params = PatchParams::apply(FIELD_MANAGER).force();
+    match ctx.metrics.api("patch", api.patch_status(&name, &params, &Patch::Apply(body)).await) {
+        Ok(_) => Ok(()),
+        Err(kube::Error::Api(s)) if s.is_conflict() => Err(Error::Stale),
+        Err(kube::Error::Api(s)) if s.is_not_found() => Err(Error::Gone),
+        Err(source) => Err(Error::Api { what: format!("the status of RLHFJob {name}"), source }),
+    }
+}
+
+/// Deletes a Job in the foreground: it stays until its pods are gone, and so stands for them.
+async fn delete_job(job: &RLHFJob, child: &JobRef, ctx: &Context) -> Result<(), Error> {
+    let JobRef { name, uid } = child;
+    let only_this = Preconditions { uid: Some(uid.clone()), ..Default::default() };
+    let api: Api<Job> = ctx.api(job);
+    match ctx.metrics.api("delete", api.delete(name, &DeleteParams::foreground().preconditions(only_this)).await) {
+        Ok(_) => Ok(()),
+        Err(kube::Error::Api(s)) if s.is_not_found() || s.is_conflict() => Ok(()),
+        Err(source) => Err(Error::Api { what: format!("the deletion of Job {name}"), source }),
+    }
+}
+
+async fn set_suspend(job: &RLHFJob, child: &JobRef, suspended: bool, ctx: &Context) -> Result<(), Error> {
+    let JobRef { name, uid } = child;
+    let body = json!({
+        "apiVersion": Job::api_version(&()),
+        "kind": Job::kind(&()),
+        "metadata": {"name": name, "uid": uid},
+        "spec": {"suspend": suspended},
+    });
+    let api: Api<Job> = ctx.api(job);
+    let params = PatchParams::apply(FIELD_MANAGER).force();
+    match ctx.metrics.api("patch", api.patch(name, &params, &Patch::Apply(body)).await) {
+        Ok(_) => Ok(()),
+        Err(kube::Error::Api(s)) if s.is_not_found() || s.is_conflict() => Err(Error::Stale),
+        Err(source) => Err(Error::Api { what: format!("spec.suspend of Job {name}"), source }),
+    }
+}
+
+/// Makes an attempt: what its pods need first, the Job last.
+async fn make_children(job: &RLHFJob, children: &Children, ctx: &Context) -> Result<(), Error> {
+    let Children { stage: _, config_map, service, job: attempt } = children;
+    if let Some(old) = ensure(job, config_map, ctx).await?
+        && old.data != config_map.data
+    {
+        replace_config(job, &old, config_map, ctx).await?;
+    }
+    if let Some(service) = service {
+        ensure(job, service, ctx).await?;
+    }
+    ensure(job, attempt, ctx).await?;
+    Ok(())
+}
+
+/// A config that another version of the operator wrote. It is immutable, and no pod of the stage reads it now.
+async fn replace_config(job: &RLHFJob, old: &ConfigMap, new: &ConfigMap, ctx: &Context) -> Result<(), Error> {
+    let name = old.name_any();
+    let only_this = Preconditions { uid: old.uid(), ..Default::default() };
+    let api: Api<ConfigMap> = ctx.api(job);
+    let deleted = ctx.metrics.api("delete", api.delete(&name, &DeleteParams::background().preconditions(only_this)).await);
+    deleted.map_err(|source| Error::Api { what: format!("the deletion of ConfigMap {name}"), source })?;
+    create(job, new, ctx).await
+}
+
+/// Creates a child unless it is there, and returns the one that was. One of somebody else is left alone.
+async fn ensure<K>(job: &RLHFJob, child: &K, ctx: &Context) -> Result<Option<K>, Error>
+where
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Serialize + DeserializeOwned + Clone + std::fmt::Debug,
+{
+    let api: Api<K> = ctx.api(job);
+    let found = ctx.metrics.api("get", api.get_opt(&child.name_any()).await);
+    match found.map_err(|source| Error::Api { what: title(child), source })? {
+        None => create(job, child, ctx).await.map(|()| None),
+        Some(there) if is_owned(&there, job) => Ok(Some(there)),
+        Some(there) => Err(Error::Foreign { what: title(child), owner: owner(&there) }),
+    }
+}
+
+async fn create<K>(job: &RLHFJob, child: &K, ctx: &Context) -> Result<(), Error>
+where
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Serialize + DeserializeOwned + Clone + std::fmt::Debug,
+{
+    let api: Api<K> = ctx.api(job);
+    let params = PostParams { field_manager: Some(FIELD_MANAGER.into()), ..Default::default() };
+    match ctx.metrics.api("create", api.create(&params, child).await) {
+        Ok(_) => Ok(()),
+        Err(kube::Error::Api(s)) if s.is_already_exists() => Err(Error::Stale),
+        Err(kube::Error::Api(s)) if is_refusal(&s) => Err(Error::Refused { what: title(child), status: s }),
+        Err(source) => Err(Error::Api { what: title(child), source }),
+    }
+}
+
+/// Answers that stay the same until somebody changes something: invalid, forbidden, denied by a policy or a quota.
+fn is_refusal(status: &Status) -> bool {
+    matches!(status.code, 400..500) && !matches!(status.code, 401 | 404 | 408 | 409 | 429)
+}
+
+fn title<K: Resource<DynamicType = ()>>(object: &K) -> String {
+    format!("{} {}", K::kind(&()), object.name_any())
+}
+
+fn owner(object: &impl Resource) -> String {
+    let owners = object.meta().owner_references.iter().flatten();
+    owners.map(|o| format!("{} {}", o.kind, o.name)).next().unwrap_or_else(|| "somebody else".into())
+}
+
+/// Publishes an event. One that is lost is logged and no more: status is the truth.
+async fn publish(job: &RLHFJob, notice: &Notice, ctx: &Context) {
+    let Notice { event, note, about } = notice;
+    let secondary = about.as_ref().map(|name| ObjectReference {
+        api_version: Some(Job::api_version(&()).into_owned()),
+        kind: Some(Job::kind(&()).into_owned()),
+        name: Some(name.clone()),
+        namespace: job.namespace(),
+        ..Default::default()
+    });
+    let event = events::Event {
+        type_: if event.is_warning() { EventType::Warning } else { EventType::Normal },
+        reason: event.reason().into(),
+        note: Some(note.clone()),
+        action: "Reconcile".into(),
+        secondary,
+    };
+    if let Err(error) = ctx.metrics.api("create", ctx.recorder.publish(&event, &job.object_ref(&())).await) {
+        tracing::warn!(%error, reason = event.reason, "an event was lost");
+    }
+}

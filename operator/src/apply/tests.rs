@@ -1,0 +1,237 @@
+//! Which requests a decision becomes, in which order, and what answers do to the rest.
+
+use super::*;
+use crate::build::{self, Task, tests};
+use crate::decide::{Event, Observed, decide};
+use crate::listed::Listed;
+use crate::metrics::Metrics;
+use crate::observe::{ProgressReader, still_holds};
+use crate::retries::Retries;
+use http::{Request, Response};
+use http_body_util::BodyExt;
+use jiff::Timestamp;
+use kube::Client;
+use kube::client::Body;
+use kube::runtime::events::Recorder;
+use kube::runtime::reflector;
+use serde_json::Value;
+use std::sync::{Arc, Mutex};
+
+/// A request as the API server sees it.
+#[derive(Clone, Debug)]
+struct Seen {
+    line: String,
+    body: Value,
+}
+
+type Log = Arc<Mutex<Vec<Seen>>>;
+
+/// A context whose API server answers by a table of request lines (`METHOD kind/name[/status]`); anything else is created,
+/// patched, deleted or not found.
+fn server(answers: Vec<(&'static str, u16, Value)>) -> (Context, Log) {
+    let log = Log::default();
+    let seen = log.clone();
+    let answers = Arc::new(answers);
+    let service = tower::service_fn(move |request: Request<Body>| {
+        let (seen, answers) = (seen.clone(), answers.clone());
+        async move {
+            let (parts, body) = request.into_parts();
+            let body = body.collect().await.unwrap().to_bytes();
+            let path = parts.uri.path();
+            let short: Vec<_> = path.split('/').skip_while(|p| *p != "team").skip(1).collect();
+            let line = format!("{} {}", parts.method, short.join("/"));
+            let body: Value = serde_json::from_slice(&body).unwrap_or(Value::Null);
+            let (code, answer) = match answers.iter().find(|(l, _, _)| *l == line) {
+                Some((_, code, answer)) => (*code, answer.clone()),
+                None if line.starts_with("GET") => (404, failure("NotFound", 404)),
+                None if line.starts_with("DELETE") => (200, json!({"kind": "Status", "status": "Success"})),
+                None if line.starts_with("PATCH rlhfjobs") => (200, serde_json::to_value(tests::job()).unwrap()),
+                None => (201, body.clone()),
+            };
+            seen.lock().unwrap().push(Seen { line, body });
+            Ok::<_, tower::BoxError>(Response::builder().status(code).body(Body::from(answer.to_string().into_bytes())).unwrap())
+        }
+    });
+    let client = Client::new(service, "team");
+    let ctx = Context {
+        recorder: Recorder::new(client.clone(), FIELD_MANAGER.into()),
+        client,
+        jobs: reflector::store().0,
+        pods: reflector::store().0,
+        listed: Listed::default(),
+        settings: tests::settings(),
+        metrics: Arc::new(Metrics::new().unwrap()),
+        progress: ProgressReader::new().unwrap(),
+        retries: Retries::default(),
+    };
+    (ctx, log)
+}
+
+fn failure(reason: &str, code: u16) -> Value {
+    json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": reason, "code": code, "message": format!("it is {reason}")})
+}
+
+fn lines(log: &Log) -> Vec<String> {
+    log.lock().unwrap().iter().map(|s| s.line.clone()).collect()
+}
+
+fn body(log: &Log, line: &str) -> Value {
+    log.lock().unwrap().iter().find(|s| s.line == line).unwrap().body.clone()
+}
+
+/// The first pass: prepare gets its number and its children.
+fn first() -> (RLHFJob, Decision) {
+    let job = tests::job();
+    let decision = decide(&job, &Observed::default(), &tests::settings(), Timestamp::UNIX_EPOCH);
+    (job, decision)
+}
+
+/// Only the children of the first two stages.
+fn two_stages(job: &RLHFJob) -> Decision {
+    let make = Task::all(job).skip(1).take(2).map(|t| build::children(job, t, 1, &tests::settings()).unwrap()).collect();
+    Decision { make, status: job.status.clone().unwrap(), ..Decision::default() }
+}
+
+fn started() -> RLHFJob {
+    let (mut job, decision) = first();
+    job.status = Some(decision.status);
+    job
+}
+
+#[tokio::test]
+async fn status_is_written_before_anything_is_made_and_the_job_last() {
+    let (ctx, log) = server(vec![]);
+    let (job, decision) = first();
+    assert!(apply(&job, &decision, &ctx).await.unwrap().is_none());
+    assert_eq!(
+        lines(&log),
+        [
+            "PATCH rlhfjobs/demo/status",
+            "POST events",
+            "GET configmaps/demo-prepare",
+            "POST configmaps",
+            "GET jobs/demo-prepare-1",
+            "POST jobs",
+        ]
+    );
+    let status = body(&log, "PATCH rlhfjobs/demo/status");
+    assert_eq!(status["metadata"]["resourceVersion"], "7", "a status decided from an old one must fail");
+    assert_eq!(status["status"]["prepare"]["attempt"], 1);
+    assert_eq!(body(&log, "POST events")["reason"], Event::StageStarted.reason());
+}
+
+#[tokio::test]
+async fn a_stage_gets_its_service_before_its_pods() {
+    let (ctx, log) = server(vec![]);
+    let job = started();
+    let mut decision = two_stages(&job);
+    decision.make.truncate(1);
+    apply(&job, &decision, &ctx).await.unwrap();
+    let posts: Vec<_> = lines(&log).into_iter().filter(|l| l.starts_with("POST")).collect();
+    assert_eq!(posts, ["POST configmaps", "POST services", "POST jobs"]);
+}
+
+#[tokio::test]
+async fn a_status_that_is_out_of_date_stops_every_other_write() {
+    let (ctx, log) = server(vec![("PATCH rlhfjobs/demo/status", 409, failure("Conflict", 409))]);
+    let (job, decision) = first();
+    assert!(matches!(apply(&job, &decision, &ctx).await, Err(Error::Stale)));
+    assert_eq!(lines(&log), ["PATCH rlhfjobs/demo/status"]);
+}
+
+#[tokio::test]
+async fn a_pass_that_changes_nothing_asks_nothing() {
+    let (ctx, log) = server(vec![]);
+    let job = started();
+    let decision = Decision { status: job.status.clone().unwrap(), ..Decision::default() };
+    apply(&job, &decision, &ctx).await.unwrap();
+    assert!(lines(&log).is_empty());
+}
+
+#[tokio::test]
+async fn somebody_elses_object_is_left_alone_and_named_and_other_stages_go_on() {
+    let foreign = json!({"metadata": {"name": "demo-tune", "ownerReferences": [
+        {"apiVersion": "v1", "kind": "Team", "name": "other", "uid": "another", "controller": true}]}});
+    let (ctx, log) = server(vec![("GET services/demo-tune", 200, foreign)]);
+    let job = started();
+    let blocked = apply(&job, &two_stages(&job), &ctx).await.unwrap().unwrap();
+    assert_eq!((blocked.stage.as_str(), blocked.error.is_permanent()), ("tune", false));
+    let message = blocked.error.to_string();
+    assert!(message.starts_with("Service demo-tune exists and belongs to Team other"), "{message}");
+    let writes: Vec<_> = lines(&log).into_iter().filter(|l| !l.starts_with("GET")).collect();
+    assert_eq!(writes, ["POST configmaps", "POST configmaps", "POST services", "POST jobs"], "no Job of the blocked stage");
+}
+
+#[tokio::test]
+async fn a_job_that_the_api_server_calls_invalid_is_refused_for_good_and_a_forbidden_one_is_not() {
+    for (reason, code, permanent) in [("Invalid", 422, true), ("Forbidden", 403, false)] {
+        let (ctx, _) = server(vec![("POST jobs", code, failure(reason, code))]);
+        let job = started();
+        let blocked = apply(&job, &two_stages(&job), &ctx).await.unwrap().unwrap();
+        assert_eq!(blocked.error.is_permanent(), permanent, "{reason}");
+        assert!(blocked.error.to_string().contains(&format!("it is {reason}")));
+    }
+}
+
+#[tokio::test]
+async fn a_config_of_another_version_is_replaced() {
+    let job = started();
+    let mut old = serde_json::to_value(&two_stages(&job).make[0].config_map).unwrap();
+    old["metadata"]["uid"] = json!("old");
+    old["data"]["config.json"] = json!("{}");
+    let (ctx, log) = server(vec![("GET configmaps/demo-tune", 200, old)]);
+    let mut decision = two_stages(&job);
+    decision.make.truncate(1);
+    apply(&job, &decision, &ctx).await.unwrap();
+    assert_eq!(lines(&log)[..3], ["GET configmaps/demo-tune", "DELETE configmaps/demo-tune", "POST configmaps"]);
+    assert_eq!(body(&log, "DELETE configmaps/demo-tune")["preconditions"]["uid"], "old");
+}
+
+#[tokio::test]
+async fn deletion_and_suspension_reach_only_the_job_that_was_seen() {
+    let (ctx, log) = server(vec![]);
+    let job = started();
+    let child = |name: &str| JobRef { name: name.into(), uid: format!("uid-{name}") };
+    let decision = Decision {
+        status: job.status.clone().unwrap(),
+        delete: vec![child("a")],
+        suspend: vec![(child("b"), true)],
+        ..Decision::default()
+    };
+    apply(&job, &decision, &ctx).await.unwrap();
+    let deletion = body(&log, "DELETE jobs/a");
+    assert_eq!((&deletion["preconditions"]["uid"], &deletion["propagationPolicy"]), (&json!("uid-a"), &json!("Foreground")));
+    let patch = body(&log, "PATCH jobs/b");
+    assert_eq!((&patch["metadata"]["uid"], &patch["spec"]), (&json!("uid-b"), &json!({"suspend": true})));
+}
+
+#[tokio::test]
+async fn children_are_touched_only_while_the_job_is_as_it_was_seen_and_no_pod_of_the_stage_runs() {
+    let pod = |attempt: &str, phase: &str| {
+        json!({"metadata": {"name": "p", "labels": {"rlhf.dev/attempt": attempt}, "annotations": {crate::view::INDEX_ANNOTATION: "0"}},
+            "status": {"phase": phase}})
+    };
+    let child = |attempt: &str, condition: &str| {
+        json!({"metadata": {"name": "j", "uid": "u", "labels": {"rlhf.dev/attempt": attempt}},
+            "status": {"conditions": [{"type": condition, "status": "True"}]}})
+    };
+    let list = |items: Vec<Value>| json!({"metadata": {}, "items": items});
+    let current = |version: &str| json!({"metadata": {"name": "demo", "resourceVersion": version}});
+    for (name, version, jobs, pods, holds) in [
+        ("nothing is there", "7", vec![], vec![], true),
+        ("an earlier attempt has ended", "7", vec![child("0", "Failed")], vec![pod("0", "Failed")], true),
+        ("a pod of an earlier attempt runs", "7", vec![], vec![pod("0", "Running")], false),
+        ("an earlier attempt's Job can make pods", "7", vec![child("0", "FailureTarget")], vec![], false),
+        ("this attempt was made before", "7", vec![], vec![pod("1", "Failed")], false),
+        ("this attempt has its Job", "7", vec![child("1", "Complete")], vec![], false),
+        ("the job has changed", "8", vec![], vec![], false),
+    ] {
+        let (ctx, _) = server(vec![
+            ("GET rlhfjobs/demo", 200, current(version)),
+            ("GET jobs", 200, list(jobs)),
+            ("GET pods", 200, list(pods)),
+        ]);
+        let job = started();
+        assert_eq!(still_holds(&job, &two_stages(&job), &ctx).await.unwrap(), holds, "{name}");
+    }
+}

@@ -1,0 +1,384 @@
+//! Pure builders: from a job's spec to the objects of one attempt.
+//!
+//! Nothing here reads, writes or knows the time. Every object carries the labels by which it is found again and
+//! an owner reference by which it is deleted with its job. Names come from [`rlhf_api::names`] and fit, because
+//! admission bounds what they are made of.
+
+mod config;
+mod job;
+mod pod;
+mod service;
+
+pub use config::SpecError;
+pub use config::check;
+
+use k8s_openapi::api::batch::v1::Job;
+use k8s_openapi::api::core::v1::{ConfigMap, ResourceRequirements, Service};
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
+use kube::{Resource, ResourceExt};
+use rlhf_api::job::{Compute, RLHFJob, Stage};
+use rlhf_api::names;
+use std::collections::BTreeMap;
+
+/// What the operator's flags say about trainer pods.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The image of prepare and trainer pods.
+    pub trainer_image: String,
+    /// Its pull policy.
+    pub trainer_image_pull_policy: String,
+    /// `text` or `json`: how trainers log.
+    pub log_format: String,
+}
+
+/// What an attempt runs: the check of model and data, or a stage.
+#[derive(Clone, Copy, Debug)]
+pub enum Task<'a> {
+    /// `rlhf-trainer prepare`.
+    Prepare,
+    /// `rlhf-trainer launch`.
+    Stage(&'a Stage),
+}
+
+impl<'a> Task<'a> {
+    /// Everything that a job runs, prepare first, then the stages in the spec's order.
+    pub fn all(job: &'a RLHFJob) -> impl Iterator<Item = Task<'a>> {
+        std::iter::once(Task::Prepare).chain(job.spec.stages.iter().map(Task::Stage))
+    }
+
+    /// The stage's name, or [`names::PREPARE`].
+    pub fn name(self) -> &'a str {
+        match self {
+            Task::Prepare => names::PREPARE,
+            Task::Stage(stage) => &stage.name,
+        }
+    }
+
+    /// Where it runs.
+    fn compute(self, job: &RLHFJob) -> Compute {
+        match self {
+            Task::Prepare => Compute {
+                resources: prepare_resources(),
+                pod_template: job.spec.compute.pod_template.clone(),
+                ..Compute::default()
+            },
+            Task::Stage(stage) => stage.compute.clone().unwrap_or_else(|| job.spec.compute.clone()),
+        }
+    }
+}
+
+/// Prepare streams files and keeps no tensors, so it asks for little; without a limit, since a tokenizer may
+/// pass any small one.
+fn prepare_resources() -> ResourceRequirements {
+    let requests = [("cpu", "250m"), ("memory", "256Mi")].map(|(k, v)| (k.to_string(), Quantity(v.into())));
+    ResourceRequirements { requests: Some(requests.into()), ..Default::default() }
+}
+
+/// The objects of one attempt, in the order in which they are made.
+#[derive(Clone, Debug)]
+pub struct Children {
+    /// The stage (or prepare) to which they belong.
+    pub stage: String,
+    /// The config, the same for every attempt.
+    pub config_map: ConfigMap,
+    /// The pods' names in DNS, the same for every attempt. Before the Job, so that names are there when pods look.
+    pub service: Option<Service>,
+    /// The attempt.
+    pub job: Job,
+}
+
+/// Builds the objects of an attempt.
+pub fn children(job: &RLHFJob, task: Task<'_>, attempt: u32, settings: &Settings) -> Result<Children, SpecError> {
+    let service = matches!(task, Task::Stage(_)).then(|| service::build(job, task));
+    Ok(Children {
+        stage: task.name().to_owned(),
+        config_map: config::build(job, task)?,
+        service,
+        job: job::build(job, task, attempt, settings),
+    })
+}
+
+/// Labels that all of a stage's objects carry, and by which its pods are selected.
+fn labels(job: &RLHFJob, task: Task<'_>) -> BTreeMap<String, String> {
+    [
+        (names::LABEL_MANAGED_BY, names::FIELD_MANAGER.to_owned()),
+        (names::LABEL_JOB, job.name_any()),
+        (names::LABEL_JOB_UID, job.uid().unwrap_or_default()),
+        (names::LABEL_STAGE, task.name().to_owned()),
+    ]
+    .map(|(k, v)| (k.to_owned(), v))
+    .into()
+}
+
+fn metadata(job: &RLHFJob, name: String, labels: BTreeMap<String, String>) -> ObjectMeta {
+    ObjectMeta {
+        name: Some(name),
+        namespace: job.namespace(),
+        labels: Some(labels),
+        owner_references: owner(job).map(|o| vec![o]),
+        ..Default::default()
+    }
+}
+
+fn owner(job: &RLHFJob) -> Option<OwnerReference> {
+    Some(OwnerReference { block_owner_deletion: Some(true), ..job.controller_owner_ref(&())? })
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::view::INDEX_ANNOTATION;
+    use k8s_openapi::api::core::v1::{Container, PodSpec};
+    use rlhf_api::config::{PrepareConfig, StageConfig, env};
+    use rlhf_api::job::RLHFJob;
+    use serde_json::{Value, json};
+
+    pub(crate) fn settings() -> Settings {
+        Settings {
+            trainer_image: "docker.io/rlhf/trainer:test".into(),
+            trainer_image_pull_policy: "IfNotPresent".into(),
+            log_format: "json".into(),
+        }
+    }
+
+    /// SFT, a reward model from the base model, and PPO of both. Names differ from every label's and kind's own.
+    pub(crate) fn job() -> RLHFJob {
+        let optimizer = json!({"learningRate": 1e-4});
+        let batch = json!({"globalSize": 8});
+        let supervised = json!({"dataset": {"source": "volume://data/d.jsonl"}, "epochs": 1, "batch": batch, "maxLength": 64, "optimizer": optimizer});
+        serde_json::from_value(json!({
+            "apiVersion": "rlhf.dev/v1alpha1", "kind": "RLHFJob",
+            "metadata": {"name": "demo", "namespace": "team", "uid": "0123456789-abc", "generation": 1, "resourceVersion": "7"},
+            "spec": {
+                "model": {"source": "volume://models/base"},
+                "storage": {"volumeClaim": {"claimName": "claim"}},
+                "compute": {"nodes": 2, "cpuWorkersPerNode": 2},
+                "stages": [
+                    {"name": "tune", "sft": supervised},
+                    {"name": "judge", "rewardModel": supervised},
+                    {"name": "act", "seed": 7, "ppo": {
+                        "actor": "tune", "reward": "judge", "prompts": {"source": "volume://data/p.jsonl"},
+                        "iterations": 2, "rolloutBatchSize": 8, "batch": batch, "maxPromptLength": 8, "maxNewTokens": 8,
+                        "kl": {"coefficient": 0.1}, "actorOptimizer": optimizer, "criticOptimizer": optimizer}},
+                ],
+            },
+        }))
+        .unwrap()
+    }
+
+    fn with_compute(compute: Value) -> RLHFJob {
+        let mut job = job();
+        job.spec.compute = serde_json::from_value(compute).unwrap();
+        job
+    }
+
+    fn build(job: &RLHFJob, index: usize, attempt: u32) -> Children {
+        children(job, Task::all(job).nth(index).unwrap(), attempt, &settings()).unwrap()
+    }
+
+    fn pod(children: &Children) -> PodSpec {
+        children.job.spec.clone().unwrap().template.spec.unwrap()
+    }
+
+    fn container(children: &Children) -> Container {
+        pod(children).containers[0].clone()
+    }
+
+    fn env_value(children: &Children, name: &str) -> Option<String> {
+        container(children).env.unwrap().into_iter().find(|e| e.name == name)?.value
+    }
+
+    #[test]
+    fn an_attempt_is_an_indexed_job_that_never_restarts_a_pod() {
+        let children = build(&job(), 1, 3);
+        let spec = children.job.spec.as_ref().unwrap();
+        assert_eq!(children.job.metadata.name.as_deref(), Some("demo-tune-3"));
+        assert_eq!((spec.completions, spec.parallelism, spec.backoff_limit), (Some(2), Some(2), Some(0)));
+        assert_eq!(spec.completion_mode.as_deref(), Some("Indexed"));
+        assert_eq!(spec.pod_replacement_policy.as_deref(), Some("Failed"));
+        assert_eq!(spec.suspend, Some(false));
+        assert_eq!(pod(&children).restart_policy.as_deref(), Some("Never"));
+        assert_eq!(container(&children).args, Some(vec!["launch".to_owned()]));
+    }
+
+    #[test]
+    fn every_child_is_owned_by_its_job_and_goes_with_it() {
+        for (index, _) in Task::all(&job()).enumerate() {
+            let c = build(&job(), index, 1);
+            for meta in [&c.config_map.metadata, &c.job.metadata].into_iter().chain(c.service.as_ref().map(|s| &s.metadata)) {
+                let owners = meta.owner_references.as_ref().unwrap();
+                assert_eq!((owners.len(), owners[0].uid.as_str(), owners[0].kind.as_str()), (1, "0123456789-abc", "RLHFJob"));
+                assert_eq!((owners[0].controller, owners[0].block_owner_deletion), (Some(true), Some(true)));
+                assert_eq!(meta.namespace.as_deref(), Some("team"));
+                assert_eq!(meta.labels.as_ref().unwrap()[names::LABEL_JOB_UID], "0123456789-abc");
+            }
+        }
+    }
+
+    #[test]
+    fn pods_meet_the_restricted_standard() {
+        for index in 0..4 {
+            let children = build(&job(), index, 1);
+            let spec = pod(&children);
+            let security = spec.security_context.clone().unwrap();
+            assert_eq!(security.run_as_non_root, Some(true));
+            assert_eq!((security.run_as_user, security.run_as_group, security.fs_group), (Some(65532), Some(65532), Some(65532)));
+            assert_eq!(security.seccomp_profile.unwrap().type_, "RuntimeDefault");
+            assert_eq!((spec.automount_service_account_token, spec.enable_service_links), (Some(false), Some(false)));
+            let own = container(&children).security_context.unwrap();
+            assert_eq!((own.allow_privilege_escalation, own.read_only_root_filesystem), (Some(false), Some(true)));
+            assert_eq!(own.capabilities.unwrap().drop, Some(vec!["ALL".to_owned()]));
+            assert!(spec.volumes.unwrap().iter().all(|v| v.host_path.is_none()));
+        }
+    }
+
+    #[test]
+    fn volumes_are_the_claim_the_config_and_two_scratch_folders() {
+        let children = build(&job(), 1, 1);
+        let mounts: BTreeMap<_, _> =
+            container(&children).volume_mounts.unwrap().into_iter().map(|m| (m.mount_path, m.name)).collect();
+        let paths: Vec<_> = mounts.keys().map(String::as_str).collect();
+        assert_eq!(paths, ["/data", "/dev/shm", "/etc/rlhf", "/tmp"]);
+        let volumes: BTreeMap<_, _> = pod(&children).volumes.unwrap().into_iter().map(|v| (v.name.clone(), v)).collect();
+        assert_eq!(volumes[&mounts["/data"]].persistent_volume_claim.as_ref().unwrap().claim_name, "claim");
+        assert_eq!(volumes[&mounts["/etc/rlhf"]].config_map.as_ref().unwrap().name, "demo-tune");
+        assert_eq!(volumes[&mounts["/dev/shm"]].empty_dir.as_ref().unwrap().medium.as_deref(), Some("Memory"));
+    }
+
+    #[test]
+    fn the_environment_leads_every_rank_to_rank_0_of_its_own_attempt() {
+        let children = build(&job(), 1, 2);
+        assert_eq!(env_value(&children, env::MASTER_ADDR).as_deref(), Some("demo-tune-2-0.demo-tune.team.svc"));
+        assert_eq!(env_value(&children, env::MASTER_PORT).as_deref(), Some("29500"));
+        assert_eq!(env_value(&children, env::NNODES).as_deref(), Some("2"));
+        assert_eq!(env_value(&children, env::NPROC_PER_NODE).as_deref(), Some("2"));
+        assert_eq!(env_value(&children, env::ATTEMPT).as_deref(), Some("2"));
+        assert_eq!(env_value(&children, env::VOLUME).as_deref(), Some("/data"));
+        assert_eq!(env_value(&children, env::LOG_FORMAT).as_deref(), Some("json"));
+        let rank = container(&children).env.unwrap().into_iter().find(|e| e.name == env::NODE_RANK).unwrap();
+        let path = rank.value_from.unwrap().field_ref.unwrap().field_path;
+        assert_eq!(path, format!("metadata.annotations['{INDEX_ANNOTATION}']"));
+        assert_eq!(pod(&children).subdomain.as_deref(), Some("demo-tune"));
+        let set: Vec<_> = container(&children).env.unwrap().into_iter().map(|e| e.name).collect();
+        assert_eq!(set.len(), env::RESERVED.len(), "each of the contract's variables, once: {set:?}");
+    }
+
+    #[test]
+    fn the_service_publishes_pods_that_are_not_ready_and_selects_this_job_only() {
+        let service = build(&job(), 1, 1).service.unwrap();
+        let spec = service.spec.unwrap();
+        assert_eq!(service.metadata.name.as_deref(), Some("demo-tune"));
+        assert_eq!((spec.cluster_ip.as_deref(), spec.publish_not_ready_addresses), (Some("None"), Some(true)));
+        assert_eq!(spec.ports.unwrap()[0].port, 29500);
+        let selector = spec.selector.unwrap();
+        let template = build(&job(), 1, 5).job.spec.unwrap().template.metadata.unwrap().labels.unwrap();
+        assert!(selector.iter().all(|(k, v)| template.get(k) == Some(v)), "{selector:?}");
+        assert_eq!(selector[names::LABEL_JOB_UID], "0123456789-abc");
+        assert!(!selector.contains_key(names::LABEL_ATTEMPT), "one Service serves every attempt");
+    }
+
+    #[test]
+    fn prepare_runs_once_on_cpu_without_a_service() {
+        let job = with_compute(json!({"nodes": 4, "devicesPerNode": 8, "podTemplate": {"tolerations": [{"key": "gpu"}]}}));
+        let children = build(&job, 0, 1);
+        assert!(children.service.is_none());
+        assert_eq!(container(&children).args, Some(vec!["prepare".to_owned()]));
+        assert_eq!(children.job.spec.as_ref().unwrap().parallelism, Some(1));
+        assert_eq!(container(&children).resources.unwrap().limits, None);
+        assert_eq!(pod(&children).tolerations.unwrap().len(), 1);
+    }
+
+    #[test]
+    fn devices_are_added_to_requests_and_limits() {
+        let job = with_compute(json!({"devicesPerNode": 4, "deviceResource": "example.com/npu", "resources": {"requests": {"cpu": "3"}}}));
+        let children = build(&job, 1, 1);
+        let resources = container(&children).resources.unwrap();
+        let requests = resources.requests.unwrap();
+        assert_eq!((requests["cpu"].0.as_str(), requests["example.com/npu"].0.as_str()), ("3", "4"));
+        assert_eq!(resources.limits.unwrap()["example.com/npu"].0, "4");
+        assert_eq!(env_value(&children, env::NPROC_PER_NODE).as_deref(), Some("4"));
+        let ports: Vec<_> = container(&children).ports.unwrap().into_iter().map(|p| (p.name.unwrap(), p.container_port)).collect();
+        assert_eq!(ports[0], ("metrics".to_owned(), 9400));
+        assert_eq!(ports[3], ("metrics-3".to_owned(), 9403));
+    }
+
+    #[test]
+    fn a_pod_template_is_merged_but_cannot_take_the_operators_own_fields() {
+        let job = with_compute(json!({"podTemplate": {
+            "labels": {"team": "a", "rlhf.dev/job": "other", "app.kubernetes.io/managed-by": "me"},
+            "annotations": {"note": "x"},
+            "nodeSelector": {"zone": "z"},
+            "tolerations": [{"key": "gpu", "operator": "Exists"}],
+            "priorityClassName": "high", "runtimeClassName": "nvidia",
+            "env": [{"name": "NCCL_DEBUG", "value": "INFO"}, {"name": "MASTER_ADDR", "value": "elsewhere"}],
+        }}));
+        let children = build(&job, 1, 1);
+        let meta = children.job.spec.as_ref().unwrap().template.metadata.clone().unwrap();
+        let labels = meta.labels.unwrap();
+        assert_eq!((labels["team"].as_str(), labels[names::LABEL_JOB].as_str()), ("a", "demo"));
+        assert_eq!(labels[names::LABEL_MANAGED_BY], names::FIELD_MANAGER);
+        assert_eq!(meta.annotations.unwrap()["note"], "x");
+        let spec = pod(&children);
+        assert_eq!(spec.node_selector.unwrap()["zone"], "z");
+        assert_eq!((spec.priority_class_name.as_deref(), spec.runtime_class_name.as_deref()), (Some("high"), Some("nvidia")));
+        assert_eq!(env_value(&children, "NCCL_DEBUG").as_deref(), Some("INFO"));
+        assert_eq!(env_value(&children, env::MASTER_ADDR).as_deref(), Some("demo-tune-1-0.demo-tune.team.svc"));
+    }
+
+    #[test]
+    fn configs_say_where_each_stage_starts_and_writes() {
+        let config = |index| -> StageConfig {
+            let data = build(&job(), index, 1).config_map.data.unwrap();
+            serde_json::from_str(&data["config.json"]).unwrap()
+        };
+        let (tune, judge, act) = (config(1), config(2), config(3));
+        assert_eq!(tune.paths.start_model, "models/base");
+        assert_eq!(tune.paths.output, "jobs/demo-01234567/tune/model");
+        assert_eq!(judge.paths.start_model, "models/base");
+        assert_eq!(act.paths.start_model, tune.paths.output);
+        assert_eq!(act.paths.reward_model.as_ref(), Some(&judge.paths.output));
+        assert_eq!(act.paths.base_model, "models/base");
+        assert_eq!(act.paths.checkpoints, "jobs/demo-01234567/act/checkpoints");
+        assert_eq!((tune.seed, act.seed), (42, 7));
+        assert_eq!(act.job.namespace, "team");
+    }
+
+    #[test]
+    fn prepare_is_told_every_stage_in_order() {
+        let children = build(&job(), 0, 1);
+        assert_eq!(children.config_map.immutable, Some(true));
+        let config: PrepareConfig = serde_json::from_str(&children.config_map.data.unwrap()["config.json"]).unwrap();
+        assert_eq!(config.stages.iter().map(|s| s.stage.as_str()).collect::<Vec<_>>(), ["tune", "judge", "act"]);
+    }
+
+    #[test]
+    fn names_fit_for_the_longest_names_that_admission_lets_through() {
+        let mut job = job();
+        for stage_length in [1, 7, 20] {
+            job.metadata.name = Some("j".repeat(names::MAX_JOB_AND_STAGE - stage_length));
+            job.spec.stages = vec![Stage { name: "s".repeat(stage_length), ..job.spec.stages[0].clone() }];
+            job.spec.compute.nodes = 1024;
+            for index in 0..2 {
+                let c = build(&job, index, 901);
+                let name = c.job.metadata.name.unwrap();
+                assert!(format!("{name}-1023").len() <= 63, "host name of {name}");
+                assert!(c.config_map.metadata.name.unwrap().len() <= 63);
+                let labels = c.job.metadata.labels.unwrap();
+                assert!(labels.values().all(|v| v.len() <= 63), "{labels:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_spec_that_admission_would_have_refused_is_an_error_that_names_the_field() {
+        let mut no_kind = job();
+        no_kind.spec.stages[0].sft = None;
+        assert_eq!(check(&no_kind).unwrap_err().to_string(), "spec.stages[tune] must have exactly one of sft, rewardModel and ppo");
+        let mut bad_path = job();
+        bad_path.spec.model.source = "hf://a/b".into();
+        let message = check(&bad_path).unwrap_err().to_string();
+        assert!(message.starts_with("spec.model.source `hf://a/b` is not a location on the volume"), "{message}");
+        assert!(check(&job()).is_ok());
+    }
+}

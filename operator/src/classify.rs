@@ -1,0 +1,359 @@
+//! How an attempt ended: from its pods' ends to one cause and to what is done about it.
+//!
+//! When one rank dies, the others lose a peer, and the Job controller stops the rest; so a gang's end leaves
+//! several bad ends of which one is the cause. The cause is an end of a pod's own (an error, a kill, a
+//! disruption), the earliest first; a clean stop by SIGTERM comes next, a lost peer after that, and last a pod that
+//! was stopped only because another had failed. The exit codes are the trainer's contract
+//! ([`rlhf_api::report::ExitCode`]).
+
+use crate::view::{End, PodView};
+use jiff::Timestamp;
+use rlhf_api::job::Failure;
+use rlhf_api::report::{ExitCode, Verdict};
+
+/// Why an attempt ended; its word stands in status, events and metrics.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reason {
+    /// The trainer's own exit code.
+    Exit(ExitCode),
+    /// The container passed its memory limit (host memory).
+    OomKilled,
+    /// A signal ended a worker or the container, and nobody had asked for the pod's deletion.
+    Killed,
+    /// The cluster took the pod's place: preemption, drain, eviction, loss of the node.
+    Disrupted,
+    /// The pod or its Job was deleted by hand, or is gone without a trace.
+    PodDeleted,
+    /// An exit code that is not in the contract, or a container that could not be run.
+    UnexpectedExit,
+    /// The attempt was stopped because the job failed elsewhere.
+    Stopped,
+    /// The API server refuses the attempt's objects for what the job says.
+    Rejected,
+}
+
+impl Reason {
+    /// Reasons that are not an exit code's.
+    const OTHERS: [Reason; 7] = [
+        Reason::OomKilled,
+        Reason::Killed,
+        Reason::Disrupted,
+        Reason::PodDeleted,
+        Reason::UnexpectedExit,
+        Reason::Stopped,
+        Reason::Rejected,
+    ];
+
+    /// The CamelCase word.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Reason::Exit(code) => code.reason(),
+            Reason::OomKilled => "OOMKilled",
+            Reason::Killed => "Killed",
+            Reason::Disrupted => "Disrupted",
+            Reason::PodDeleted => "PodDeleted",
+            Reason::UnexpectedExit => "UnexpectedExit",
+            Reason::Stopped => "Stopped",
+            Reason::Rejected => "Rejected",
+        }
+    }
+
+    /// The reason with this word; one that a later version wrote reads as unexpected.
+    pub fn parse(word: &str) -> Self {
+        let codes = ExitCode::ALL.into_iter().map(Reason::Exit);
+        codes.chain(Self::OTHERS).find(|r| r.as_str() == word).unwrap_or(Reason::UnexpectedExit)
+    }
+
+    /// What the operator does about it.
+    pub const fn verdict(self) -> Verdict {
+        match self {
+            // A Job that failed although its pods ended well was failed from outside.
+            Reason::Exit(ExitCode::Done) => Verdict::Retry,
+            Reason::Exit(code) => code.verdict(),
+            Reason::OomKilled | Reason::Killed | Reason::UnexpectedExit => Verdict::Retry,
+            Reason::Disrupted | Reason::PodDeleted => Verdict::Disruption,
+            Reason::Stopped | Reason::Rejected => Verdict::Fail,
+        }
+    }
+
+    /// How far the reason is from being the cause: lower is nearer.
+    const fn distance(self) -> u8 {
+        match self {
+            Reason::Exit(ExitCode::Terminated) => 1,
+            Reason::Exit(ExitCode::PeerLost) => 2,
+            _ => 0,
+        }
+    }
+}
+
+/// The distance of a pod that was only stopped because the attempt had failed already.
+const CLEANED_UP: u8 = 3;
+
+/// The cause of an attempt's bad end. `recorded` is the cause that status names so far: pods may be gone by
+/// the time their Job has failed, so what was seen of them earlier counts as much as what is left.
+/// `None` while no pod of the attempt has ended badly.
+pub fn cause<'a>(
+    attempt: u32,
+    pods: impl Iterator<Item = &'a PodView> + Clone,
+    recorded: Option<&Failure>,
+    now: Timestamp,
+) -> Option<Failure> {
+    let recorded = recorded.filter(|f| f.attempt == attempt);
+    let bad = pods.filter(|p| p.ended().is_some_and(|e| e.code != Some(0)));
+    let first_end = bad.clone().filter_map(|p| p.ended()?.at).chain(recorded.map(|f| f.at)).min();
+    let seen = bad.filter_map(|pod| {
+        let failure = failure(attempt, pod, pod.ended()?, first_end, now);
+        let reason = Reason::parse(&failure.reason);
+        let told = reason != Reason::PodDeleted && cleaned_up(pod, pod.ended()?);
+        let distance = if told { CLEANED_UP } else { reason.distance() };
+        Some((distance, failure))
+    });
+    let recorded = recorded.map(|f| (Reason::parse(&f.reason).distance(), f.clone()));
+    recorded.into_iter().chain(seen).min_by_key(|(distance, f)| (*distance, f.at)).map(|(_, f)| f)
+}
+
+/// The end of an attempt of which nothing is left to see.
+pub fn vanished(attempt: u32, what: String, now: Timestamp) -> Failure {
+    Failure {
+        attempt,
+        code: None,
+        reason: Reason::PodDeleted.as_str().into(),
+        pod: None,
+        node: None,
+        rank: None,
+        message: what,
+        at: now,
+    }
+}
+
+/// Whether the pod's deletion was asked for before anything had failed, and so was not the Job controller's
+/// tidying up. Times are whole seconds; a tie is read as a deletion by hand, which costs no restart.
+fn deleted_by_hand(pod: &PodView, first_end: Option<Timestamp>) -> bool {
+    pod.deletion_requested.is_some_and(|asked| first_end.is_none_or(|end| asked <= end))
+}
+
+/// Whether the pod ended because it was told to.
+fn cleaned_up(pod: &PodView, end: &End) -> bool {
+    let told = pod.deletion_requested.is_some_and(|asked| end.at.is_none_or(|at| asked <= at));
+    told && pod.disruption.is_none() && matches!(end.code, Some(143 | 137) | None)
+}
+
+fn failure(attempt: u32, pod: &PodView, end: &End, first_end: Option<Timestamp>, now: Timestamp) -> Failure {
+    let reason = reason(pod, end, first_end);
+    Failure {
+        attempt,
+        code: end.code,
+        reason: reason.as_str().into(),
+        pod: Some(pod.name.clone()),
+        node: pod.node.clone(),
+        rank: end.word.as_ref().and_then(|w| w.rank),
+        message: message(pod, end, reason),
+        at: end.at.unwrap_or(now),
+    }
+}
+
+/// One pod's reason. What the trainer says about config, data and numbers stands above everything, since another
+/// attempt would end the same; a disruption explains any other end.
+fn reason(pod: &PodView, end: &End, first_end: Option<Timestamp>) -> Reason {
+    let exit = end.code.and_then(ExitCode::from_code);
+    match (exit, end.code) {
+        (Some(code), _) if code.verdict() == Verdict::Fail => Reason::Exit(code),
+        _ if pod.disruption.is_some() => Reason::Disrupted,
+        _ if end.oom_killed => Reason::OomKilled,
+        (Some(ExitCode::Terminated), _) | (_, Some(137) | None) if deleted_by_hand(pod, first_end) => Reason::PodDeleted,
+        (Some(code), _) => Reason::Exit(code),
+        (None, Some(137)) => Reason::Killed,
+        (None, _) => Reason::UnexpectedExit,
+    }
+}
+
+/// What was wrong, where: the trainer's own words where it left some.
+fn message(pod: &PodView, end: &End, reason: Reason) -> String {
+    let own = end.word.as_ref().map(|w| w.message.clone()).or_else(|| end.text.clone()).filter(|m| !m.is_empty());
+    let text = match (reason, &pod.disruption) {
+        (Reason::Disrupted, Some(why)) => format!("pod {} was disrupted: {why}", pod.name),
+        (Reason::PodDeleted, _) => format!("pod {} was deleted", pod.name),
+        (Reason::OomKilled, _) => {
+            format!("pod {} passed its memory limit; raise compute.resources.limits.memory or lower batch.microSize", pod.name)
+        }
+        (_, _) => own.unwrap_or_else(|| match end.code {
+            Some(code) => format!("pod {} ended with exit code {code} and left no message; see its log", pod.name),
+            None => format!("pod {} ended before its container ran", pod.name),
+        }),
+    };
+    bounded(text)
+}
+
+/// Cuts a text to what status and events can carry.
+pub fn bounded(mut text: String) -> String {
+    const MAX_BYTES: usize = 1000;
+    if text.len() > MAX_BYTES {
+        let cut = (0..=MAX_BYTES).rev().find(|i| text.is_char_boundary(*i)).unwrap_or(0);
+        text.truncate(cut);
+        text.push('…');
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::view::PodState;
+    use rlhf_api::report::TerminationMessage;
+
+    fn at(second: i64) -> Timestamp {
+        Timestamp::from_second(1_700_000_000 + second).unwrap()
+    }
+
+    /// A pod that ended at a second with a code (or without one).
+    fn pod(index: u32, code: impl Into<Option<i32>>, second: i64) -> PodView {
+        let code = code.into();
+        PodView {
+            name: format!("j-s-1-{index}"),
+            attempt: 1,
+            index,
+            node: Some(format!("node{index}")),
+            ip: None,
+            deletion_requested: None,
+            disruption: None,
+            state: PodState::Ended(End { code, oom_killed: false, word: None, text: None, at: Some(at(second)) }),
+        }
+    }
+
+    impl PodView {
+        fn deleted(mut self, second: i64) -> Self {
+            self.deletion_requested = Some(at(second));
+            self
+        }
+        fn disrupted(mut self) -> Self {
+            self.disruption = Some("EvictionByEvictionAPI".into());
+            self
+        }
+        fn oom(mut self) -> Self {
+            if let PodState::Ended(end) = &mut self.state {
+                end.oom_killed = true;
+            }
+            self
+        }
+        fn running(mut self) -> Self {
+            self.state = PodState::Running;
+            self
+        }
+    }
+
+    fn verdict(pods: &[PodView]) -> (String, u32) {
+        let failure = cause(1, pods.iter(), None, at(100)).unwrap();
+        let index = failure.pod.unwrap().rsplit('-').next().unwrap().parse().unwrap();
+        (failure.reason, index)
+    }
+
+    #[test]
+    fn the_cause_is_found_among_the_ends_of_a_gang() {
+        let cases: Vec<(&str, Vec<PodView>, &str, u32)> = vec![
+            ("one end", vec![pod(0, 65, 1)], "BadInput", 0),
+            ("a lost peer is never the cause beside an error", vec![pod(0, 75, 1), pod(1, 65, 2)], "BadInput", 1),
+            ("a clean stop is never the cause beside an error", vec![pod(0, 143, 1), pod(1, 70, 2)], "Bug", 1),
+            ("of two errors the earlier", vec![pod(0, 74, 3), pod(1, 71, 2)], "DeviceOutOfMemory", 1),
+            ("all lost peers: the first", vec![pod(0, 75, 5), pod(1, 75, 4)], "PeerLost", 1),
+            ("a clean stop explains a lost peer", vec![pod(0, 75, 1), pod(1, 143, 3)], "Terminated", 1),
+            ("killed by a signal", vec![pod(0, 75, 3), pod(1, 137, 2)], "Killed", 1),
+            ("out of host memory", vec![pod(0, 75, 1), pod(1, 137, 2).oom()], "OOMKilled", 1),
+            ("a memory kill inside the pod", vec![pod(0, 71, 2).oom()], "OOMKilled", 0),
+            ("an unknown code", vec![pod(0, 1, 1)], "UnexpectedExit", 0),
+            ("no container ran", vec![pod(0, None, 1)], "UnexpectedExit", 0),
+            ("drained", vec![pod(0, 75, 1), pod(1, 143, 2).disrupted()], "Disrupted", 1),
+            ("drained without grace", vec![pod(0, 137, 2).disrupted()], "Disrupted", 0),
+            ("bad data stands above a drain", vec![pod(0, 65, 2).disrupted()], "BadInput", 0),
+            ("a bug during a drain is the drain's", vec![pod(0, 70, 2).disrupted()], "Disrupted", 0),
+            ("deleted by hand, stopped cleanly", vec![pod(0, 75, 4), pod(1, 143, 5).deleted(3)], "PodDeleted", 1),
+            ("deleted by hand, killed after its grace", vec![pod(0, 75, 4), pod(1, 137, 9).deleted(3)], "PodDeleted", 1),
+            ("an error of its own after a deletion", vec![pod(0, 74, 4).deleted(3)], "StorageFailed", 0),
+            ("stopped by the Job controller after a peer was lost", vec![pod(0, 75, 2), pod(1, 143, 9).deleted(4)], "PeerLost", 0),
+            ("killed by the Job controller after an error", vec![pod(0, 1, 2), pod(1, 137, 9).deleted(4)], "UnexpectedExit", 0),
+            ("its error was told late, after its deletion", vec![pod(0, 75, 2), pod(1, 65, 1).deleted(3)], "BadInput", 1),
+            ("an end that is good does not count", vec![pod(0, 0, 1), pod(1, 75, 2)], "PeerLost", 1),
+        ];
+        for (name, pods, reason, index) in cases {
+            assert_eq!(verdict(&pods), (reason.to_string(), index), "{name}");
+            let reversed: Vec<_> = pods.into_iter().rev().collect();
+            assert_eq!(verdict(&reversed), (reason.to_string(), index), "{name}, pods in the other order");
+        }
+    }
+
+    #[test]
+    fn nothing_has_ended_badly_while_pods_run_or_succeed() {
+        assert_eq!(cause(1, [pod(0, 0, 1), pod(1, 1, 1).running()].iter(), None, at(9)), None);
+    }
+
+    #[test]
+    fn evidence_that_is_gone_counts_by_its_record() {
+        let early = cause(1, [pod(1, 65, 1)].iter(), None, at(2)).unwrap();
+        let peer = [pod(0, 75, 0)];
+        assert_eq!(cause(1, peer.iter(), Some(&early), at(3)).as_ref(), Some(&early));
+        assert_eq!(cause(1, [].iter(), Some(&early), at(3)).as_ref(), Some(&early));
+        let other_attempt = Failure { attempt: 7, ..early };
+        assert_eq!(cause(1, peer.iter(), Some(&other_attempt), at(3)).unwrap().reason, "PeerLost");
+    }
+
+    #[test]
+    fn a_better_cause_replaces_the_recorded_one() {
+        let lost = cause(1, [pod(0, 75, 1)].iter(), None, at(2)).unwrap();
+        assert_eq!(cause(1, [pod(1, 65, 3)].iter(), Some(&lost), at(4)).unwrap().reason, "BadInput");
+    }
+
+    #[test]
+    fn the_record_does_not_change_while_nothing_new_is_seen() {
+        let undated = PodView { state: PodState::Ended(End { code: None, oom_killed: false, word: None, text: None, at: None }), ..pod(0, 1, 0) };
+        let first = cause(1, [undated.clone()].iter(), None, at(5)).unwrap();
+        assert_eq!(cause(1, [undated].iter(), Some(&first), at(50)), Some(first));
+    }
+
+    #[test]
+    fn verdicts_follow_the_contract() {
+        let table = [
+            (Reason::Exit(ExitCode::BadConfig), Verdict::Fail),
+            (Reason::Exit(ExitCode::BadInput), Verdict::Fail),
+            (Reason::Exit(ExitCode::NotFinite), Verdict::Fail),
+            (Reason::Exit(ExitCode::Bug), Verdict::RetryOnce),
+            (Reason::Exit(ExitCode::DeviceOutOfMemory), Verdict::Retry),
+            (Reason::Exit(ExitCode::Storage), Verdict::Retry),
+            (Reason::Exit(ExitCode::PeerLost), Verdict::Retry),
+            (Reason::Exit(ExitCode::Terminated), Verdict::Disruption),
+            (Reason::OomKilled, Verdict::Retry),
+            (Reason::Killed, Verdict::Retry),
+            (Reason::UnexpectedExit, Verdict::Retry),
+            (Reason::Disrupted, Verdict::Disruption),
+            (Reason::PodDeleted, Verdict::Disruption),
+        ];
+        for (reason, verdict) in table {
+            assert_eq!(reason.verdict(), verdict, "{reason:?}");
+            assert_eq!(Reason::parse(reason.as_str()), reason);
+        }
+        assert_eq!(Reason::parse("SomethingNew"), Reason::UnexpectedExit);
+    }
+
+    #[test]
+    fn the_trainers_own_words_are_the_message() {
+        let mut pod = pod(0, 65, 1);
+        if let PodState::Ended(end) = &mut pod.state {
+            end.word = Some(TerminationMessage {
+                code: 65,
+                reason: "BadInput".into(),
+                message: "data/a.jsonl, line 3: no field `prompt`".into(),
+                rank: Some(2),
+                step: None,
+                checkpoint: None,
+                output: None,
+            });
+        }
+        let failure = cause(1, [pod].iter(), None, at(9)).unwrap();
+        assert_eq!(failure.message, "data/a.jsonl, line 3: no field `prompt`");
+        assert_eq!((failure.rank, failure.node.as_deref(), failure.code), (Some(2), Some("node0"), Some(65)));
+    }
+
+    #[test]
+    fn a_long_message_is_cut_at_a_character() {
+        let cut = bounded("ä".repeat(2000));
+        assert!(cut.len() <= 1003 && cut.ends_with('…'), "{}", cut.len());
+    }
+}

@@ -1,0 +1,313 @@
+//! The driver: watches, and one pass over one job as observe, decide, apply.
+
+use crate::apply::{self, Blocked, apply};
+use crate::build::Settings;
+use crate::decide::{Decision, Trouble, decide};
+use crate::listed::{Listed, Watch};
+use crate::metrics::Metrics;
+use crate::observe::{self, ProgressReader, observe, still_holds};
+use crate::retries::Retries;
+use futures::future::BoxFuture;
+use futures::{FutureExt, Stream, StreamExt, TryStreamExt};
+use jiff::Timestamp;
+use k8s_openapi::NamespaceResourceScope;
+use k8s_openapi::api::batch::v1::Job;
+use k8s_openapi::api::core::v1::Pod;
+use kube::core::{DeserializeGuard, object::HasStatus};
+use kube::runtime::controller::{Action, Config};
+use kube::runtime::events::{Event, EventType, Recorder};
+use kube::runtime::reflector::{self, ObjectRef, Store};
+use kube::runtime::{Controller, WatchStreamExt, watcher};
+use kube::{Api, Client, Resource, ResourceExt};
+use rlhf_api::job::{Phase, RLHFJob};
+use rlhf_api::names;
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Passes that run at the same time, each over another job.
+const CONCURRENCY: u16 = 16;
+/// A gang's pods change together; their events are answered by one pass.
+const DEBOUNCE: Duration = Duration::from_millis(100);
+/// A pass is a handful of requests. One that takes longer is given up, so that a silent API server holds up nothing.
+const PASS_LIMIT: Duration = Duration::from_secs(30);
+/// After a pass that met a change in flight, for the case that the change's own event is not coming.
+const AFTER_CHANGE: Duration = Duration::from_secs(1);
+
+/// An RLHFJob, or what could not be read as one.
+pub type Guarded = DeserializeGuard<RLHFJob>;
+
+/// What every pass works with.
+pub struct Context {
+    /// The API server.
+    pub client: Client,
+    /// The operator's Jobs.
+    pub jobs: Store<Job>,
+    /// Their pods.
+    pub pods: Store<Pod>,
+    /// Whether the stores are filled.
+    pub listed: Listed,
+    /// What the flags say.
+    pub settings: Settings,
+    /// The operator's metrics.
+    pub metrics: Arc<Metrics>,
+    /// One for the process: it holds the memory of which events were sent.
+    pub recorder: Recorder,
+    /// Asks trainers how far they are.
+    pub progress: ProgressReader,
+    /// What failed passes left behind.
+    pub retries: Retries,
+}
+
+impl Context {
+    /// The API of one kind in a job's namespace.
+    pub fn api<K>(&self, job: &RLHFJob) -> Api<K>
+    where
+        K: Resource<DynamicType = (), Scope = NamespaceResourceScope>,
+    {
+        Api::namespaced(self.client.clone(), &job.namespace().unwrap_or_default())
+    }
+}
+
+/// A pass that failed and is tried again.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A read failed.
+    #[error(transparent)]
+    Observe(#[from] observe::Error),
+    /// A write failed.
+    #[error(transparent)]
+    Apply(#[from] apply::Error),
+    /// The API server did not answer.
+    #[error("the pass took longer than {} seconds", PASS_LIMIT.as_secs())]
+    TimedOut,
+}
+
+impl Error {
+    /// The value of the metric's label.
+    fn reason(&self) -> &'static str {
+        match self {
+            Error::Observe(_) => "Observe",
+            Error::Apply(apply::Error::Stale) => "Stale",
+            Error::Apply(_) => "Apply",
+            Error::TimedOut => "TimedOut",
+        }
+    }
+}
+
+/// One pass over one job.
+pub async fn reconcile(guarded: Arc<Guarded>, ctx: Arc<Context>) -> Result<Action, Error> {
+    let _measured = ctx.metrics.pass();
+    match &guarded.0 {
+        Ok(job) => tokio::time::timeout(PASS_LIMIT, pass(job, &ctx)).await.map_err(|_| Error::TimedOut)?,
+        Err(invalid) => {
+            ctx.metrics.failed("Undecodable");
+            let error = &invalid.error;
+            tracing::warn!(job = guarded.name_any(), namespace = guarded.namespace(), error, "an RLHFJob cannot be read and is left alone");
+            tell_undecodable(&guarded, error, &ctx).await;
+            Ok(Action::await_change())
+        }
+    }
+}
+
+async fn pass(job: &RLHFJob, ctx: &Context) -> Result<Action, Error> {
+    let now = whole_seconds(Timestamp::now());
+    let observed = observe(job, ctx).await?;
+    let decision = decide(job, &observed, &ctx.settings, now);
+    if decision.touches_children() && !still_holds(job, &decision, ctx).await? {
+        return Err(apply::Error::Stale.into());
+    }
+    log_change(job, &decision);
+    match apply(job, &decision, ctx).await {
+        Ok(None) => {}
+        Ok(Some(blocked)) => return Ok(remember(job, &decision, blocked, now, ctx)),
+        Err(apply::Error::Gone) => return Ok(Action::await_change()),
+        Err(error) => return Err(error.into()),
+    }
+    if decision.make.is_empty() {
+        ctx.retries.passed(job);
+    } else {
+        ctx.retries.forget(&job.namespace().unwrap_or_default(), &job.name_any());
+    }
+    let wait = decision.requeue.and_then(|w| Duration::try_from(w).ok());
+    Ok(wait.map_or_else(Action::await_change, Action::requeue))
+}
+
+/// Kubernetes counts in whole seconds, and so do the times in status.
+fn whole_seconds(time: Timestamp) -> Timestamp {
+    Timestamp::from_second(time.as_second()).unwrap_or(time)
+}
+
+fn log_change(job: &RLHFJob, decision: &Decision) {
+    let (old, new) = (job.status().map(|s| s.phase), decision.status.phase);
+    for notice in &decision.notices {
+        let event = notice.event.reason();
+        tracing::info!(job = job.name_any(), namespace = job.namespace(), event, phase = ?new, was = ?old, "{}", notice.note);
+    }
+}
+
+/// Keeps what was refused for the next pass, which follows at once and tells it in status.
+fn remember(job: &RLHFJob, decision: &Decision, blocked: Blocked, now: Timestamp, ctx: &Context) -> Action {
+    let Blocked { stage, error } = blocked;
+    ctx.metrics.failed("Blocked");
+    let status = &decision.status;
+    let attempt = status.prepare.iter().chain(&status.stages).find(|s| s.name == stage).map_or(0, |s| s.attempt);
+    let trouble = Trouble { message: format!("{stage}: {error}"), stage, attempt, retry_at: now, permanent: error.is_permanent() };
+    ctx.retries.refused(job, now, trouble);
+    Action::requeue(Duration::ZERO)
+}
+
+async fn tell_undecodable(guarded: &Guarded, error: &str, ctx: &Context) {
+    let event = Event {
+        type_: EventType::Warning,
+        reason: "Undecodable".into(),
+        note: Some(crate::classify::bounded(format!("this operator cannot read the object: {error}; is the CRD of another version?"))),
+        action: "Reconcile".into(),
+        secondary: None,
+    };
+    if let Err(error) = ctx.recorder.publish(&event, &guarded.object_ref(&())).await {
+        tracing::warn!(%error, "an event was lost");
+    }
+}
+
+fn error_policy(guarded: Arc<Guarded>, error: &Error, ctx: Arc<Context>) -> Action {
+    ctx.metrics.failed(error.reason());
+    let (namespace, name) = (guarded.namespace().unwrap_or_default(), guarded.name_any());
+    if matches!(error, Error::Apply(apply::Error::Stale)) {
+        tracing::debug!(job = name, namespace, %error, "decides anew");
+        return Action::requeue(AFTER_CHANGE);
+    }
+    let wait = ctx.retries.failed(&namespace, &name);
+    tracing::warn!(job = name, namespace, %error, retry_seconds = wait.as_secs(), "a pass failed");
+    Action::requeue(wait)
+}
+
+/// The API of a kind in the watched namespace, or in all.
+fn scoped<K>(client: &Client, namespace: Option<&str>) -> Api<K>
+where
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope>,
+{
+    match namespace {
+        Some(namespace) => Api::namespaced(client.clone(), namespace),
+        None => Api::all(client.clone()),
+    }
+}
+
+/// Whether RLHFJobs can be listed, with an error that says what is missing.
+pub async fn check_crd(client: &Client, namespace: Option<&str>) -> Result<(), String> {
+    let api: Api<Guarded> = scoped(client, namespace);
+    match api.list_metadata(&kube::api::ListParams::default().limit(1)).await {
+        Ok(_) => Ok(()),
+        Err(kube::Error::Api(s)) if s.is_not_found() => Err(format!(
+            "the cluster does not know {}/{} RLHFJob: install the chart with crds.enabled=true, or apply crds/rlhfjob.yaml",
+            names::GROUP,
+            RLHFJob::version(&())
+        )),
+        Err(kube::Error::Api(s)) if s.is_forbidden() => Err(format!("the operator may not list RLHFJobs; see the chart's ClusterRole: {}", s.message)),
+        Err(error) => Err(format!("the API server cannot be asked for RLHFJobs: {error}")),
+    }
+}
+
+/// The stores and streams of one run of the operator.
+pub struct Watches {
+    jobs: reflector::store::Writer<Job>,
+    pods: reflector::store::Writer<Pod>,
+}
+
+impl Default for Watches {
+    fn default() -> Self {
+        Self { jobs: reflector::store::Writer::new(()), pods: reflector::store::Writer::new(()) }
+    }
+}
+
+impl Watches {
+    /// Readers of the stores, for the context.
+    pub fn readers(&self) -> (Store<Job>, Store<Pod>) {
+        (self.jobs.as_reader(), self.pods.as_reader())
+    }
+
+    /// The controller's store of RLHFJobs, and the run itself, which ends only after `shutdown`.
+    pub fn run(
+        self,
+        ctx: Arc<Context>,
+        namespace: Option<&str>,
+        shutdown: impl Future<Output = ()> + Send + Sync + 'static,
+    ) -> (Store<Guarded>, BoxFuture<'static, ()>) {
+        let client = &ctx.client;
+        let listed = ctx.listed.clone();
+        let jobs = children::<Job>(scoped(client, namespace), self.jobs, (Watch::Jobs, listed.clone()), |job| {
+            // A template is most of a Job's size, and the operator made it.
+            if let Some(spec) = &mut job.spec {
+                spec.template = Default::default();
+            }
+        });
+        let pods = children::<Pod>(scoped(client, namespace), self.pods, (Watch::Pods, listed.clone()), |pod| {
+            if let Some(spec) = &mut pod.spec {
+                *spec = k8s_openapi::api::core::v1::PodSpec { node_name: spec.node_name.take(), ..Default::default() };
+            }
+        });
+        let writer = reflector::store::Writer::<Guarded>::new(());
+        let store = writer.as_reader();
+        let stream = watcher(scoped::<Guarded>(client, namespace), watcher::Config::default()).default_backoff().reflect(writer);
+        let stream = tell(stream, Watch::RlhfJobs, listed).applied_objects();
+        let controller = Controller::for_stream(stream, store.clone())
+            .with_config(Config::default().concurrency(CONCURRENCY).debounce(DEBOUNCE))
+            .watches_stream(jobs, |job| owner(&job))
+            .watches_stream(pods, |pod| owner(&pod))
+            .graceful_shutdown_on(shutdown);
+        let run = controller.run(reconcile, error_policy, ctx.clone()).for_each(move |result| {
+            if let Err(kube::runtime::controller::Error::ObjectNotFound(gone)) = &result {
+                ctx.retries.forget(gone.namespace.as_deref().unwrap_or_default(), &gone.name);
+            } else if let Err(kube::runtime::controller::Error::QueueError(error)) = &result {
+                tracing::warn!(%error, "a watch failed and is started again");
+            }
+            std::future::ready(())
+        });
+        (store, run.boxed())
+    }
+}
+
+/// The watch of one kind of child, kept small and written to its store.
+fn children<K>(
+    api: Api<K>,
+    writer: reflector::store::Writer<K>,
+    (watch, listed): (Watch, Listed),
+    prune: impl Fn(&mut K) + Send + 'static,
+) -> impl Stream<Item = Result<K, watcher::Error>> + Send
+where
+    K: Resource<DynamicType = ()> + Clone + serde::de::DeserializeOwned + std::fmt::Debug + Send + Sync + 'static,
+{
+    let stream = watcher(api, watcher::Config::default().labels(names::LABEL_JOB_UID))
+        .default_backoff()
+        .modify(move |child| {
+            child.managed_fields_mut().clear();
+            prune(child);
+        })
+        .reflect(writer);
+    tell(stream, watch, listed).touched_objects()
+}
+
+/// Tells when a watch, whose events have reached their store, has listed everything.
+fn tell<K>(
+    events: impl Stream<Item = Result<watcher::Event<K>, watcher::Error>> + Send,
+    watch: Watch,
+    listed: Listed,
+) -> impl Stream<Item = Result<watcher::Event<K>, watcher::Error>> + Send {
+    events.inspect_ok(move |event| {
+        if matches!(event, watcher::Event::InitDone) {
+            listed.done(watch);
+        }
+    })
+}
+
+/// The job that a child's labels name. Only the label is looked at here; whose child it is, a pass finds out.
+fn owner(child: &impl Resource) -> Option<ObjectRef<Guarded>> {
+    let name = child.meta().labels.as_ref()?.get(names::LABEL_JOB)?;
+    Some(ObjectRef::new(name).within(child.meta().namespace.as_deref()?))
+}
+
+/// The phases of all jobs that are known, for the metrics.
+pub fn phases(store: &Store<Guarded>) -> Vec<Phase> {
+    let jobs = store.state();
+    jobs.iter().filter_map(|g| g.0.as_ref().ok()).map(|j| j.status.as_ref().map(|s| s.phase).unwrap_or_default()).collect()
+}

@@ -1,0 +1,316 @@
+//! What follows from a job and what was seen of its children: the operator's rules, all of them.
+//!
+//! [`decide`] is a pure function of the job, the observation and the time; it reads no clock, calls no API and is
+//! the only place where a status is made. It promises:
+//! - a stage never has two live attempts: an attempt's Job is made only when every earlier Job of the stage has
+//!   finished or is gone and no pod of the stage runs;
+//! - an attempt's number and the counters are in status before its children are made, so a crash between any two
+//!   writes ends the same;
+//! - attempts and counters never fall, and a terminal job stays as it is;
+//! - the same input gives the same output, so a pass that changes nothing writes nothing.
+//!
+//! The attempt number as a fence is JobSet's idea (`failurePolicy`, restart attempts).
+
+mod stage;
+mod status;
+#[cfg(test)]
+mod tests;
+#[cfg(test)]
+mod world;
+
+use crate::build::{self, Children, Settings, Task};
+use crate::view::{JobView, StageView};
+use jiff::{SignedDuration, Timestamp};
+use rlhf_api::job::{Phase, RLHFJob, RLHFJobStatus, StagePhase, StageStatus};
+use std::collections::BTreeMap;
+
+/// How often rank 0 of a running stage is asked how far it is, and so how often progress is written at most.
+pub const PROGRESS_PERIOD: SignedDuration = SignedDuration::from_secs(10);
+
+/// What was seen of a job's children.
+#[derive(Clone, Debug, Default)]
+pub struct Observed {
+    /// By the stage's name; prepare is one of them. A stage without children may be absent.
+    pub stages: BTreeMap<String, StageView>,
+    /// What the API server said when an attempt's objects were last made, where it was no success.
+    pub trouble: Option<Trouble>,
+}
+
+/// An attempt's objects could not be made.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Trouble {
+    /// The stage.
+    pub stage: String,
+    /// The attempt.
+    pub attempt: u32,
+    /// What was refused and why.
+    pub message: String,
+    /// Not tried again before this time.
+    pub retry_at: Timestamp,
+    /// Whether another try would end the same, because what the job says is wrong.
+    pub permanent: bool,
+}
+
+/// What is to be written.
+#[derive(Clone, Debug, Default)]
+pub struct Decision {
+    /// The next status; written first, and only if it differs.
+    pub status: RLHFJobStatus,
+    /// Jobs to delete with their pods.
+    pub delete: Vec<JobRef>,
+    /// Jobs whose `spec.suspend` is to become the value.
+    pub suspend: Vec<(JobRef, bool)>,
+    /// Attempts to make.
+    pub make: Vec<Children>,
+    /// What to tell people, once the status is written.
+    pub notices: Vec<Notice>,
+    /// How attempts ended in this pass, for the metrics, once the status is written.
+    pub outcomes: Vec<Outcome>,
+    /// When to look again although nothing changes.
+    pub requeue: Option<SignedDuration>,
+}
+
+impl Decision {
+    /// Whether children are made, changed or deleted.
+    pub fn touches_children(&self) -> bool {
+        !(self.delete.is_empty() && self.suspend.is_empty() && self.make.is_empty())
+    }
+
+    fn look_again(&mut self, after: SignedDuration) {
+        self.requeue = Some(self.requeue.map_or(after, |r| r.min(after)));
+    }
+}
+
+/// One Job, and no other of the same name.
+#[derive(Clone, Debug, PartialEq)]
+pub struct JobRef {
+    /// Its name.
+    pub name: String,
+    /// Its UID.
+    pub uid: String,
+}
+
+impl From<&JobView> for JobRef {
+    fn from(job: &JobView) -> Self {
+        Self { name: job.name.clone(), uid: job.uid.clone() }
+    }
+}
+
+/// An event for people.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Notice {
+    /// What happened.
+    pub event: Event,
+    /// In words.
+    pub note: String,
+    /// The child Job that it concerns. Events of one kind that concern the same Job are counted, not repeated.
+    pub about: Option<String>,
+}
+
+/// What happened to a job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// An attempt's number is written and its children are wanted.
+    StageStarted,
+    /// A stage (or prepare) is done.
+    StageSucceeded,
+    /// An attempt ended otherwise.
+    AttemptFailed,
+    /// An attempt's objects cannot be made.
+    Blocked,
+    /// Every stage is done.
+    JobSucceeded,
+    /// The job gave up.
+    JobFailed,
+    /// The job is suspended and no pod is left.
+    Suspended,
+    /// The job goes on.
+    Resumed,
+}
+
+impl Event {
+    /// The event's reason.
+    pub const fn reason(self) -> &'static str {
+        match self {
+            Event::StageStarted => "StageStarted",
+            Event::StageSucceeded => "StageSucceeded",
+            Event::AttemptFailed => "AttemptFailed",
+            Event::Blocked => "Blocked",
+            Event::JobSucceeded => "JobSucceeded",
+            Event::JobFailed => "JobFailed",
+            Event::Suspended => "Suspended",
+            Event::Resumed => "Resumed",
+        }
+    }
+
+    /// Whether somebody should look.
+    pub const fn is_warning(self) -> bool {
+        matches!(self, Event::AttemptFailed | Event::Blocked | Event::JobFailed)
+    }
+}
+
+/// How an attempt ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Well.
+    Succeeded,
+    /// Badly; another attempt follows and counts as a restart.
+    Restarted,
+    /// By a disruption; another attempt follows.
+    Disrupted,
+    /// Badly, and no other attempt follows.
+    Failed,
+}
+
+impl Outcome {
+    /// Every outcome.
+    pub const ALL: [Outcome; 4] = [Outcome::Succeeded, Outcome::Restarted, Outcome::Disrupted, Outcome::Failed];
+
+    /// The value of the metric's label.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Outcome::Succeeded => "succeeded",
+            Outcome::Restarted => "restarted",
+            Outcome::Disrupted => "disrupted",
+            Outcome::Failed => "failed",
+        }
+    }
+}
+
+/// Decides what follows.
+pub fn decide(job: &RLHFJob, observed: &Observed, settings: &Settings, now: Timestamp) -> Decision {
+    let before = job.status.clone().unwrap_or_default();
+    if job.metadata.deletion_timestamp.is_some() || is_stale(&before, observed) {
+        return Decision { status: before, ..Decision::default() };
+    }
+    let mut pass = Pass { job, observed, settings, now, defeat: None, decision: Decision::default() };
+    let mut status = before.clone();
+    status.observed_generation = job.metadata.generation.unwrap_or_default();
+    if !status.phase.is_terminal() {
+        pass.advance(&before, &mut status);
+    }
+    pass.sweep(&status);
+    pass.decision.status = status;
+    pass.decision
+}
+
+/// Whether children are newer than the status: then the status is old, and the new one is on its way.
+fn is_stale(status: &RLHFJobStatus, observed: &Observed) -> bool {
+    observed.stages.iter().any(|(name, view)| {
+        let current = status.prepare.iter().chain(&status.stages).find(|s| s.name == *name).map_or(0, |s| s.attempt);
+        view.jobs.iter().any(|j| j.attempt > current)
+    })
+}
+
+/// Why the job is given up.
+struct Defeat {
+    reason: &'static str,
+    message: String,
+}
+
+/// One run of the rules.
+struct Pass<'a> {
+    job: &'a RLHFJob,
+    observed: &'a Observed,
+    settings: &'a Settings,
+    now: Timestamp,
+    defeat: Option<Defeat>,
+    decision: Decision,
+}
+
+impl<'a> Pass<'a> {
+    /// Settles what has ended, starts what may start, and says where that leaves the job.
+    fn advance(&mut self, before: &RLHFJobStatus, status: &mut RLHFJobStatus) {
+        self.lay_out(status);
+        if let Err(error) = build::check(self.job) {
+            self.defeat = Some(Defeat { reason: "InvalidSpec", message: error.to_string() });
+        }
+        for slot in slots(status) {
+            self.settle(slot);
+        }
+        if self.defeat.is_none() {
+            self.start_ready(status);
+        }
+        self.conclude(before, status);
+    }
+
+    /// Gives every stage of the spec its place in status.
+    fn lay_out(&self, status: &mut RLHFJobStatus) {
+        let fresh = |task: Task<'_>| StageStatus { name: task.name().to_owned(), ..Default::default() };
+        let mut old = std::mem::take(&mut status.stages);
+        for task in Task::all(self.job) {
+            let known = old.iter().position(|s| s.name == task.name()).map(|i| old.swap_remove(i));
+            match task {
+                Task::Prepare => _ = status.prepare.get_or_insert_with(|| fresh(task)),
+                Task::Stage(_) => status.stages.push(known.unwrap_or_else(|| fresh(task))),
+            }
+        }
+    }
+
+    /// Starts the stages whose needs are met and makes the children of those that were started.
+    fn start_ready(&mut self, status: &mut RLHFJobStatus) {
+        for task in Task::all(self.job) {
+            let ready = is_ready(status, task);
+            let Some(slot) = slots(status).find(|s| s.name == task.name()) else { continue };
+            if self.start(slot, ready) {
+                status.start_time.get_or_insert(self.now);
+            }
+        }
+        for task in Task::all(self.job) {
+            if let Some(slot) = slots(status).find(|s| s.name == task.name()) {
+                self.make(task, slot);
+            }
+        }
+    }
+
+    /// Deletes every Job that no longer has a part: those of earlier attempts, and unfinished ones of stages that do
+    /// not run. What has finished stays for its logs until the next attempt or the job's deletion.
+    fn sweep(&mut self, status: &RLHFJobStatus) {
+        for slot in status.prepare.iter().chain(&status.stages) {
+            let live = matches!(slot.phase, StagePhase::Starting | StagePhase::Running);
+            let unwanted = |j: &&JobView| !j.deleting && !(j.attempt == slot.attempt && (live || j.finished()));
+            self.decision.delete.extend(self.view(&slot.name).jobs.iter().filter(unwanted).map(JobRef::from));
+        }
+    }
+
+    fn view(&self, stage: &str) -> &'a StageView {
+        const NOTHING: &StageView = &StageView { jobs: Vec::new(), pods: Vec::new(), progress: None };
+        self.observed.stages.get(stage).unwrap_or(NOTHING)
+    }
+
+    fn tell(&mut self, event: Event, note: String, about: Option<String>) {
+        self.decision.notices.push(Notice { event, note: crate::classify::bounded(note), about });
+    }
+
+    /// Whether a suspended job has come to rest: its Jobs are suspended and its pods have ended.
+    fn at_rest(&self) -> bool {
+        self.observed.stages.values().all(|view| {
+            view.jobs.iter().all(|j| j.finished() || j.suspended) && view.pods.iter().all(|p| p.ended().is_some())
+        })
+    }
+
+    fn phase(&self, status: &RLHFJobStatus) -> Phase {
+        let prepare = status.prepare.as_ref().map(|p| (p.phase, p.attempt));
+        match prepare {
+            _ if self.job.spec.suspend && self.at_rest() => Phase::Suspended,
+            Some((StagePhase::Succeeded, _)) => Phase::Running,
+            Some((_, 1..)) => Phase::Preparing,
+            _ => Phase::Pending,
+        }
+    }
+}
+
+/// Prepare and the stages, in order.
+fn slots(status: &mut RLHFJobStatus) -> impl Iterator<Item = &mut StageStatus> {
+    status.prepare.iter_mut().chain(status.stages.iter_mut())
+}
+
+/// Whether everything that a task needs is there: prepare needs nothing, a stage needs prepare and the stages that
+/// it names.
+fn is_ready(status: &RLHFJobStatus, task: Task<'_>) -> bool {
+    let Task::Stage(stage) = task else { return true };
+    let done = |s: &StageStatus| s.phase == StagePhase::Succeeded;
+    let needs = RLHFJob::needs(stage);
+    status.prepare.as_ref().is_some_and(done)
+        && needs.iter().all(|need| status.stages.iter().any(|s| s.name == *need && done(s)))
+}

@@ -1,0 +1,215 @@
+//! The life of one stage (prepare is one of them): Pending, Starting, Running, and back to Pending after a bad end
+//! until the stage has succeeded or is given up.
+
+use super::{Defeat, Event, JobRef, Outcome, PROGRESS_PERIOD, Pass};
+use crate::build::{self, Task};
+use crate::classify::{Reason, bounded, cause, vanished};
+use crate::view::{JobState, JobView, PodState, PodView, StageView};
+use jiff::SignedDuration;
+use kube::ResourceExt;
+use rlhf_api::job::{Failure, StagePhase, StageStatus};
+use rlhf_api::names;
+use rlhf_api::report::{Checkpoint, ExitCode, Output, Verdict};
+
+/// The wait before the first attempt that follows a failure; it doubles with each, as the Job controller's does.
+const FIRST_BACKOFF: SignedDuration = SignedDuration::from_secs(10);
+/// The longest wait.
+const LONGEST_BACKOFF: SignedDuration = SignedDuration::from_secs(300);
+
+impl Pass<'_> {
+    /// Draws what follows from the current attempt's Job and pods.
+    pub(super) fn settle(&mut self, slot: &mut StageStatus) {
+        if !matches!(slot.phase, StagePhase::Starting | StagePhase::Running) {
+            return;
+        }
+        let view = self.view(&slot.name);
+        let Some(job) = view.job(slot.attempt) else { return self.settle_absent(slot) };
+        if let Some(checkpoint) = last_checkpoint(view, slot.attempt) {
+            slot.checkpoint = Some(checkpoint);
+        }
+        match job.state {
+            JobState::Complete => self.succeed(slot, view),
+            JobState::Failed => self.lose(slot, view, "its pods are gone"),
+            JobState::Active | JobState::Failing if job.deleting => self.lose(slot, view, "its Job was deleted"),
+            JobState::Failing => slot.last_failure = self.cause(slot, view).or(slot.last_failure.take()),
+            JobState::Active => self.watch(slot, job, view),
+        }
+    }
+
+    /// The attempt has no Job: it has not been made yet, cannot be made, or was deleted.
+    fn settle_absent(&mut self, slot: &mut StageStatus) {
+        let refused = self.observed.trouble.as_ref().filter(|t| t.permanent && t.stage == slot.name && t.attempt == slot.attempt);
+        if let Some(trouble) = refused {
+            let failure = Failure { reason: Reason::Rejected.as_str().into(), ..vanished(slot.attempt, trouble.message.clone(), self.now) };
+            self.end(slot, failure);
+        } else if slot.phase == StagePhase::Running || self.view(&slot.name).pods_of(slot.attempt).next().is_some() {
+            self.lose(slot, self.view(&slot.name), "its Job was deleted");
+        }
+    }
+
+    fn cause(&self, slot: &StageStatus, view: &StageView) -> Option<Failure> {
+        cause(slot.attempt, view.pods.iter().filter(|p| p.attempt == slot.attempt), slot.last_failure.as_ref(), self.now)
+    }
+
+    fn lose(&mut self, slot: &mut StageStatus, view: &StageView, otherwise: &str) {
+        let trace = self.cause(slot, view);
+        let failure = trace.unwrap_or_else(|| vanished(slot.attempt, format!("attempt {}: {otherwise}", slot.attempt), self.now));
+        self.end(slot, failure);
+    }
+
+    /// An attempt whose Job is active: it starts, runs, is to be stopped or to go on.
+    fn watch(&mut self, slot: &mut StageStatus, job: &JobView, view: &StageView) {
+        let wanted = self.job.spec.suspend;
+        if job.suspended != wanted {
+            self.decision.suspend.push((JobRef::from(job), wanted));
+        }
+        if wanted || job.suspended {
+            slot.phase = StagePhase::Starting;
+            return;
+        }
+        let pods = || view.pods_of(slot.attempt);
+        if pods().any(|p| p.ended().is_some() && !p.succeeded()) {
+            return;
+        }
+        let running = pods().filter(|p| p.state == PodState::Running).count() as u32;
+        let succeeded = job.succeeded.max(pods().filter(|p| p.succeeded()).count() as u32);
+        match (slot.phase, running + succeeded >= job.pods) {
+            (StagePhase::Running, false) => self.lose(slot, view, "a pod of it is gone"),
+            (_, true) => self.run(slot, view),
+            (_, false) => {}
+        }
+    }
+
+    fn run(&mut self, slot: &mut StageStatus, view: &StageView) {
+        slot.phase = StagePhase::Running;
+        if let Some(progress) = &view.progress {
+            slot.checkpoint = progress.checkpoint.clone().or(slot.checkpoint.take());
+            slot.progress = Some(progress.clone());
+        }
+        self.decision.look_again(PROGRESS_PERIOD);
+    }
+
+    fn succeed(&mut self, slot: &mut StageStatus, view: &StageView) {
+        let word = view.pods_of(slot.attempt).find(|p| p.index == 0).and_then(|p| p.ended()?.word.as_ref());
+        if slot.name != names::PREPARE {
+            slot.output = Some(word.and_then(|w| w.output.clone()).unwrap_or_else(|| self.place_of_output(slot)));
+        }
+        if let (Some(progress), Some(step)) = (&mut slot.progress, word.and_then(|w| w.step)) {
+            progress.step = step;
+            progress.eta_seconds = None;
+        }
+        slot.phase = StagePhase::Succeeded;
+        self.decision.outcomes.push(Outcome::Succeeded);
+        self.tell(Event::StageSucceeded, format!("{} succeeded (attempt {})", slot.name, slot.attempt), self.about(slot));
+    }
+
+    /// Where the trainer wrote the model, for an attempt whose first pod was deleted before its last word was read.
+    fn place_of_output(&self, slot: &StageStatus) -> Output {
+        let path = names::model_dir(&self.job.name_any(), &self.job.uid().unwrap_or_default(), &slot.name);
+        Output { path, metrics: Default::default() }
+    }
+
+    /// A bad end: another attempt, or the end of the job.
+    fn end(&mut self, slot: &mut StageStatus, failure: Failure) {
+        let failure = Failure { message: bounded(failure.message), ..failure };
+        let reason = Reason::parse(&failure.reason);
+        let said = format!("{}, attempt {}: {}: {}", slot.name, slot.attempt, failure.reason, failure.message);
+        slot.last_failure = Some(failure);
+        let outcome = self.outcome(slot, reason);
+        match outcome {
+            Outcome::Restarted => {
+                slot.restarts += 1;
+                slot.not_before = Some(self.now + backoff(slot.restarts));
+            }
+            Outcome::Disrupted => slot.disruptions += 1,
+            Outcome::Failed | Outcome::Succeeded => {}
+        }
+        if reason == Reason::Exit(ExitCode::Bug) {
+            slot.bugs += 1;
+        }
+        if outcome == Outcome::Failed {
+            slot.phase = StagePhase::Failed;
+            self.give_up(slot, reason, &said);
+        } else {
+            slot.phase = StagePhase::Pending;
+        }
+        self.decision.outcomes.push(outcome);
+        self.tell(Event::AttemptFailed, said, self.about(slot));
+    }
+
+    fn outcome(&self, slot: &StageStatus, reason: Reason) -> Outcome {
+        let policy = &self.job.spec.failure_policy;
+        match reason.verdict() {
+            Verdict::Fail | Verdict::Success => Outcome::Failed,
+            Verdict::RetryOnce if slot.bugs > 0 => Outcome::Failed,
+            Verdict::RetryOnce | Verdict::Retry if slot.restarts >= policy.max_restarts => Outcome::Failed,
+            Verdict::RetryOnce | Verdict::Retry => Outcome::Restarted,
+            Verdict::Disruption if slot.disruptions >= policy.max_disruptions => Outcome::Failed,
+            Verdict::Disruption => Outcome::Disrupted,
+        }
+    }
+
+    fn give_up(&mut self, slot: &StageStatus, reason: Reason, said: &str) {
+        let policy = &self.job.spec.failure_policy;
+        let (reason, why) = match reason.verdict() {
+            Verdict::Retry => ("RestartsExhausted", format!("; failurePolicy.maxRestarts is {}", policy.max_restarts)),
+            Verdict::Disruption => ("DisruptionsExhausted", format!("; failurePolicy.maxDisruptions is {}", policy.max_disruptions)),
+            _ => (reason.as_str(), String::new()),
+        };
+        let also = if slot.attempt > 1 { format!(" after {} attempts", slot.attempt) } else { String::new() };
+        self.defeat = Some(Defeat { reason, message: format!("given up{also}: {said}{why}") });
+    }
+
+    /// Gives the next attempt its number, if the stage waits for nothing. The children follow once the number is
+    /// in status.
+    pub(super) fn start(&mut self, slot: &mut StageStatus, ready: bool) -> bool {
+        if slot.phase != StagePhase::Pending || !ready || self.job.spec.suspend {
+            return false;
+        }
+        let wait = slot.not_before.map_or(SignedDuration::ZERO, |t| t.duration_since(self.now));
+        if wait > SignedDuration::ZERO {
+            self.decision.look_again(wait);
+            return false;
+        }
+        slot.attempt += 1;
+        slot.phase = StagePhase::Starting;
+        slot.not_before = None;
+        slot.progress = None;
+        self.tell(Event::StageStarted, format!("{}: attempt {} starts", slot.name, slot.attempt), self.about(slot));
+        true
+    }
+
+    /// Makes a started attempt's children, as soon as nothing of an earlier attempt can run beside it.
+    pub(super) fn make(&mut self, task: Task<'_>, slot: &StageStatus) {
+        let view = self.view(&slot.name);
+        let wanted = slot.phase == StagePhase::Starting && !self.job.spec.suspend;
+        if !wanted || !view.is_clear_for(slot.attempt) {
+            return;
+        }
+        if let Some(trouble) = self.observed.trouble.as_ref().filter(|t| t.stage == slot.name && t.attempt == slot.attempt) {
+            let wait = trouble.retry_at.duration_since(self.now);
+            if wait > SignedDuration::ZERO {
+                return self.decision.look_again(wait);
+            }
+        }
+        match build::children(self.job, task, slot.attempt, self.settings) {
+            Ok(children) => self.decision.make.push(children),
+            Err(error) => self.defeat = Some(Defeat { reason: "InvalidSpec", message: error.to_string() }),
+        }
+    }
+
+    fn about(&self, slot: &StageStatus) -> Option<String> {
+        Some(names::attempt(&self.job.name_any(), &slot.name, slot.attempt))
+    }
+}
+
+fn backoff(restarts: u32) -> SignedDuration {
+    let doubled = FIRST_BACKOFF.saturating_mul(1 << restarts.saturating_sub(1).min(16));
+    doubled.min(LONGEST_BACKOFF)
+}
+
+/// The newest checkpoint that the pods of an attempt spoke of when they ended.
+fn last_checkpoint(view: &StageView, attempt: u32) -> Option<Checkpoint> {
+    let told = |p: &PodView| p.ended()?.word.as_ref()?.checkpoint.clone();
+    view.pods_of(attempt).filter_map(told).max_by_key(|c| c.step)
+}

@@ -1,0 +1,534 @@
+//! The rules by cases: what is seen, what follows.
+
+use super::*;
+use crate::build::tests::{job, settings};
+use crate::view::{End, JobState, PodState, PodView};
+use rlhf_api::job::Failure;
+use rlhf_api::report::{Checkpoint, Output, Progress, TerminationMessage};
+
+fn at(second: i64) -> Timestamp {
+    Timestamp::from_second(1_800_000_000 + second).unwrap()
+}
+
+fn job_view(stage: &str, attempt: u32, state: JobState) -> JobView {
+    let pods = if stage == "prepare" { 1 } else { 2 };
+    let name = format!("demo-{stage}-{attempt}");
+    JobView { uid: format!("uid-{name}"), name, attempt, deleting: false, suspended: false, pods, succeeded: 0, state }
+}
+
+fn pod_view(stage: &str, attempt: u32, index: u32, state: PodState) -> PodView {
+    PodView {
+        name: format!("demo-{stage}-{attempt}-{index}-x"),
+        attempt,
+        index,
+        node: Some("node1".into()),
+        ip: Some("10.0.0.1".into()),
+        deletion_requested: None,
+        disruption: None,
+        state,
+    }
+}
+
+fn ended(code: i32, word: Option<TerminationMessage>) -> PodState {
+    PodState::Ended(End { code: Some(code), oom_killed: false, word, text: None, at: Some(at(5)) })
+}
+
+/// A job on its way, driven by what is seen.
+struct Case {
+    job: RLHFJob,
+    observed: Observed,
+    now: Timestamp,
+    last: Decision,
+}
+
+impl Case {
+    fn new() -> Self {
+        Self { job: job(), observed: Observed::default(), now: at(0), last: Decision::default() }
+    }
+
+    /// Prepare done and the first two stages started.
+    fn prepared() -> Self {
+        let mut case = Self::new();
+        case.pass();
+        case.see("prepare", 1, JobState::Complete, &[ended(0, None)]);
+        case.pass();
+        case
+    }
+
+    /// As [`Case::prepared`], with every pod of the first two stages running.
+    fn running() -> Self {
+        let mut case = Self::prepared();
+        for stage in ["tune", "judge"] {
+            case.see(stage, 1, JobState::Active, &[PodState::Running, PodState::Running]);
+        }
+        case.pass();
+        case
+    }
+
+    /// Decides until nothing more follows from what is seen, as passes do that see their own status again.
+    fn pass(&mut self) -> &Decision {
+        let decision = decide(&self.job, &self.observed, &settings(), self.now);
+        self.job.status = Some(decision.status.clone());
+        self.last = decision;
+        &self.last
+    }
+
+    fn see(&mut self, stage: &str, attempt: u32, state: JobState, pods: &[PodState]) {
+        let view = self.observed.stages.entry(stage.into()).or_default();
+        view.jobs = vec![job_view(stage, attempt, state)];
+        view.pods = pods.iter().enumerate().map(|(i, s)| pod_view(stage, attempt, i as u32, s.clone())).collect();
+    }
+
+    fn view(&mut self, stage: &str) -> &mut StageView {
+        self.observed.stages.get_mut(stage).unwrap()
+    }
+
+    fn slot(&self, stage: &str) -> &StageStatus {
+        let status = self.job.status.as_ref().unwrap();
+        status.prepare.iter().chain(&status.stages).find(|s| s.name == stage).unwrap()
+    }
+
+    fn status(&self) -> &RLHFJobStatus {
+        self.job.status.as_ref().unwrap()
+    }
+
+    fn made(&self) -> Vec<&str> {
+        self.last.make.iter().map(|c| c.job.metadata.name.as_deref().unwrap()).collect()
+    }
+
+    fn deleted(&self) -> Vec<&str> {
+        self.last.delete.iter().map(|j| j.name.as_str()).collect()
+    }
+
+    fn events(&self) -> Vec<&str> {
+        self.last.notices.iter().map(|n| n.event.reason()).collect()
+    }
+
+    fn condition(&self, kind: &str) -> Option<(&str, &str)> {
+        self.status().conditions.iter().find(|c| c.type_ == kind).map(|c| (c.status.as_str(), c.reason.as_str()))
+    }
+
+    /// Nothing follows from what is seen any more.
+    fn assert_quiet(&mut self) {
+        let before = self.job.status.clone();
+        self.pass();
+        assert_eq!(Some(&self.last.status), before.as_ref(), "status moves by itself");
+        let Decision { delete, suspend, notices, .. } = &self.last;
+        assert!(delete.is_empty() && suspend.is_empty() && notices.is_empty(), "{:?}", self.last);
+    }
+}
+
+#[test]
+fn the_first_pass_numbers_prepare_and_makes_nothing_else() {
+    let mut case = Case::new();
+    case.pass();
+    assert_eq!(case.made(), ["demo-prepare-1"]);
+    assert_eq!((case.status().phase, case.slot("prepare").attempt), (Phase::Preparing, 1));
+    assert_eq!(case.status().start_time, Some(at(0)));
+    assert_eq!(case.status().observed_generation, 1);
+    assert_eq!((case.events(), case.slot("tune").attempt), (vec!["StageStarted"], 0));
+}
+
+#[test]
+fn children_that_a_crash_kept_from_being_made_are_made_by_the_next_pass() {
+    let mut case = Case::new();
+    case.pass();
+    case.pass();
+    assert_eq!(case.made(), ["demo-prepare-1"]);
+    assert!(case.events().is_empty());
+    assert_eq!(case.slot("prepare").attempt, 1);
+}
+
+#[test]
+fn stages_without_an_edge_between_them_run_side_by_side_once_prepare_is_done() {
+    let mut case = Case::prepared();
+    assert_eq!(case.made(), ["demo-tune-1", "demo-judge-1"]);
+    assert_eq!((case.status().phase, case.slot("act").phase), (Phase::Running, StagePhase::Pending));
+    assert_eq!(case.status().stage.as_deref(), Some("tune,judge"));
+    assert_eq!(case.events(), ["StageSucceeded", "StageStarted", "StageStarted"]);
+    assert!(case.deleted().is_empty(), "the finished prepare Job keeps its log");
+    case.observed.stages.remove("prepare");
+    case.pass();
+    assert_eq!(case.slot("prepare").phase, StagePhase::Succeeded, "a success is not undone by the deletion of its Job");
+}
+
+#[test]
+fn a_stage_runs_when_all_its_pods_do() {
+    let mut case = Case::prepared();
+    case.see("tune", 1, JobState::Active, &[PodState::Running, PodState::Waiting(None)]);
+    case.pass();
+    assert_eq!(case.slot("tune").phase, StagePhase::Starting);
+    case.see("tune", 1, JobState::Active, &[PodState::Running, PodState::Running]);
+    case.pass();
+    assert_eq!(case.slot("tune").phase, StagePhase::Running);
+    assert_eq!(case.last.requeue, Some(PROGRESS_PERIOD));
+}
+
+#[test]
+fn what_keeps_pods_from_starting_stands_in_the_message() {
+    let mut case = Case::prepared();
+    case.see("judge", 1, JobState::Active, &[PodState::Running, PodState::Running]);
+    case.see("tune", 1, JobState::Active, &[PodState::Running, PodState::Waiting(Some("Unschedulable: 0/1 nodes".into()))]);
+    case.pass();
+    let message = case.status().message.as_deref().unwrap();
+    assert_eq!(message, "tune: attempt 1 waits: pod demo-tune-1-1-x: Unschedulable: 0/1 nodes; judge runs (attempt 1)");
+    case.assert_quiet();
+}
+
+#[test]
+fn progress_of_rank_0_is_shown_while_a_stage_runs() {
+    let mut case = Case::running();
+    let checkpoint = Some(Checkpoint { step: 80, path: "c/80".into() });
+    case.view("tune").progress = Some(Progress { step: 84, total_steps: 200, checkpoint: checkpoint.clone(), ..Default::default() });
+    case.pass();
+    assert_eq!(case.status().progress.as_deref(), Some("84/200,-"));
+    assert_eq!(case.slot("tune").checkpoint, checkpoint);
+    case.assert_quiet();
+}
+
+#[test]
+fn a_stage_succeeds_with_what_rank_0_said_last() {
+    let mut case = Case::running();
+    let output = Output { path: "jobs/demo/tune/model".into(), metrics: [("evalLoss".to_owned(), 2.5)].into() };
+    let word = TerminationMessage {
+        code: 0,
+        reason: "Done".into(),
+        message: String::new(),
+        rank: None,
+        step: Some(200),
+        checkpoint: None,
+        output: Some(output.clone()),
+    };
+    case.see("tune", 1, JobState::Complete, &[ended(0, Some(word)), ended(0, None)]);
+    case.see("judge", 1, JobState::Complete, &[ended(0, None), ended(0, None)]);
+    case.pass();
+    assert_eq!(case.slot("tune").output.as_ref(), Some(&output));
+    let fallback = case.slot("judge").output.as_ref().unwrap();
+    assert_eq!(fallback.path, "jobs/demo-01234567/judge/model", "a last word that is lost does not lose the model");
+    assert_eq!(case.made(), ["demo-act-1"]);
+    assert_eq!(case.last.outcomes, [Outcome::Succeeded, Outcome::Succeeded]);
+}
+
+#[test]
+fn a_job_whose_stages_all_succeed_has_succeeded_for_good() {
+    let mut case = Case::running();
+    for stage in ["tune", "judge", "act"] {
+        case.see(stage, 1, JobState::Complete, &[ended(0, None), ended(0, None)]);
+        case.pass();
+    }
+    case.now = at(60);
+    case.pass();
+    assert_eq!((case.status().phase, case.condition("Complete")), (Phase::Succeeded, Some(("True", "Succeeded"))));
+    assert!(case.status().completion_time.is_some());
+    assert_eq!((case.status().stage.as_deref(), case.status().progress.as_deref()), (None, None));
+    case.observed = Observed::default();
+    case.job.spec.suspend = true;
+    case.job.metadata.generation = Some(2);
+    case.pass();
+    assert_eq!((case.status().phase, case.status().observed_generation), (Phase::Succeeded, 2));
+    assert!(!case.last.touches_children() && case.last.requeue.is_none());
+    case.assert_quiet();
+}
+
+/// What one bad end of the attempt that runs leads to.
+fn bad_end(code: i32, prepare: impl FnOnce(&mut Case)) -> Case {
+    let mut case = Case::running();
+    prepare(&mut case);
+    case.now = at(10);
+    case.see("tune", 1, JobState::Failed, &[ended(code, None), ended(75, None)]);
+    case.pass();
+    case
+}
+
+#[test]
+fn a_failure_is_followed_by_another_attempt_after_its_back_off() {
+    let mut case = bad_end(1, |_| ());
+    assert_eq!((case.slot("tune").phase, case.slot("tune").attempt, case.slot("tune").restarts), (StagePhase::Pending, 1, 1));
+    assert_eq!(case.slot("tune").not_before, Some(at(20)));
+    assert_eq!((case.status().restarts, case.last.requeue), (1, Some(SignedDuration::from_secs(10))));
+    assert_eq!(case.slot("tune").last_failure.as_ref().unwrap().reason, "UnexpectedExit");
+    assert!(case.made().is_empty() && case.deleted().is_empty(), "the log stays during the back-off");
+    assert_eq!((case.events(), case.last.outcomes.as_slice()), (vec!["AttemptFailed"], [Outcome::Restarted].as_slice()));
+    case.now = at(19);
+    case.assert_quiet();
+    case.now = at(20);
+    case.pass();
+    assert_eq!((case.made(), case.deleted()), (vec!["demo-tune-2"], vec!["demo-tune-1"]));
+    assert_eq!((case.slot("tune").attempt, case.slot("tune").not_before), (2, None));
+}
+
+#[test]
+fn the_back_off_doubles_up_to_five_minutes() {
+    let mut case = Case::running();
+    case.job.spec.failure_policy.max_restarts = 100;
+    let mut waits = vec![];
+    for attempt in 1..9 {
+        case.see("tune", attempt, JobState::Failed, &[ended(1, None)]);
+        case.pass();
+        let until = case.slot("tune").not_before.unwrap();
+        waits.push(until.duration_since(case.now).as_secs());
+        case.now = until;
+        case.pass();
+    }
+    assert_eq!(waits, [10, 20, 40, 80, 160, 300, 300, 300]);
+}
+
+#[test]
+fn a_permanent_failure_ends_the_job_and_stops_what_runs_beside() {
+    let mut case = bad_end(65, |_| ());
+    assert_eq!((case.status().phase, case.condition("Failed")), (Phase::Failed, Some(("True", "BadInput"))));
+    assert_eq!(case.slot("tune").phase, StagePhase::Failed);
+    assert_eq!((case.slot("judge").phase, case.slot("act").phase), (StagePhase::Failed, StagePhase::Pending));
+    assert_eq!(case.slot("judge").last_failure.as_ref().unwrap().reason, "Stopped");
+    assert_eq!(case.deleted(), ["demo-judge-1"], "the failed attempt's Job keeps its log");
+    assert_eq!(case.events(), ["AttemptFailed", "JobFailed"]);
+    assert!(case.status().message.as_deref().unwrap().starts_with("given up: tune, attempt 1: BadInput: "));
+    case.observed.stages.remove("judge");
+    case.assert_quiet();
+}
+
+#[test]
+fn a_crash_after_the_failure_was_written_still_stops_what_runs() {
+    let mut case = bad_end(64, |_| ());
+    case.pass();
+    assert_eq!(case.deleted(), ["demo-judge-1"]);
+}
+
+#[test]
+fn restarts_are_bounded_and_disruptions_are_bounded_apart() {
+    let mut case = bad_end(1, |c| c.job.spec.failure_policy.max_restarts = 0);
+    assert_eq!(case.condition("Failed"), Some(("True", "RestartsExhausted")));
+    assert!(case.status().message.as_deref().unwrap().ends_with("failurePolicy.maxRestarts is 0"));
+    case = bad_end(143, |c| c.job.spec.failure_policy.max_restarts = 0);
+    assert_eq!((case.status().phase, case.slot("tune").disruptions, case.slot("tune").restarts), (Phase::Running, 1, 0));
+    case = bad_end(143, |c| c.job.spec.failure_policy.max_disruptions = 0);
+    assert_eq!(case.condition("Failed"), Some(("True", "DisruptionsExhausted")));
+}
+
+#[test]
+fn a_disruption_is_followed_by_another_attempt_at_once() {
+    let case = bad_end(143, |_| ());
+    assert_eq!((case.made(), case.deleted()), (vec!["demo-tune-2"], vec!["demo-tune-1"]));
+    assert_eq!(case.events(), ["AttemptFailed", "StageStarted"]);
+    assert_eq!((case.slot("tune").attempt, case.status().restarts), (2, 0));
+}
+
+#[test]
+fn a_bug_is_retried_once_whatever_lies_between() {
+    let mut case = bad_end(70, |_| ());
+    assert_eq!((case.slot("tune").bugs, case.slot("tune").restarts), (1, 1));
+    for (attempt, code) in [(2, 143), (3, 70)] {
+        case.now = at(100 * i64::from(attempt));
+        case.pass();
+        case.see("tune", attempt, JobState::Failed, &[ended(code, None)]);
+        case.pass();
+    }
+    assert_eq!(case.condition("Failed"), Some(("True", "Bug")));
+}
+
+#[test]
+fn no_attempt_is_made_while_pods_of_an_earlier_one_run() {
+    let mut case = Case::running();
+    case.view("tune").jobs[0].deleting = true;
+    case.view("tune").pods[1].state = PodState::Running;
+    case.pass();
+    assert_eq!((case.slot("tune").attempt, case.slot("tune").disruptions), (2, 1));
+    assert_eq!(case.slot("tune").last_failure.as_ref().unwrap().reason, "PodDeleted");
+    assert!(case.made().is_empty());
+    case.assert_quiet();
+    assert!(case.status().message.as_deref().unwrap().starts_with("tune: attempt 2 waits for the pods of an earlier attempt"));
+    case.view("tune").jobs.clear();
+    case.pass();
+    assert!(case.made().is_empty(), "an orphaned pod still runs");
+    case.view("tune").pods.clear();
+    case.pass();
+    assert_eq!(case.made(), ["demo-tune-2"]);
+}
+
+#[test]
+fn a_pod_that_is_gone_without_a_trace_ends_the_attempt_as_a_disruption() {
+    for pods in [vec![PodState::Running], vec![PodState::Running, PodState::Waiting(None)]] {
+        let mut case = Case::running();
+        case.see("tune", 1, JobState::Active, &pods);
+        case.pass();
+        assert_eq!((case.slot("tune").attempt, case.slot("tune").disruptions), (2, 1));
+        assert_eq!(case.deleted(), ["demo-tune-1"]);
+        assert!(case.made().is_empty());
+    }
+}
+
+#[test]
+fn a_pod_that_succeeded_and_was_deleted_is_not_missed() {
+    let mut case = Case::running();
+    case.see("tune", 1, JobState::Active, &[PodState::Running]);
+    case.view("tune").jobs[0].succeeded = 1;
+    case.pass();
+    assert_eq!((case.slot("tune").phase, case.slot("tune").attempt), (StagePhase::Running, 1));
+}
+
+#[test]
+fn evidence_is_stored_as_soon_as_the_attempt_fails_and_outlives_its_pods() {
+    let mut case = Case::running();
+    case.see("tune", 1, JobState::Failing, &[ended(65, None), PodState::Running]);
+    case.pass();
+    assert_eq!((case.slot("tune").phase, case.slot("tune").last_failure.as_ref().unwrap().code), (StagePhase::Running, Some(65)));
+    case.assert_quiet();
+    case.see("tune", 1, JobState::Failed, &[ended(75, None)]);
+    case.pass();
+    assert_eq!(case.condition("Failed"), Some(("True", "BadInput")));
+}
+
+#[test]
+fn a_job_without_any_trace_of_its_pods_was_disrupted() {
+    let mut case = Case::running();
+    case.see("tune", 1, JobState::Failed, &[]);
+    case.pass();
+    assert_eq!(case.slot("tune").last_failure.as_ref().unwrap().reason, "PodDeleted");
+    assert_eq!(case.slot("tune").disruptions, 1);
+}
+
+#[test]
+fn a_running_attempt_whose_job_is_gone_is_followed_by_the_next() {
+    let mut case = Case::running();
+    case.observed.stages.remove("tune");
+    case.pass();
+    assert_eq!((case.made(), case.slot("tune").attempt), (vec!["demo-tune-2"], 2));
+}
+
+#[test]
+fn a_job_made_suspended_makes_nothing_until_it_is_resumed() {
+    let mut case = Case::new();
+    case.job.spec.suspend = true;
+    case.pass();
+    assert_eq!((case.status().phase, case.condition("Suspended")), (Phase::Suspended, Some(("True", "Suspended"))));
+    assert!(!case.last.touches_children() && case.last.requeue.is_none());
+    case.assert_quiet();
+    case.job.spec.suspend = false;
+    case.pass();
+    assert_eq!((case.made(), case.events()), (vec!["demo-prepare-1"], vec!["StageStarted", "Resumed"]));
+    assert_eq!(case.condition("Suspended"), Some(("False", "Resumed")));
+}
+
+#[test]
+fn suspension_stops_the_pods_first_and_resumes_the_same_attempt() {
+    let mut case = Case::running();
+    case.job.spec.suspend = true;
+    case.pass();
+    let asked: Vec<_> = case.last.suspend.iter().map(|(j, s)| (j.name.as_str(), *s)).collect();
+    assert_eq!(asked, [("demo-tune-1", true), ("demo-judge-1", true)]);
+    assert_eq!((case.status().phase, case.last.requeue), (Phase::Running, None), "pods still run");
+    for stage in ["tune", "judge"] {
+        case.view(stage).jobs[0].suspended = true;
+        for pod in &mut case.view(stage).pods {
+            pod.deletion_requested = Some(at(1));
+            pod.state = ended(143, None);
+        }
+    }
+    case.pass();
+    assert_eq!((case.status().phase, case.last.requeue, case.events()), (Phase::Suspended, None, vec!["Suspended"]));
+    assert_eq!((case.slot("tune").disruptions, case.slot("tune").last_failure.as_ref()), (0, None), "a suspension is no failure");
+    case.assert_quiet();
+    for stage in ["tune", "judge"] {
+        case.view(stage).pods.clear();
+    }
+    case.job.spec.suspend = false;
+    case.pass();
+    assert_eq!(case.last.suspend.len(), 2);
+    assert!(case.last.suspend.iter().all(|(_, s)| !s) && case.made().is_empty());
+    assert_eq!((case.status().phase, case.slot("tune").attempt), (Phase::Running, 1));
+    for stage in ["tune", "judge"] {
+        case.see(stage, 1, JobState::Active, &[PodState::Waiting(None), PodState::Waiting(None)]);
+    }
+    case.pass();
+    assert_eq!((case.slot("tune").phase, case.slot("tune").attempt), (StagePhase::Starting, 1), "pods that come back are not missed");
+}
+
+#[test]
+fn no_back_off_runs_out_during_suspension() {
+    let mut case = bad_end(1, |c| {
+        c.see("judge", 1, JobState::Complete, &[ended(0, None), ended(0, None)]);
+        c.pass();
+    });
+    case.job.spec.suspend = true;
+    case.now = at(500);
+    case.pass();
+    assert_eq!((case.status().phase, case.last.requeue), (Phase::Suspended, None));
+    assert!(case.made().is_empty());
+    case.job.spec.suspend = false;
+    case.pass();
+    assert_eq!(case.made(), ["demo-tune-2"]);
+}
+
+#[test]
+fn children_that_are_newer_than_the_status_mean_that_the_status_is_old() {
+    let mut case = Case::running();
+    case.see("tune", 2, JobState::Active, &[]);
+    case.assert_quiet();
+    assert!(case.made().is_empty());
+}
+
+#[test]
+fn a_refusal_is_told_once_and_tried_again_later() {
+    let mut case = Case::new();
+    case.pass();
+    let trouble = Trouble {
+        stage: "prepare".into(),
+        attempt: 1,
+        message: "prepare: Job demo-prepare-1 exists and belongs to somebody else".into(),
+        retry_at: at(5),
+        permanent: false,
+    };
+    case.observed.trouble = Some(trouble.clone());
+    case.pass();
+    assert_eq!((case.status().message.as_deref(), case.events()), (Some(trouble.message.as_str()), vec!["Blocked"]));
+    assert!(case.made().is_empty());
+    assert_eq!(case.last.requeue, Some(SignedDuration::from_secs(5)));
+    case.assert_quiet();
+    case.now = at(5);
+    case.pass();
+    assert_eq!(case.made(), ["demo-prepare-1"]);
+    case.observed.trouble = Some(Trouble { permanent: true, ..trouble });
+    case.pass();
+    assert_eq!((case.status().phase, case.condition("Failed")), (Phase::Failed, Some(("True", "Rejected"))));
+}
+
+#[test]
+fn a_spec_that_admission_should_have_refused_fails_with_the_field_named() {
+    let mut case = Case::new();
+    case.job.spec.model.source = "elsewhere".into();
+    case.pass();
+    assert_eq!(case.condition("Failed"), Some(("True", "InvalidSpec")));
+    assert!(case.status().message.as_deref().unwrap().starts_with("spec.model.source"));
+    assert!(!case.last.touches_children());
+}
+
+#[test]
+fn a_job_that_is_being_deleted_is_left_alone() {
+    let mut case = Case::running();
+    case.job.metadata.deletion_timestamp = Some(k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(at(0)));
+    case.see("tune", 1, JobState::Failed, &[]);
+    case.assert_quiet();
+    assert!(case.made().is_empty());
+}
+
+#[test]
+fn a_condition_keeps_its_time_while_it_holds() {
+    let mut case = Case::new();
+    case.job.spec.suspend = true;
+    case.pass();
+    case.now = at(100);
+    case.pass();
+    assert_eq!(case.status().conditions[0].last_transition_time.0, at(0));
+    case.job.spec.suspend = false;
+    case.pass();
+    assert_eq!(case.status().conditions[0].last_transition_time.0, at(100));
+}
+
+#[test]
+fn the_same_failure_reads_the_same_in_status_and_event() {
+    let case = bad_end(74, |_| ());
+    let Failure { reason, code, pod, attempt, .. } = case.slot("tune").last_failure.clone().unwrap();
+    assert_eq!((reason.as_str(), code, pod.as_deref(), attempt), ("StorageFailed", Some(74), Some("demo-tune-1-0-x"), 1));
+    assert!(case.last.notices[0].note.starts_with("tune, attempt 1: StorageFailed: "));
+    assert_eq!(case.last.notices[0].about.as_deref(), Some("demo-tune-1"));
+}

@@ -1,0 +1,424 @@
+//! The rules in a small world that does its worst.
+//!
+//! A model of the API server, the Job controller, kubelets and a user, in which the operator's passes see caches
+//! that lag each on their own and crash between any two writes. After every step the promises of [`super`] are
+//! checked; at the end the world turns friendly, and the job must come to its end.
+
+use super::*;
+use crate::build::tests::{job, settings};
+use crate::view::{End, JobState, PodState, PodView};
+use kube::ResourceExt;
+use proptest::prelude::*;
+use rlhf_api::names;
+
+/// A Job at the API server.
+#[derive(Clone)]
+struct SimJob {
+    stage: String,
+    view: JobView,
+}
+
+/// A pod at the API server.
+#[derive(Clone)]
+struct SimPod {
+    stage: String,
+    job_uid: String,
+    view: PodView,
+    /// Whether the Job controller has yet to count it.
+    tracked: bool,
+}
+
+/// What the API server holds.
+#[derive(Clone)]
+struct Api {
+    job: RLHFJob,
+    version: u64,
+    jobs: Vec<SimJob>,
+    pods: Vec<SimPod>,
+}
+
+struct World {
+    api: Api,
+    /// Every state that a cache may still show.
+    history: Vec<Api>,
+    /// How far the caches of RLHFJobs, Jobs and pods are in `history`; they never go back.
+    seen: [usize; 3],
+    seconds: i64,
+    made: u64,
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    /// A pass. Each cache first catches up by its share of what it lacks; the pass crashes after some writes.
+    Pass { caught_up: [u8; 3], writes: u8 },
+    /// The Job controller looks at everything.
+    JobController,
+    /// A kubelet moves one pod on; a container that ends does so with the code.
+    Kubelet { pod: u8, code: i32 },
+    /// The garbage collector removes what waits for it.
+    Collect,
+    /// Somebody deletes a pod.
+    DeletePod { pod: u8, force: bool },
+    /// Somebody deletes a Job: in the foreground, the background, or leaving its pods.
+    DeleteJob { job: u8, how: u8 },
+    /// Somebody sets `spec.suspend`.
+    Suspend(bool),
+    /// Time passes.
+    Wait(u16),
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let code = prop_oneof![6 => Just(0), 2 => Just(75), 2 => Just(143), 2 => Just(137), 1 => Just(1), 1 => Just(70), 1 => Just(65)];
+    prop_oneof![
+        10 => (any::<[u8; 3]>(), prop_oneof![3 => Just(255u8), 1 => 0..6u8]).prop_map(|(caught_up, writes)| Step::Pass { caught_up, writes }),
+        8 => Just(Step::JobController),
+        12 => (any::<u8>(), code).prop_map(|(pod, code)| Step::Kubelet { pod, code }),
+        4 => Just(Step::Collect),
+        1 => (any::<u8>(), any::<bool>()).prop_map(|(pod, force)| Step::DeletePod { pod, force }),
+        1 => (any::<u8>(), 0..3u8).prop_map(|(job, how)| Step::DeleteJob { job, how }),
+        1 => any::<bool>().prop_map(Step::Suspend),
+        2 => (0..400u16).prop_map(Step::Wait),
+    ]
+}
+
+impl Api {
+    fn find(&self, uid: &str) -> Option<usize> {
+        self.jobs.iter().position(|j| j.view.uid == uid)
+    }
+
+    fn pods_of(&self, uid: &str) -> impl Iterator<Item = &SimPod> {
+        self.pods.iter().filter(move |p| p.job_uid == uid)
+    }
+
+    fn delete_pods_of(&mut self, uid: &str, now: Timestamp) {
+        for pod in self.pods.iter_mut().filter(|p| p.job_uid == uid) {
+            pod.view.deletion_requested.get_or_insert(now);
+            pod.tracked = false;
+        }
+    }
+}
+
+impl World {
+    fn new() -> Self {
+        let mut job = job();
+        job.spec.failure_policy.max_restarts = 2;
+        job.spec.failure_policy.max_disruptions = 3;
+        job.metadata.resource_version = Some("0".into());
+        let api = Api { job, version: 0, jobs: vec![], pods: vec![] };
+        Self { history: vec![api.clone()], api, seen: [0; 3], seconds: 0, made: 0 }
+    }
+
+    fn now(&self) -> Timestamp {
+        Timestamp::from_second(1_800_000_000 + self.seconds).unwrap()
+    }
+
+    fn take(&mut self, step: &Step) {
+        self.seconds += 1;
+        match step {
+            Step::Pass { caught_up, writes } => self.pass(*caught_up, *writes),
+            Step::JobController => self.job_controller(),
+            Step::Kubelet { pod, code } => self.kubelet(*pod, *code),
+            Step::Collect => self.collect(),
+            Step::DeletePod { pod, force } => self.delete_pod(*pod, *force),
+            Step::DeleteJob { job, how } => self.delete_job(*job, *how),
+            Step::Suspend(suspend) => {
+                self.api.job.spec.suspend = *suspend;
+                self.bump();
+            }
+            Step::Wait(seconds) => self.seconds += i64::from(*seconds),
+        }
+        self.history.push(self.api.clone());
+    }
+
+    fn bump(&mut self) {
+        self.api.version += 1;
+        self.api.job.metadata.resource_version = Some(self.api.version.to_string());
+    }
+
+    /// One pass of the operator: observe from lagging caches, decide, write until the crash.
+    fn pass(&mut self, caught_up: [u8; 3], mut writes: u8) {
+        let latest = self.history.len() - 1;
+        for (seen, share) in self.seen.iter_mut().zip(caught_up) {
+            *seen += (latest - *seen) * usize::from(share) / 255;
+        }
+        let [job, jobs, pods] = self.seen.map(|i| &self.history[i]);
+        let job = job.job.clone();
+        let mut observed = Observed::default();
+        for child in &jobs.jobs {
+            observed.stages.entry(child.stage.clone()).or_default().jobs.push(child.view.clone());
+        }
+        for pod in &pods.pods {
+            observed.stages.entry(pod.stage.clone()).or_default().pods.push(pod.view.clone());
+        }
+        self.ask_for_missing_jobs(&job, &mut observed);
+        let decision = decide(&job, &observed, &settings(), self.now());
+        if decision.touches_children() && !self.still_holds(&job, &decision) {
+            return;
+        }
+        let mut crashed = || writes.checked_sub(1).map(|left| writes = left).is_none();
+        if job.status.as_ref() != Some(&decision.status) {
+            if crashed() || job.metadata.resource_version != self.api.job.metadata.resource_version {
+                return;
+            }
+            self.api.job.status = Some(decision.status.clone());
+            self.bump();
+        }
+        for child in &decision.delete {
+            if crashed() {
+                return;
+            }
+            if let Some(i) = self.api.find(&child.uid) {
+                self.api.jobs[i].view.deleting = true;
+            }
+        }
+        for (child, suspended) in &decision.suspend {
+            if crashed() {
+                return;
+            }
+            if let Some(i) = self.api.find(&child.uid) {
+                self.api.jobs[i].view.suspended = *suspended;
+            }
+        }
+        for children in &decision.make {
+            if crashed() {
+                return;
+            }
+            self.create(children);
+        }
+    }
+
+    /// As [`crate::observe::observe`] does for a current attempt's Job that the store lacks.
+    fn ask_for_missing_jobs(&self, job: &RLHFJob, observed: &mut Observed) {
+        let status = job.status.clone().unwrap_or_default();
+        for slot in status.prepare.iter().chain(&status.stages) {
+            let view = observed.stages.entry(slot.name.clone()).or_default();
+            let live = matches!(slot.phase, StagePhase::Starting | StagePhase::Running);
+            if live && view.job(slot.attempt).is_none() {
+                let found = self.api.jobs.iter().find(|j| j.stage == slot.name && j.view.attempt == slot.attempt);
+                view.jobs.extend(found.map(|j| j.view.clone()));
+            }
+        }
+    }
+
+    /// As [`crate::observe::still_holds`].
+    fn still_holds(&self, job: &RLHFJob, decision: &Decision) -> bool {
+        let clear = |c: &Children| {
+            let jobs = self.api.jobs.iter().filter(|j| j.stage == c.stage).map(|j| j.view.clone()).collect();
+            let pods = self.api.pods.iter().filter(|p| p.stage == c.stage).map(|p| p.view.clone()).collect();
+            let attempt = c.job.labels()[names::LABEL_ATTEMPT].parse().unwrap();
+            StageView { jobs, pods, progress: None }.is_clear_for(attempt)
+        };
+        job.metadata.resource_version == self.api.job.metadata.resource_version && decision.make.iter().all(clear)
+    }
+
+    fn create(&mut self, children: &Children) {
+        let name = children.job.name_any();
+        if self.api.jobs.iter().any(|j| j.view.name == name) {
+            return;
+        }
+        self.made += 1;
+        let mut job = children.job.clone();
+        job.metadata.uid = Some(format!("uid-{}", self.made));
+        let view = JobView::parse(&job).unwrap();
+        self.api.jobs.push(SimJob { stage: children.stage.clone(), view });
+    }
+
+    fn job_controller(&mut self) {
+        let now = self.now();
+        for i in 0..self.api.jobs.len() {
+            let SimJob { stage, view } = self.api.jobs[i].clone();
+            if view.deleting || view.finished() {
+                continue;
+            }
+            let bad = |p: &SimPod| p.tracked && p.view.ended().is_some() && !p.view.succeeded();
+            let state = &mut self.api.jobs[i].view.state;
+            if *state == JobState::Active && self.api.pods.iter().any(|p| p.job_uid == view.uid && bad(p)) {
+                *state = JobState::Failing;
+            }
+            if *state == JobState::Failing {
+                self.stop(&view.uid, now);
+                if self.api.pods_of(&view.uid).all(|p| p.view.ended().is_some()) {
+                    self.api.jobs[i].view.state = JobState::Failed;
+                }
+                continue;
+            }
+            let succeeded = self.api.pods_of(&view.uid).filter(|p| p.view.succeeded()).count() as u32;
+            let counted = &mut self.api.jobs[i].view.succeeded;
+            *counted = (*counted).max(succeeded);
+            if *counted >= view.pods {
+                self.api.jobs[i].view.state = JobState::Complete;
+            } else if view.suspended {
+                self.stop(&view.uid, now);
+            } else {
+                self.fill(&stage, &view);
+            }
+        }
+    }
+
+    /// Deletes pods that have not ended, uncounted, as the Job controller does.
+    fn stop(&mut self, uid: &str, now: Timestamp) {
+        for pod in self.api.pods.iter_mut().filter(|p| p.job_uid == uid && p.view.ended().is_none()) {
+            pod.view.deletion_requested.get_or_insert(now);
+            pod.tracked = false;
+        }
+    }
+
+    /// Makes pods for the indexes that have none.
+    fn fill(&mut self, stage: &str, job: &JobView) {
+        for index in 0..job.pods {
+            if self.api.pods_of(&job.uid).any(|p| p.view.index == index) {
+                continue;
+            }
+            self.made += 1;
+            let view = PodView {
+                name: format!("{}-{index}-{}", job.name, self.made),
+                attempt: job.attempt,
+                index,
+                node: None,
+                ip: None,
+                deletion_requested: None,
+                disruption: None,
+                state: PodState::Waiting(None),
+            };
+            self.api.pods.push(SimPod { stage: stage.into(), job_uid: job.uid.clone(), view, tracked: true });
+        }
+    }
+
+    fn kubelet(&mut self, pick: u8, code: i32) {
+        let now = self.now();
+        let live: Vec<_> = (0..self.api.pods.len()).filter(|i| self.api.pods[*i].view.ended().is_none()).collect();
+        let Some(&i) = live.get(usize::from(pick) % live.len().max(1)) else { return };
+        let pod = &mut self.api.pods[i].view;
+        let told = pod.deletion_requested.is_some();
+        pod.state = match pod.state {
+            PodState::Waiting(_) if !told => PodState::Running,
+            _ => PodState::Ended(End {
+                code: Some(if told && code == 0 { 143 } else { code }),
+                oom_killed: false,
+                word: None,
+                text: None,
+                at: Some(now),
+            }),
+        };
+    }
+
+    /// Removes ended pods whose deletion was asked for, and Jobs that wait for nothing.
+    fn collect(&mut self) {
+        let now = self.now();
+        for uid in self.api.jobs.iter().filter(|j| j.view.deleting).map(|j| j.view.uid.clone()).collect::<Vec<_>>() {
+            self.api.delete_pods_of(&uid, now);
+        }
+        self.api.pods.retain(|p| p.view.deletion_requested.is_none() || p.view.ended().is_none() || p.tracked);
+        let pods = self.api.pods.clone();
+        self.api.jobs.retain(|j| !j.view.deleting || pods.iter().any(|p| p.job_uid == j.view.uid));
+        let jobs: Vec<_> = self.api.jobs.iter().map(|j| (j.view.uid.clone(), j.view.state.clone())).collect();
+        for pod in &mut self.api.pods {
+            // Counted, or nobody is left to count.
+            let owner = jobs.iter().find(|(uid, _)| *uid == pod.job_uid);
+            pod.tracked &= owner.is_some_and(|(_, state)| *state == JobState::Active);
+        }
+    }
+
+    fn delete_pod(&mut self, pick: u8, force: bool) {
+        if self.api.pods.is_empty() {
+            return;
+        }
+        let i = usize::from(pick) % self.api.pods.len();
+        if force {
+            self.api.pods.remove(i);
+        } else {
+            let now = self.now();
+            self.api.pods[i].view.deletion_requested.get_or_insert(now);
+        }
+    }
+
+    fn delete_job(&mut self, pick: u8, how: u8) {
+        if self.api.jobs.is_empty() {
+            return;
+        }
+        let i = usize::from(pick) % self.api.jobs.len();
+        match how {
+            0 => self.api.jobs[i].view.deleting = true,
+            _ => {
+                let gone = self.api.jobs.remove(i);
+                if how == 1 {
+                    let now = self.now();
+                    self.api.delete_pods_of(&gone.view.uid, now);
+                }
+            }
+        }
+    }
+
+    fn status(&self) -> RLHFJobStatus {
+        self.api.job.status.clone().unwrap_or_default()
+    }
+
+    /// The promises that hold in every state.
+    fn check(&self, before: &RLHFJobStatus) -> Result<(), TestCaseError> {
+        let after = self.status();
+        for stage in ["prepare", "tune", "judge", "act"] {
+            let jobs = self.api.jobs.iter().filter(|j| j.stage == stage && !j.view.deleting && !j.view.finished());
+            let pods = self.api.pods.iter().filter(|p| p.stage == stage && p.view.ended().is_none());
+            let live: std::collections::BTreeSet<_> = jobs.map(|j| j.view.attempt).chain(pods.map(|p| p.view.attempt)).collect();
+            prop_assert!(live.len() <= 1, "{stage}: attempts {live:?} are live");
+            let slot = |s: &RLHFJobStatus| s.prepare.iter().chain(&s.stages).find(|s| s.name == stage).cloned().unwrap_or_default();
+            let (old, new) = (slot(before), slot(&after));
+            prop_assert!(new.attempt >= old.attempt && new.restarts >= old.restarts, "{stage}: {old:?} -> {new:?}");
+            prop_assert!(new.disruptions >= old.disruptions && new.bugs >= old.bugs, "{stage}: {old:?} -> {new:?}");
+            prop_assert!(new.restarts <= 2 && new.disruptions <= 3, "{stage}: budgets are kept: {new:?}");
+            prop_assert!(new.attempt <= 1 + new.restarts + new.disruptions, "{stage}: each attempt has its reason: {new:?}");
+            let newest = self.api.jobs.iter().filter(|j| j.stage == stage).map(|j| j.view.attempt).max();
+            prop_assert!(newest.unwrap_or(0) <= new.attempt, "{stage}: attempt {newest:?} was made before its number was written");
+            if matches!(old.phase, StagePhase::Succeeded | StagePhase::Failed) {
+                prop_assert_eq!(old, new, "a final stage stays as it is");
+            }
+        }
+        if before.phase.is_terminal() {
+            prop_assert_eq!(before, &after, "a terminal job stays as it is");
+        }
+        prop_assert_eq!(after.restarts, after.prepare.iter().chain(&after.stages).map(|s| s.restarts).sum::<u32>());
+        Ok(())
+    }
+
+    fn is_over(&self) -> bool {
+        self.status().phase.is_terminal() && self.api.jobs.iter().all(|j| j.view.finished())
+    }
+
+    /// Everybody does their part, and pods succeed.
+    fn friendly_steps(&self) -> Vec<Step> {
+        let mut steps = vec![Step::Suspend(false)];
+        for _ in 0..60 {
+            let everywhere = (0..16).flat_map(|pod| [Step::Kubelet { pod, code: 0 }, Step::Kubelet { pod: 0, code: 0 }]);
+            steps.extend([Step::Wait(301), Step::Pass { caught_up: [255; 3], writes: 255 }, Step::JobController]);
+            steps.extend(everywhere);
+            steps.extend([Step::JobController, Step::Collect]);
+        }
+        steps
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 2000, max_shrink_iters: 2000, ..ProptestConfig::default() })]
+
+    #[test]
+    fn whatever_happens_the_promises_hold_and_the_job_comes_to_its_end(steps in prop::collection::vec(step(), 0..150)) {
+        let mut world = World::new();
+        for step in &steps {
+            let before = world.status();
+            world.take(step);
+            world.check(&before)?;
+        }
+        for step in world.friendly_steps() {
+            if world.is_over() {
+                break;
+            }
+            let before = world.status();
+            world.take(&step);
+            world.check(&before)?;
+        }
+        prop_assert!(world.status().phase.is_terminal(), "{:#?}", world.status());
+        prop_assert!(world.is_over(), "no Job is left running");
+        let quiet = decide(&world.api.job, &Observed::default(), &settings(), world.now());
+        prop_assert!(Some(&quiet.status) == world.api.job.status.as_ref() && !quiet.touches_children());
+    }
+}

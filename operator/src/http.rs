@@ -1,0 +1,82 @@
+//! The operator's own HTTP server: `/metrics`, `/healthz` (the process answers) and `/readyz` (it knows the
+//! cluster's RLHFJobs and their children).
+
+use crate::controller::{Guarded, phases};
+use crate::listed::Listed;
+use crate::metrics::Metrics;
+use axum::Router;
+use axum::extract::State;
+use axum::http::{StatusCode, header};
+use axum::response::IntoResponse;
+use axum::routing::get;
+use kube::runtime::reflector::Store;
+use std::future::Future;
+use std::sync::Arc;
+use tokio::net::TcpListener;
+
+/// What the server tells of.
+#[derive(Clone)]
+pub struct Served {
+    /// The operator's metrics.
+    pub metrics: Arc<Metrics>,
+    /// The RLHFJobs.
+    pub jobs: Store<Guarded>,
+    /// Whether everything has been listed.
+    pub listed: Listed,
+}
+
+/// Serves until `shutdown`.
+pub async fn serve(listener: TcpListener, served: Served, shutdown: impl Future<Output = ()> + Send + 'static) -> std::io::Result<()> {
+    axum::serve(listener, router(served)).with_graceful_shutdown(shutdown).await
+}
+
+fn router(served: Served) -> Router {
+    Router::new()
+        .route("/metrics", get(metrics))
+        .route("/healthz", get(async || "ok\n"))
+        .route("/readyz", get(ready))
+        .with_state(served)
+}
+
+async fn metrics(State(served): State<Served>) -> impl IntoResponse {
+    match served.metrics.render(phases(&served.jobs).into_iter()) {
+        Ok(text) => (StatusCode::OK, [(header::CONTENT_TYPE, prometheus::TEXT_FORMAT)], text),
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, [(header::CONTENT_TYPE, "text/plain")], format!("{error}\n")),
+    }
+}
+
+async fn ready(State(served): State<Served>) -> (StatusCode, &'static str) {
+    if served.listed.all() {
+        (StatusCode::OK, "ok\n")
+    } else {
+        (StatusCode::SERVICE_UNAVAILABLE, "RLHFJobs, Jobs and pods have not all been listed yet\n")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::listed::Watch;
+
+    async fn status(port: u16, path: &str) -> u16 {
+        reqwest::get(format!("http://127.0.0.1:{port}{path}")).await.unwrap().status().as_u16()
+    }
+
+    #[tokio::test]
+    async fn it_is_ready_once_the_jobs_are_listed_and_stops_when_told() {
+        let (jobs, _writer) = kube::runtime::reflector::store();
+        let listed = Listed::default();
+        let served = Served { metrics: Arc::new(Metrics::new().unwrap()), jobs, listed: listed.clone() };
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+        let server = tokio::spawn(serve(listener, served, async move { _ = stopped.await }));
+        assert_eq!((status(port, "/healthz").await, status(port, "/readyz").await), (200, 503));
+        for watch in [Watch::RlhfJobs, Watch::Jobs, Watch::Pods] {
+            listed.done(watch);
+        }
+        assert_eq!((status(port, "/readyz").await, status(port, "/metrics").await), (200, 200));
+        stop.send(()).unwrap();
+        server.await.unwrap().unwrap();
+    }
+}

@@ -1,0 +1,16 @@
+//! The operator: reconciles RLHFJobs into Jobs, ConfigMaps and Services.
+//!
+//! A pass over a job is [`observe`] (all reads), [`decide`] (pure: all rules) and [`apply`] (all writes).
+//! [`controller`] drives it; [`build`], [`classify`] and [`view`] are what the rules are made of.
+
+pub mod apply;
+pub mod build;
+pub mod classify;
+pub mod controller;
+pub mod decide;
+pub mod http;
+pub mod listed;
+pub mod metrics;
+pub mod observe;
+pub mod retries;
+pub mod view;

@@ -1,0 +1,148 @@
+//! All reads of a pass.
+//!
+//! Jobs and pods come from label-selected reflector stores, which lag behind the API server. Where a lag could
+//! mislead the rules, the API server is asked: for a current attempt's Job that the store lacks, and, in
+//! [`still_holds`], for the job itself and a stage's pods right before children are touched.
+
+mod progress;
+
+pub use progress::ProgressReader;
+
+use crate::controller::Context;
+use crate::decide::{Decision, Observed};
+use crate::view::{JobView, PodState, PodView, StageView};
+use futures::future::join_all;
+use k8s_openapi::NamespaceResourceScope;
+use k8s_openapi::api::batch::v1::Job;
+use k8s_openapi::api::core::v1::Pod;
+use kube::api::ListParams;
+use kube::{Api, Resource, ResourceExt};
+use rlhf_api::job::{RLHFJob, StagePhase, StageStatus};
+use rlhf_api::names;
+use serde::de::DeserializeOwned;
+use std::collections::BTreeMap;
+use std::fmt::Debug;
+
+/// A read that failed.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot read {what}: {source}")]
+pub struct Error {
+    /// What was asked for.
+    what: String,
+    /// The API server's answer.
+    source: kube::Error,
+}
+
+/// Everything that is known of a job's children.
+pub async fn observe(job: &RLHFJob, ctx: &Context) -> Result<Observed, Error> {
+    ctx.listed.wait().await;
+    let mut stages = from_stores(job, ctx);
+    let status = job.status.clone().unwrap_or_default();
+    let live: Vec<_> = status
+        .prepare
+        .iter()
+        .chain(&status.stages)
+        .filter(|s| matches!(s.phase, StagePhase::Starting | StagePhase::Running))
+        .collect();
+    for slot in &live {
+        let view = stages.entry(slot.name.clone()).or_default();
+        if view.job(slot.attempt).is_none() {
+            view.jobs.extend(missing_job(job, slot, ctx).await?);
+        }
+    }
+    read_progress(job, &live, &mut stages, ctx).await;
+    let waits = |stage: &str, attempt: u32| {
+        live.iter().any(|s| s.name == stage && s.attempt == attempt && s.phase == StagePhase::Starting)
+    };
+    let trouble = ctx.retries.trouble(job).filter(|t| waits(&t.stage, t.attempt));
+    Ok(Observed { stages, trouble })
+}
+
+/// Children by the owner's UID. A Job carries it in its owner reference; a pod, whose owner is the Job and may be
+/// gone, in a label.
+fn from_stores(job: &RLHFJob, ctx: &Context) -> BTreeMap<String, StageView> {
+    let (namespace, uid) = (job.namespace(), job.uid());
+    let mut stages: BTreeMap<String, StageView> = BTreeMap::new();
+    for child in ctx.jobs.state_filter(|j| j.namespace() == namespace && is_owned(j, job)) {
+        if let (Some(stage), Some(view)) = (child.labels().get(names::LABEL_STAGE), JobView::parse(&child)) {
+            stages.entry(stage.clone()).or_default().jobs.push(view);
+        }
+    }
+    let of_job = |p: &Pod| p.namespace() == namespace && p.labels().get(names::LABEL_JOB_UID) == uid.as_ref() && is_jobs(p);
+    for child in ctx.pods.state_filter(of_job) {
+        if let (Some(stage), Some(view)) = (child.labels().get(names::LABEL_STAGE), PodView::parse(&child)) {
+            stages.entry(stage.clone()).or_default().pods.push(view);
+        }
+    }
+    stages
+}
+
+/// Whether the object's controller is this very job.
+pub fn is_owned(object: &impl Resource, job: &RLHFJob) -> bool {
+    let owners = object.meta().owner_references.iter().flatten();
+    owners.filter(|o| o.controller == Some(true)).any(|o| Some(&o.uid) == job.metadata.uid.as_ref())
+}
+
+fn is_jobs(pod: &Pod) -> bool {
+    pod.owner_references().iter().any(|o| o.controller == Some(true) && o.kind == "Job")
+}
+
+async fn missing_job(job: &RLHFJob, slot: &StageStatus, ctx: &Context) -> Result<Option<JobView>, Error> {
+    let name = names::attempt(&job.name_any(), &slot.name, slot.attempt);
+    let api: Api<Job> = ctx.api(job);
+    let found = ctx.metrics.api("get", api.get_opt(&name).await).map_err(|e| failed(format!("Job {name}"), e))?;
+    Ok(found.filter(|j| is_owned(j, job)).and_then(|j| JobView::parse(&j)))
+}
+
+async fn read_progress(job: &RLHFJob, live: &[&StageStatus], stages: &mut BTreeMap<String, StageView>, ctx: &Context) {
+    let stages_of_interest = live.iter().filter(|s| s.name != names::PREPARE);
+    let asked = stages_of_interest.filter_map(|slot| {
+        let view = stages.get(&slot.name)?;
+        let pod = view.pods_of(slot.attempt).find(|p| p.index == 0 && p.state == PodState::Running)?;
+        let (pod, ip) = (pod.name.clone(), pod.ip.clone()?);
+        Some(async move { (slot.name.clone(), ctx.progress.read(&job.namespace().unwrap_or_default(), &pod, &ip).await) })
+    });
+    for (stage, progress) in join_all(asked.collect::<Vec<_>>()).await {
+        stages.entry(stage).or_default().progress = progress;
+    }
+}
+
+/// Whether what was decided still holds at the API server: the job is the one that was looked at, and every stage
+/// whose next attempt is to be made is clear. With it, neither a lagging store nor a second operator can make two
+/// attempts live at once.
+pub async fn still_holds(job: &RLHFJob, decision: &Decision, ctx: &Context) -> Result<bool, Error> {
+    let name = job.name_any();
+    let api: Api<RLHFJob> = ctx.api(job);
+    let current = ctx.metrics.api("get", api.get_metadata_opt(&name).await);
+    let current = current.map_err(|e| failed(format!("RLHFJob {name}"), e))?;
+    if current.and_then(|c| c.resource_version()) != job.resource_version() {
+        return Ok(false);
+    }
+    for children in &decision.make {
+        let attempt = children.job.labels().get(names::LABEL_ATTEMPT).and_then(|a| a.parse().ok()).unwrap_or_default();
+        let jobs: Vec<Job> = list(job, &children.stage, ctx).await?;
+        let pods: Vec<Pod> = list(job, &children.stage, ctx).await?;
+        let jobs = jobs.iter().filter_map(JobView::parse).collect();
+        let pods = pods.iter().filter_map(PodView::parse).collect();
+        if !(StageView { jobs, pods, progress: None }).is_clear_for(attempt) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// One kind of a stage's children, as the API server has them now.
+async fn list<K>(job: &RLHFJob, stage: &str, ctx: &Context) -> Result<Vec<K>, Error>
+where
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + DeserializeOwned + Debug,
+{
+    let uid = job.uid().unwrap_or_default();
+    let selector = format!("{}={uid},{}={stage}", names::LABEL_JOB_UID, names::LABEL_STAGE);
+    let api: Api<K> = ctx.api(job);
+    let found = ctx.metrics.api("list", api.list(&ListParams::default().labels(&selector)).await);
+    found.map(|l| l.items).map_err(|e| failed(format!("{} of {stage}", K::plural(&())), e))
+}
+
+fn failed(what: String, source: kube::Error) -> Error {
+    Error { what, source }
+}

@@ -1,0 +1,154 @@
+//! How far a running stage is: `GET /progress` of rank 0, by its pod's address.
+//!
+//! A pod is asked at most once a period, whether it answers or not; between two questions the last answer stands.
+//! So passes that come for other reasons neither flood the trainer nor change the status. Pods are not trusted: an
+//! answer is bounded in time and size.
+
+use crate::decide::PROGRESS_PERIOD;
+use rlhf_api::config::HTTP_PORT;
+use rlhf_api::report::Progress;
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// A trainer answers from memory; one that takes longer is too busy to be waited for.
+const TIMEOUT: Duration = Duration::from_secs(2);
+/// More than any trainer's figures take.
+const MAX_BYTES: usize = 64 * 1024;
+/// Figures kept of an answer.
+const MAX_METRICS: usize = 64;
+/// Longest name of a figure and longest path of a checkpoint, in bytes.
+const MAX_TEXT_BYTES: usize = 512;
+
+/// Asks trainers how far they are.
+pub struct ProgressReader {
+    client: reqwest::Client,
+    port: u16,
+    /// By namespace and pod name: when the pod was last asked, and its last answer.
+    answers: Mutex<HashMap<(String, String), (Instant, Option<Progress>)>>,
+}
+
+/// An answer that was not used.
+#[derive(Debug, thiserror::Error)]
+enum Error {
+    #[error("no answer: {0}")]
+    Http(#[from] reqwest::Error),
+    #[error("the answer has more than {MAX_BYTES} bytes")]
+    TooLong,
+    #[error("not a progress document: {0}")]
+    Document(#[from] serde_json::Error),
+}
+
+impl ProgressReader {
+    /// A reader of the contract's port.
+    pub fn new() -> Result<Self, reqwest::Error> {
+        Self::on_port(HTTP_PORT)
+    }
+
+    fn on_port(port: u16) -> Result<Self, reqwest::Error> {
+        // Pods are reached directly: a proxy of the environment is for the world outside, and a redirect would let a
+        // pod choose whom the operator asks.
+        let client = reqwest::Client::builder().timeout(TIMEOUT).no_proxy().redirect(reqwest::redirect::Policy::none()).build()?;
+        Ok(Self { client, port, answers: Mutex::default() })
+    }
+
+    /// What the pod last told.
+    pub async fn read(&self, namespace: &str, pod: &str, ip: &str) -> Option<Progress> {
+        let period: Duration = PROGRESS_PERIOD.unsigned_abs();
+        let key = (namespace.to_owned(), pod.to_owned());
+        let last = self.lock().get(&key).cloned();
+        let last_answer = match last {
+            Some((at, answer)) if at.elapsed() < period => return answer,
+            Some((_, answer)) => answer,
+            None => None,
+        };
+        let answer = match self.ask(ip).await {
+            Ok(answer) => Some(answer),
+            Err(error) => {
+                tracing::debug!(namespace, pod, %error, "no progress");
+                last_answer
+            }
+        };
+        let mut answers = self.lock();
+        answers.retain(|_, (at, _)| at.elapsed() < 10 * period);
+        answers.insert(key, (Instant::now(), answer.clone()));
+        answer
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<(String, String), (Instant, Option<Progress>)>> {
+        self.answers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn ask(&self, ip: &str) -> Result<Progress, Error> {
+        let host = if ip.contains(':') { format!("[{ip}]") } else { ip.to_owned() };
+        let url = format!("http://{host}:{}/progress", self.port);
+        let mut response = self.client.get(url).send().await?.error_for_status()?;
+        let mut body = Vec::new();
+        while let Some(chunk) = response.chunk().await? {
+            if body.len() + chunk.len() > MAX_BYTES {
+                return Err(Error::TooLong);
+            }
+            body.extend_from_slice(&chunk);
+        }
+        Ok(trimmed(serde_json::from_slice(&body)?))
+    }
+}
+
+/// An answer cut down to what a status can carry.
+fn trimmed(progress: Progress) -> Progress {
+    let metrics = progress.metrics.into_iter().filter(|(name, _)| name.len() <= MAX_TEXT_BYTES).take(MAX_METRICS).collect();
+    let checkpoint = progress.checkpoint.filter(|c| c.path.len() <= MAX_TEXT_BYTES);
+    Progress { metrics, checkpoint, ..progress }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use axum::Router;
+    use axum::routing::get;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    /// A pod whose every answer is `body`; returns its port and how often it was asked.
+    async fn pod(body: String) -> (u16, Arc<AtomicUsize>) {
+        let asked = Arc::new(AtomicUsize::new(0));
+        let count = asked.clone();
+        let answer = move || {
+            count.fetch_add(1, Ordering::SeqCst);
+            std::future::ready(body)
+        };
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        tokio::spawn(async move { axum::serve(listener, Router::new().route("/progress", get(answer))).await });
+        (port, asked)
+    }
+
+    #[tokio::test]
+    async fn a_pod_is_asked_once_a_period_and_its_answer_stands() {
+        let (port, asked) = pod(r#"{"step": 3, "totalSteps": 9, "metrics": {"loss": 1.5}}"#.into()).await;
+        let reader = ProgressReader::on_port(port).unwrap();
+        for _ in 0..3 {
+            let progress = reader.read("ns", "pod", "127.0.0.1").await.unwrap();
+            assert_eq!((progress.step, progress.total_steps, progress.metrics["loss"]), (3, 9, 1.5));
+        }
+        assert_eq!(asked.load(Ordering::SeqCst), 1);
+    }
+
+    #[tokio::test]
+    async fn a_pod_that_does_not_answer_is_not_asked_again_at_once() {
+        let (port, asked) = pod("not json".into()).await;
+        let reader = ProgressReader::on_port(port).unwrap();
+        assert_eq!(reader.read("ns", "pod", "127.0.0.1").await, None);
+        assert_eq!(reader.read("ns", "pod", "127.0.0.1").await, None);
+        assert_eq!(asked.load(Ordering::SeqCst), 1);
+    }
+
+    #[tokio::test]
+    async fn an_answer_is_bounded() {
+        let (port, _) = pod(format!(r#"{{"step": 1, "totalSteps": 1, "x": "{}"}}"#, "y".repeat(MAX_BYTES))).await;
+        let reader = ProgressReader::on_port(port).unwrap();
+        assert!(matches!(reader.ask("127.0.0.1").await, Err(Error::TooLong)));
+        let many = (0..1000).map(|i| (format!("m{i}"), 1.0)).collect();
+        assert_eq!(trimmed(Progress { metrics: many, ..Default::default() }).metrics.len(), MAX_METRICS);
+    }
+}

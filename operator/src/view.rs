@@ -1,0 +1,364 @@
+//! What is known of a job's children, parsed once where it enters.
+//!
+//! Kubernetes objects are wide and mostly optional; the rules in [`crate::decide`] and [`crate::classify`]
+//! see these narrow types instead. The parsing is pure. An object that lacks the operator's labels is
+//! not a child and yields `None`.
+
+use jiff::{SignedDuration, Timestamp};
+use k8s_openapi::api::batch::v1::Job;
+use k8s_openapi::api::core::v1::{ContainerState, ContainerStatus, Pod, PodCondition};
+use kube::ResourceExt;
+use rlhf_api::names;
+use rlhf_api::report::{Progress, TerminationMessage};
+
+/// The trainer's container in every pod of the operator.
+pub const CONTAINER: &str = "trainer";
+/// Set by the Job controller on each pod of an Indexed Job.
+pub const INDEX_ANNOTATION: &str = "batch.kubernetes.io/job-completion-index";
+
+/// What was seen of one stage (or of prepare).
+#[derive(Clone, Debug, Default)]
+pub struct StageView {
+    /// Its Jobs, of every attempt.
+    pub jobs: Vec<JobView>,
+    /// Its pods, of every attempt.
+    pub pods: Vec<PodView>,
+    /// What rank 0 of the current attempt last told.
+    pub progress: Option<Progress>,
+}
+
+impl StageView {
+    /// The Job of an attempt.
+    pub fn job(&self, attempt: u32) -> Option<&JobView> {
+        self.jobs.iter().find(|j| j.attempt == attempt)
+    }
+
+    /// Whether nothing of the stage runs or can begin to, and nothing of the attempt has been made.
+    pub fn is_clear_for(&self, attempt: u32) -> bool {
+        self.jobs.iter().all(|j| j.finished() && j.attempt != attempt)
+            && self.pods.iter().all(|p| p.ended().is_some() && p.attempt != attempt)
+    }
+
+    /// The pods of an attempt.
+    pub fn pods_of(&self, attempt: u32) -> impl Iterator<Item = &PodView> {
+        self.pods.iter().filter(move |p| p.attempt == attempt)
+    }
+}
+
+/// A Job that the operator made: one attempt.
+#[derive(Clone, Debug, PartialEq)]
+pub struct JobView {
+    /// Its name.
+    pub name: String,
+    /// Its UID, the precondition of every change to it.
+    pub uid: String,
+    /// The attempt's number.
+    pub attempt: u32,
+    /// Whether somebody deleted it.
+    pub deleting: bool,
+    /// `spec.suspend`.
+    pub suspended: bool,
+    /// Pods that it keeps.
+    pub pods: u32,
+    /// Pods that the Job controller has counted as succeeded.
+    pub succeeded: u32,
+    /// How far the Job controller is with it.
+    pub state: JobState,
+}
+
+/// How far the Job controller is with a Job.
+#[derive(Clone, Debug, PartialEq)]
+pub enum JobState {
+    /// Pods are wanted.
+    Active,
+    /// A pod failed; the others are being stopped.
+    Failing,
+    /// All pods succeeded. Final.
+    Complete,
+    /// Pods failed and all have ended. Final.
+    Failed,
+}
+
+impl JobView {
+    /// Whether no pod of the Job runs or will run.
+    pub fn finished(&self) -> bool {
+        matches!(self.state, JobState::Complete | JobState::Failed)
+    }
+
+    /// Parses a Job, if it is a child.
+    pub fn parse(job: &Job) -> Option<Self> {
+        let spec = job.spec.as_ref();
+        let status = job.status.as_ref();
+        let holds = |kind: &str| {
+            status.and_then(|s| s.conditions.as_ref()).is_some_and(|c| c.iter().any(|c| c.type_ == kind && c.status == "True"))
+        };
+        Some(Self {
+            name: job.name_any(),
+            uid: job.uid()?,
+            attempt: job.labels().get(names::LABEL_ATTEMPT)?.parse().ok()?,
+            deleting: job.metadata.deletion_timestamp.is_some(),
+            suspended: spec.and_then(|s| s.suspend).unwrap_or(false),
+            pods: unsigned(spec.and_then(|s| s.parallelism)),
+            succeeded: unsigned(status.and_then(|s| s.succeeded)),
+            state: match () {
+                () if holds("Complete") => JobState::Complete,
+                () if holds("Failed") => JobState::Failed,
+                () if holds("FailureTarget") => JobState::Failing,
+                () => JobState::Active,
+            },
+        })
+    }
+}
+
+fn unsigned(n: Option<i32>) -> u32 {
+    n.and_then(|n| u32::try_from(n).ok()).unwrap_or(0)
+}
+
+/// A pod of an attempt.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PodView {
+    /// Its name.
+    pub name: String,
+    /// The attempt to which it belongs.
+    pub attempt: u32,
+    /// Its index in the gang: the node rank.
+    pub index: u32,
+    /// The node on which it was placed.
+    pub node: Option<String>,
+    /// Its address.
+    pub ip: Option<String>,
+    /// When somebody asked for its deletion.
+    pub deletion_requested: Option<Timestamp>,
+    /// Why the cluster stops it (preemption, drain, eviction), with the cluster's words.
+    pub disruption: Option<String>,
+    /// What its trainer does.
+    pub state: PodState,
+}
+
+/// What a pod's trainer container does.
+#[derive(Clone, Debug, PartialEq)]
+pub enum PodState {
+    /// It has not started; the text names the reason where it is not the ordinary one.
+    Waiting(Option<String>),
+    /// It runs.
+    Running,
+    /// It ended, and does not start again.
+    Ended(End),
+}
+
+/// How a trainer container ended.
+#[derive(Clone, Debug, PartialEq)]
+pub struct End {
+    /// The exit code, where a container ran at all.
+    pub code: Option<i32>,
+    /// Whether the kernel killed it for its memory limit.
+    pub oom_killed: bool,
+    /// Its last word, if it is one of the contract's documents.
+    pub word: Option<TerminationMessage>,
+    /// What there is in place of such a document: the container's or the pod's own message.
+    pub text: Option<String>,
+    /// When it ended.
+    pub at: Option<Timestamp>,
+}
+
+impl PodView {
+    /// Whether the pod's trainer has ended.
+    pub fn ended(&self) -> Option<&End> {
+        if let PodState::Ended(end) = &self.state { Some(end) } else { None }
+    }
+
+    /// Whether the pod's trainer ended well.
+    pub fn succeeded(&self) -> bool {
+        self.ended().is_some_and(|e| e.code == Some(0))
+    }
+
+    /// Parses a pod, if it is a child's.
+    pub fn parse(pod: &Pod) -> Option<Self> {
+        let status = pod.status.as_ref();
+        let meta = &pod.metadata;
+        let grace = SignedDuration::from_secs(meta.deletion_grace_period_seconds.unwrap_or(0));
+        Some(Self {
+            name: pod.name_any(),
+            attempt: pod.labels().get(names::LABEL_ATTEMPT)?.parse().ok()?,
+            index: pod.annotations().get(INDEX_ANNOTATION)?.parse().ok()?,
+            node: pod.spec.as_ref().and_then(|s| s.node_name.clone()),
+            ip: status.and_then(|s| s.pod_ip.clone()),
+            deletion_requested: meta.deletion_timestamp.as_ref().map(|t| t.0.saturating_sub(grace).unwrap_or(t.0)),
+            disruption: condition(pod, "DisruptionTarget", "True").map(words).or_else(|| evicted(pod)),
+            state: state(pod),
+        })
+    }
+}
+
+fn condition<'a>(pod: &'a Pod, kind: &str, value: &str) -> Option<&'a PodCondition> {
+    let conditions = pod.status.as_ref()?.conditions.as_ref()?;
+    conditions.iter().find(|c| c.type_ == kind && c.status == value)
+}
+
+fn words(condition: &PodCondition) -> String {
+    join(condition.reason.as_deref(), condition.message.as_deref())
+}
+
+fn join(reason: Option<&str>, message: Option<&str>) -> String {
+    [reason, message].into_iter().flatten().filter(|s| !s.is_empty()).collect::<Vec<_>>().join(": ")
+}
+
+/// The kubelet's own eviction, which old kubelets mark by the pod's reason alone.
+fn evicted(pod: &Pod) -> Option<String> {
+    let status = pod.status.as_ref()?;
+    (status.reason.as_deref() == Some("Evicted")).then(|| join(Some("Evicted"), status.message.as_deref()))
+}
+
+/// The main container decides, not the pod's phase: a sidecar may outlive it.
+fn state(pod: &Pod) -> PodState {
+    let status = pod.status.as_ref();
+    let container = status
+        .and_then(|s| s.container_statuses.as_ref())
+        .and_then(|all| all.iter().find(|c| c.name == CONTAINER));
+    if let Some(ContainerState { terminated: Some(t), .. }) = container.and_then(|c| c.state.as_ref()) {
+        let word: Option<TerminationMessage> = t.message.as_deref().and_then(|m| serde_json::from_str(m).ok());
+        return PodState::Ended(End {
+            code: Some(t.exit_code),
+            oom_killed: t.reason.as_deref() == Some("OOMKilled") && t.exit_code != 0,
+            text: if word.is_some() { None } else { t.message.clone().or_else(|| t.reason.clone()) },
+            word,
+            at: t.finished_at.as_ref().map(|t| t.0),
+        });
+    }
+    match status.and_then(|s| s.phase.as_deref()) {
+        Some("Failed" | "Succeeded") => PodState::Ended(End {
+            code: None,
+            oom_killed: false,
+            word: None,
+            text: status.map(|s| join(s.reason.as_deref(), s.message.as_deref())),
+            at: condition(pod, "DisruptionTarget", "True").and_then(|c| c.last_transition_time.as_ref()).map(|t| t.0),
+        }),
+        Some("Running") => PodState::Running,
+        _ => PodState::Waiting(waiting_reason(pod, container)),
+    }
+}
+
+/// Why a pod does not start, if it is not just starting. Without the kubelet's changing details, so that the
+/// same trouble always reads the same and status is not written again for it.
+fn waiting_reason(pod: &Pod, container: Option<&ContainerStatus>) -> Option<String> {
+    let waiting = container.and_then(|c| c.state.as_ref()).and_then(|s| s.waiting.as_ref());
+    match waiting.and_then(|w| w.reason.as_deref()) {
+        Some("ContainerCreating" | "PodInitializing") => None,
+        Some("ErrImagePull" | "ImagePullBackOff") => {
+            Some(format!("its image {} cannot be pulled", container.map(|c| c.image.as_str()).unwrap_or_default()))
+        }
+        Some(reason) => Some(join(Some(reason), waiting.and_then(|w| w.message.as_deref()))),
+        None => condition(pod, "PodScheduled", "False").map(words),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    fn pod(status: Value) -> PodView {
+        let pod: Pod = serde_json::from_value(json!({
+            "metadata": {
+                "name": "j-sft-2-1-abcde",
+                "labels": {names::LABEL_ATTEMPT: "2"},
+                "annotations": {INDEX_ANNOTATION: "1"},
+            },
+            "spec": {"containers": [], "nodeName": "node1"},
+            "status": status,
+        }))
+        .unwrap();
+        PodView::parse(&pod).unwrap()
+    }
+
+    fn terminated(code: i32, reason: &str, message: &str) -> Value {
+        json!({"phase": "Failed", "containerStatuses": [{
+            "name": CONTAINER, "ready": false, "restartCount": 0, "image": "i", "imageID": "",
+            "state": {"terminated": {"exitCode": code, "reason": reason, "message": message, "finishedAt": "2026-01-01T00:00:05Z"}},
+        }]})
+    }
+
+    fn waiting(reason: &str) -> Value {
+        json!({"phase": "Pending", "containerStatuses": [{
+            "name": CONTAINER, "ready": false, "restartCount": 0, "image": "docker.io/x:1", "imageID": "",
+            "state": {"waiting": {"reason": reason, "message": "back-off 40s"}},
+        }]})
+    }
+
+    #[test]
+    fn a_termination_message_is_read_whole() {
+        let view = pod(terminated(65, "Error", r#"{"code":65,"reason":"BadInput","message":"data.jsonl line 3","rank":1}"#));
+        let end = view.ended().unwrap();
+        assert_eq!((end.code, end.text.as_deref()), (Some(65), None));
+        assert_eq!(end.word.as_ref().unwrap().message, "data.jsonl line 3");
+        assert_eq!(end.at, Some("2026-01-01T00:00:05Z".parse().unwrap()));
+        assert_eq!((view.attempt, view.index, view.node.as_deref()), (2, 1, Some("node1")));
+    }
+
+    #[test]
+    fn a_message_that_is_no_document_is_kept_as_text() {
+        let view = pod(terminated(1, "Error", "no such file"));
+        assert_eq!(view.ended().unwrap().text.as_deref(), Some("no such file"));
+        assert_eq!(view.ended().unwrap().word, None);
+    }
+
+    #[test]
+    fn a_container_killed_for_memory_is_told_by_its_reason_unless_it_ended_well() {
+        assert!(pod(terminated(137, "OOMKilled", "")).ended().unwrap().oom_killed);
+        assert!(!pod(terminated(0, "OOMKilled", "")).ended().unwrap().oom_killed);
+    }
+
+    #[test]
+    fn a_pod_that_the_kubelet_evicted_before_it_started_has_ended_without_a_code() {
+        let view = pod(json!({"phase": "Failed", "reason": "Evicted", "message": "low on disk"}));
+        assert_eq!(view.ended().unwrap().code, None);
+        assert_eq!(view.disruption.as_deref(), Some("Evicted: low on disk"));
+    }
+
+    #[test]
+    fn waiting_names_what_keeps_a_pod_from_starting_and_nothing_else() {
+        assert_eq!(pod(waiting("ContainerCreating")).state, PodState::Waiting(None));
+        let pull = PodState::Waiting(Some("its image docker.io/x:1 cannot be pulled".into()));
+        assert_eq!(pod(waiting("ErrImagePull")).state, pull);
+        assert_eq!(pod(waiting("ImagePullBackOff")).state, pull);
+        let unschedulable = json!({"phase": "Pending", "conditions": [
+            {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/1 nodes are available"}]});
+        assert_eq!(pod(unschedulable).state, PodState::Waiting(Some("Unschedulable: 0/1 nodes are available".into())));
+    }
+
+    #[test]
+    fn a_deletion_is_dated_to_when_it_was_asked_for() {
+        let pod: Pod = serde_json::from_value(json!({
+            "metadata": {
+                "name": "p", "labels": {names::LABEL_ATTEMPT: "1"}, "annotations": {INDEX_ANNOTATION: "0"},
+                "deletionTimestamp": "2026-01-01T00:02:00Z", "deletionGracePeriodSeconds": 120,
+            },
+        }))
+        .unwrap();
+        assert_eq!(PodView::parse(&pod).unwrap().deletion_requested, Some("2026-01-01T00:00:00Z".parse().unwrap()));
+    }
+
+    #[test]
+    fn a_job_that_loses_pods_is_failing_until_all_have_ended() {
+        let job = |conditions: Value| {
+            let job: Job = serde_json::from_value(json!({
+                "metadata": {"name": "j-sft-1", "uid": "u", "labels": {names::LABEL_ATTEMPT: "1"}},
+                "spec": {"parallelism": 2, "template": {}},
+                "status": {"conditions": conditions},
+            }))
+            .unwrap();
+            JobView::parse(&job).unwrap().state
+        };
+        let condition = |kind: &str| json!({"type": kind, "status": "True"});
+        assert_eq!(job(json!([])), JobState::Active);
+        assert_eq!(job(json!([condition("FailureTarget")])), JobState::Failing);
+        assert_eq!(job(json!([condition("FailureTarget"), condition("Failed")])), JobState::Failed);
+        assert_eq!(job(json!([condition("SuccessCriteriaMet"), condition("Complete")])), JobState::Complete);
+    }
+
+    #[test]
+    fn an_object_without_the_labels_is_no_child() {
+        assert_eq!(PodView::parse(&Pod::default()), None);
+        assert_eq!(JobView::parse(&Job::default()), None);
+    }
+}
