@@ -1,0 +1,33 @@
+# Short names for what the scripts do; `make help` lists them.
+.DEFAULT_GOAL := help
+.PHONY: help demo demo-down test check generate images cluster-up cluster-down
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+demo: ## one RLHFJob from nothing to a trained model on this machine (MODEL=smollm2: a larger one; DEMO_KUBECONFIG=path: on that cluster)
+	tests/demo.sh
+
+demo-down: ## leaves nothing of the demo running
+	tests/demo.sh down
+
+test: ## builds all and runs every test, those on a cluster too
+	tests/run.sh
+
+check: ## the static checks, cheapest first
+	tests/check.sh
+
+generate: ## writes the custom resource definition anew, from crds/src/job.rs
+	cargo run --release --locked --quiet --bin crdgen > target/rlhfjob.yaml
+	cp target/rlhfjob.yaml crds/rlhfjob.yaml
+	cp target/rlhfjob.yaml charts/rlhf-operator/files/rlhfjob.yaml
+
+images: ## builds the operator's and the trainer's image; a running cluster gets them
+	cargo build --release --locked --workspace --bins
+	tests/cluster/images.sh
+
+cluster-up: ## starts a one-node Kubernetes on this machine
+	tests/cluster/up.sh
+
+cluster-down: ## stops it and leaves nothing of it
+	tests/cluster/down.sh

@@ -1,0 +1,48 @@
+# shellcheck shell=bash
+# shellcheck disable=SC2034 # what is set here is used by the scripts that source this
+# For the scripts of this folder: where things are, and how they speak. Everything lies under the repository's .cache.
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)
+CACHE=$ROOT/.cache
+STATE=$CACHE/cluster
+BOX=$CACHE/bin/kubebox
+SOCKET=$STATE/containerd/containerd.sock
+# The node's own address on the bridge of the pods; DNS, the API server and the kubelet answer there.
+BRIDGE=rlhf0
+NODE_IP=10.244.0.1
+POD_CIDR=10.244.0.0/24
+export KUBECONFIG=$STATE/admin.conf
+
+# Nothing ends without a word.
+set -E
+trap 'printf "%s: line %s failed: %s\n" "$(basename "$0" .sh)" "$LINENO" "$BASH_COMMAND" >&2' ERR
+
+say() { printf '%(%T)T %s: %s\n' -1 "$(basename "$0" .sh)" "$*"; }
+die() { printf '%s: %s\n' "$(basename "$0" .sh)" "$*" >&2; exit 1; }
+need_root() { [ "$(id -u)" = 0 ] || die "run this as root: kubelet and containerd need it"; }
+
+kubectl() { "$BOX" kubectl "$@"; }
+ctr() { command ctr -a "$SOCKET" -n k8s.io "$@"; }
+
+# pid_of NAME: the process id of a running part of the cluster; fails when it does not run. A number that belongs to
+# another program by now (after a reboot, say) is not taken: each part has the state folder on its command line.
+pid_of() {
+    local pid
+    pid=$(cat "$STATE/run/$1.pid" 2> /dev/null) || return 1
+    tr '\0' ' ' 2> /dev/null < "/proc/$pid/cmdline" | grep -qF -- "$STATE/" || return 1
+    printf '%s\n' "$pid"
+}
+
+# await SECONDS WHAT COMMAND...: polls until COMMAND succeeds; fails when SECONDS have passed.
+await() {
+    local deadline=$((SECONDS + $1)) what=$2
+    shift 2
+    until "$@" > /dev/null 2>&1; do
+        [ "$SECONDS" -lt "$deadline" ] || return 1
+        check_parts "$what"
+        sleep 0.2
+    done
+}
+
+# check_parts WHAT: overridden by up.sh, where a part that ended makes further waiting pointless.
+check_parts() { :; }

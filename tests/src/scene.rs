@@ -1,0 +1,314 @@
+//! One test's part of the cluster, and how a test waits for and looks at what is in it.
+
+use crate::manifest::Manifest;
+use crate::report;
+use crate::volume::Volume;
+use futures::StreamExt;
+use k8s_openapi::NamespaceResourceScope;
+use k8s_openapi::api::batch::v1::Job;
+use k8s_openapi::api::core::v1::{Namespace, PersistentVolume, PersistentVolumeClaim, Pod, ServiceAccount};
+use k8s_openapi::api::events::v1::Event;
+use kube::api::{ApiResource, DeleteParams, DynamicObject, ListParams, LogParams, Patch, PatchParams, PostParams};
+use kube::runtime::wait::{Condition, await_condition};
+use kube::runtime::watcher::watch_object;
+use kube::{Api, Client, Resource, ResourceExt};
+use rlhf_api::job::{RLHFJob, RLHFJobStatus, StagePhase, StageStatus};
+use rlhf_api::names;
+use rustix::process::{Pid, Signal, kill_process};
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+use std::cell::RefCell;
+use std::fmt::Debug;
+use std::fs;
+use std::rc::Rc;
+use std::time::Duration;
+use tokio::sync::MutexGuard;
+use tokio::task::AbortHandle;
+use tokio::time::timeout;
+
+/// The claim of the examples.
+const CLAIM: &str = "rlhf-data";
+/// How often a condition is looked at that no watch tells of.
+const POLL: Duration = Duration::from_millis(200);
+/// For things that Kubernetes does by itself.
+const SOON_SECONDS: u64 = 60;
+
+/// A namespace with a volume.
+pub struct Scene {
+    /// The API server, as its administrator.
+    pub client: Client,
+    /// The namespace, which has the test's name.
+    pub namespace: String,
+    /// The volume behind the claim of the examples.
+    pub volume: Volume,
+    /// Held while the test runs trainers.
+    cores: RefCell<Option<MutexGuard<'static, ()>>>,
+}
+
+/// An event about a job.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Told {
+    /// Its reason.
+    pub reason: String,
+    /// The child that it concerns.
+    pub about: Option<String>,
+    /// How often it was told.
+    pub times: i32,
+}
+
+/// Every state of a job that the API server told of, from the time it was made.
+pub struct History {
+    seen: Rc<RefCell<Vec<RLHFJobStatus>>>,
+    task: AbortHandle,
+}
+
+impl History {
+    /// Whether there was a state like this.
+    pub fn had(&self, wanted: impl Fn(&RLHFJobStatus) -> bool) -> bool {
+        self.seen.borrow().iter().any(wanted)
+    }
+}
+
+impl Drop for History {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// A stage of a job's status, or prepare.
+pub fn stage(job: &RLHFJob, name: &str) -> StageStatus {
+    let status = job.status.clone().unwrap_or_default();
+    status.prepare.into_iter().chain(status.stages).find(|s| s.name == name).unwrap_or_default()
+}
+
+impl Scene {
+    /// A fresh namespace and volume.
+    pub(crate) async fn new(client: Client, name: &str, cores: Option<MutexGuard<'static, ()>>) -> Self {
+        assert!(name.len() <= 63, "{name} is too long for a namespace");
+        let scene = Self { client, namespace: name.into(), volume: Volume::new(name), cores: RefCell::new(cores) };
+        scene.clear().await;
+        let labels = json!({"pod-security.kubernetes.io/enforce": "restricted"});
+        let namespace = json!({"metadata": {"name": name, "labels": labels}});
+        scene.create(&Api::<Namespace>::all(scene.client.clone()), namespace).await;
+        scene.make_volume().await;
+        let accounts = scene.api::<ServiceAccount>();
+        scene.await_object(&accounts, "default", SOON_SECONDS, |a: Option<&ServiceAccount>| a.is_some()).await;
+        scene
+    }
+
+    async fn make_volume(&self) {
+        let Self { namespace, volume, .. } = self;
+        let spec = json!({"accessModes": ["ReadWriteMany"], "storageClassName": ""});
+        let mut persistent = spec.clone();
+        persistent["capacity"] = json!({"storage": "1Gi"});
+        persistent["hostPath"] = json!({"path": volume.path(), "type": "Directory"});
+        persistent["claimRef"] = json!({"namespace": namespace, "name": CLAIM});
+        let mut claim = spec;
+        claim["resources"] = json!({"requests": {"storage": "1Gi"}});
+        claim["volumeName"] = json!(namespace);
+        let volumes = Api::<PersistentVolume>::all(self.client.clone());
+        self.create(&volumes, json!({"metadata": {"name": namespace}, "spec": persistent})).await;
+        self.create(&self.api::<PersistentVolumeClaim>(), json!({"metadata": {"name": CLAIM}, "spec": claim})).await;
+    }
+
+    async fn create<K>(&self, api: &Api<K>, object: Value)
+    where
+        K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + serde::Serialize,
+    {
+        let object: K = serde_json::from_value(object).expect("the harness writes valid objects");
+        api.create(&PostParams::default(), &object).await.unwrap_or_else(|e| panic!("{}: {e}", object.name_any()));
+    }
+
+    /// Takes the namespace and the volume away, waiting until nothing of them runs.
+    pub(crate) async fn clear(&self) {
+        let namespaces = Api::<Namespace>::all(self.client.clone());
+        let volumes = Api::<PersistentVolume>::all(self.client.clone());
+        delete(&namespaces, &self.namespace).await;
+        self.await_object(&namespaces, &self.namespace, 180, |n: Option<&Namespace>| n.is_none()).await;
+        delete(&volumes, &self.namespace).await;
+        self.await_object(&volumes, &self.namespace, SOON_SECONDS, |v: Option<&PersistentVolume>| v.is_none()).await;
+    }
+
+    /// Lets other tests run their trainers: this one runs no more and only watches.
+    pub fn leave_cores(&self) {
+        self.cores.take();
+    }
+
+    /// What is known about the scene, for a test that failed.
+    pub(crate) async fn report(&self) {
+        report::print(self).await;
+    }
+
+    /// The API of a kind in this namespace.
+    pub fn api<K: Resource<DynamicType = (), Scope = NamespaceResourceScope>>(&self) -> Api<K> {
+        Api::namespaced(self.client.clone(), &self.namespace)
+    }
+
+    /// Applies a job as a user's manifest, without the defaults that Rust types would add.
+    pub async fn apply(&self, manifest: Manifest) -> RLHFJob {
+        let object: DynamicObject = serde_json::from_value(manifest.0).expect("a manifest is an object");
+        let kind = ApiResource::erase::<RLHFJob>(&());
+        let api = Api::<DynamicObject>::namespaced_with(self.client.clone(), &self.namespace, &kind);
+        let made =
+            api.create(&PostParams::default(), &object).await.unwrap_or_else(|e| panic!("the job is refused: {e}"));
+        self.job(&made.name_any()).await
+    }
+
+    /// The job as it is now.
+    pub async fn job(&self, name: &str) -> RLHFJob {
+        self.api::<RLHFJob>().get(name).await.unwrap_or_else(|e| panic!("RLHFJob {name}: {e}"))
+    }
+
+    /// Changes a job by a merge patch.
+    pub async fn patch(&self, name: &str, change: Value) {
+        let patched = self.api::<RLHFJob>().patch(name, &PatchParams::default(), &Patch::Merge(change)).await;
+        patched.unwrap_or_else(|e| panic!("RLHFJob {name}: {e}"));
+    }
+
+    /// Begins to note every state of a job.
+    pub fn follow(&self, name: &str) -> History {
+        let seen = Rc::new(RefCell::new(Vec::new()));
+        let (notes, states) = (seen.clone(), watch_object(self.api::<RLHFJob>(), name));
+        let note = states.for_each(move |state| {
+            notes.borrow_mut().extend(state.ok().flatten().and_then(|job: RLHFJob| job.status));
+            std::future::ready(())
+        });
+        History { seen, task: tokio::task::spawn_local(note).abort_handle() }
+    }
+
+    /// Waits until a job is as wanted. It fails at once when the job ends in another way.
+    pub async fn await_job(&self, name: &str, what: &str, seconds: u64, wanted: impl Fn(&RLHFJob) -> bool) -> RLHFJob {
+        let ended = |job: &RLHFJob| job.status.as_ref().is_some_and(|s| s.phase.is_terminal());
+        let either = |job: Option<&RLHFJob>| job.is_some_and(|job| wanted(job) || ended(job));
+        let found = timeout(Duration::from_secs(seconds), await_condition(self.api::<RLHFJob>(), name, either)).await;
+        let found = found.unwrap_or_else(|_| panic!("{what} did not come within {seconds} s"));
+        let job = found.unwrap_or_else(|e| panic!("RLHFJob {name}: {e}")).expect("the condition asks for a job");
+        let status = job.status.clone().unwrap_or_default();
+        assert!(
+            wanted(&job),
+            "the job ended before {what} came: {:?}: {}",
+            status.phase,
+            status.message.unwrap_or_default()
+        );
+        job
+    }
+
+    /// Waits until a stage of a job is in a phase.
+    pub async fn await_stage(&self, name: &str, of: &str, phase: StagePhase, seconds: u64) -> RLHFJob {
+        self.await_job(name, &format!("{of} {phase:?}"), seconds, |job| stage(job, of).phase == phase).await
+    }
+
+    /// Waits until an object is as wanted.
+    pub async fn await_object<K>(&self, api: &Api<K>, name: &str, seconds: u64, wanted: impl Condition<K>) -> Option<K>
+    where
+        K: Resource<DynamicType = ()> + Clone + Debug + Send + DeserializeOwned + 'static,
+    {
+        let found = timeout(Duration::from_secs(seconds), await_condition(api.clone(), name, wanted)).await;
+        let kind = K::kind(&());
+        let found = found.unwrap_or_else(|_| panic!("{kind} {name} is not as wanted after {seconds} s"));
+        found.unwrap_or_else(|e| panic!("{kind} {name}: {e}"))
+    }
+
+    /// Waits until a stage has made a step.
+    pub async fn await_step(&self, job: &RLHFJob, of: &str, step: u64, seconds: u64) {
+        let made = async || self.volume.steps(job, of).iter().any(|s| s.step >= step);
+        eventually(&format!("step {step} of {of}"), seconds, made).await;
+    }
+
+    /// The pods of an attempt at a stage, by index; of several with one index the newest.
+    pub async fn pods(&self, job: &RLHFJob, of: &str, attempt: u32) -> Vec<Pod> {
+        let labels = [
+            (names::LABEL_JOB, job.name_any()),
+            (names::LABEL_STAGE, of.into()),
+            (names::LABEL_ATTEMPT, attempt.to_string()),
+        ];
+        let selector = labels.map(|(key, value)| format!("{key}={value}")).join(",");
+        let found = self.api::<Pod>().list(&ListParams::default().labels(&selector)).await;
+        let mut pods = found.unwrap_or_else(|e| panic!("pods: {e}")).items;
+        pods.sort_by_key(|p| (index(p), std::cmp::Reverse(p.metadata.creation_timestamp.clone())));
+        pods.dedup_by_key(|p| index(p));
+        pods
+    }
+
+    /// The log of a pod.
+    pub async fn log(&self, pod: &Pod) -> String {
+        let name = pod.name_any();
+        self.api::<Pod>().logs(&name, &LogParams::default()).await.unwrap_or_else(|e| panic!("log of {name}: {e}"))
+    }
+
+    /// The step from which an attempt went on, as its rank 0 logged it.
+    pub async fn resumed_at(&self, job: &RLHFJob, of: &str, attempt: u32) -> u64 {
+        let pods = self.pods(job, of, attempt).await;
+        let log = self.log(pods.first().expect("the attempt has a pod")).await;
+        let line = log
+            .lines()
+            .find(|l| l.contains(" resumed "))
+            .unwrap_or_else(|| panic!("attempt {attempt} did not resume:\n{log}"));
+        let step = line.split_whitespace().find_map(|word| word.strip_prefix("step="));
+        step.and_then(|s| s.parse().ok()).unwrap_or_else(|| panic!("no step in: {line}"))
+    }
+
+    /// The events about a job, sorted.
+    pub async fn told(&self, job: &str) -> Vec<Told> {
+        let events = self.api::<Event>().list(&ListParams::default()).await.unwrap_or_else(|e| panic!("events: {e}"));
+        let about = |e: &Event| {
+            e.regarding.as_ref().is_some_and(|r| r.kind.as_deref() == Some("RLHFJob") && r.name.as_deref() == Some(job))
+        };
+        let told = |e: Event| Told {
+            reason: e.reason.unwrap_or_default(),
+            about: e.related.and_then(|r| r.name),
+            times: e.series.map_or(1, |s| s.count),
+        };
+        let mut all: Vec<Told> = events.items.into_iter().filter(about).map(told).collect();
+        all.sort();
+        all
+    }
+
+    /// The Jobs of a job, as name and UID, sorted.
+    pub async fn attempts(&self) -> Vec<(String, String)> {
+        let jobs = self.api::<Job>().list(&ListParams::default()).await.unwrap_or_else(|e| panic!("Jobs: {e}"));
+        let mut all: Vec<_> = jobs.iter().map(|j| (j.name_any(), j.uid().unwrap_or_default())).collect();
+        all.sort();
+        all
+    }
+}
+
+async fn delete<K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned>(api: &Api<K>, name: &str) {
+    match api.delete(name, &DeleteParams::default()).await {
+        Err(kube::Error::Api(status)) if status.is_not_found() => {}
+        Err(error) => panic!("{name}: {error}"),
+        Ok(_) => {}
+    }
+}
+
+fn index(pod: &Pod) -> u32 {
+    let annotation = pod.annotations().get("batch.kubernetes.io/job-completion-index");
+    annotation.and_then(|i| i.parse().ok()).unwrap_or_default()
+}
+
+/// Polls until something that no watch tells of is so.
+pub async fn eventually(what: &str, seconds: u64, holds: impl AsyncFn() -> bool) {
+    let poll = async {
+        while !holds().await {
+            tokio::time::sleep(POLL).await;
+        }
+    };
+    timeout(Duration::from_secs(seconds), poll)
+        .await
+        .unwrap_or_else(|_| panic!("{what} did not come within {seconds} s"));
+}
+
+/// Kills the one worker process of a pod with SIGKILL, as the kernel does when memory runs out. This machine is the
+/// pod's node: the worker is found among its processes by the pod's control group.
+pub fn kill_worker(pod: &Pod) {
+    let uid = pod.uid().expect("a stored pod has a UID");
+    let processes =
+        fs::read_dir("/proc").expect("/proc can be read").filter_map(|e| e.ok()?.file_name().to_str()?.parse().ok());
+    // A process that ends meanwhile cannot be read and is none of ours.
+    let read = |pid: i32, file: &str| fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
+    let is_worker = |pid: i32| read(pid, "cmdline").split('\0').nth(1) == Some("worker");
+    let workers: Vec<i32> = processes.filter(|pid| read(*pid, "cgroup").contains(&uid) && is_worker(*pid)).collect();
+    let [worker] = workers[..] else { panic!("pod {} has workers {workers:?}, not one", pod.name_any()) };
+    let worker = Pid::from_raw(worker).expect("0 is no process of a pod");
+    kill_process(worker, Signal::KILL).unwrap_or_else(|e| panic!("the worker of {}: {e}", pod.name_any()));
+}

@@ -1,0 +1,168 @@
+//! Whatever is killed, deleted or suspended in the middle, the job goes on where it was.
+
+use e2e::manifest::{Manifest, NAME, example};
+use e2e::{Scene, Step, kill_worker, on_the_cluster, operator_pods, stage};
+use k8s_openapi::api::core::v1::Pod;
+use kube::ResourceExt;
+use kube::api::DeleteParams;
+use rlhf_api::job::{Phase, RLHFJob, StagePhase};
+use serde_json::json;
+
+const PPO_ITERATIONS: u64 = 8;
+const SFT_STEPS: u64 = 60;
+
+/// Fine-tuning alone, long enough to be interrupted, that writes no checkpoint of its own accord.
+fn long_sft() -> Manifest {
+    example().only(&["sft"]).stage("sft", "sft/maxSteps", json!(SFT_STEPS)).stage(
+        "sft",
+        "checkpoint",
+        json!({"everySteps": 1000}),
+    )
+}
+
+async fn success(scene: &Scene) -> RLHFJob {
+    let succeeded = |j: &RLHFJob| j.status.as_ref().is_some_and(|s| s.phase == Phase::Succeeded);
+    scene.await_job(NAME, "success", 240, succeeded).await
+}
+
+/// The steps of an attempt, of which there must be some.
+fn of_attempt(steps: &[Step], attempt: u64) -> Vec<u64> {
+    let of: Vec<u64> = steps.iter().filter(|s| s.attempt == attempt).map(|s| s.step).collect();
+    assert!(!of.is_empty(), "no step of attempt {attempt} in {steps:?}");
+    of
+}
+
+fn range(from: u64, to: u64) -> Vec<u64> {
+    (from..=to).collect()
+}
+
+#[test]
+fn a_worker_killed_in_the_middle_of_ppo_is_resumed_and_counted() {
+    on_the_cluster(async |scene| {
+        let manifest = example()
+            .stage("sft", "sft/maxSteps", json!(4))
+            .stage("reward", "rewardModel/maxSteps", json!(4))
+            .stage("ppo", "ppo/iterations", json!(PPO_ITERATIONS));
+        let job = scene.apply(manifest).await;
+        scene.await_stage(NAME, "ppo", StagePhase::Running, 180).await;
+        let pods = scene.pods(&job, "ppo", 1).await;
+        scene.await_step(&job, "ppo", 3, 120).await;
+        kill_worker(&pods[1]);
+
+        let restarted = scene.await_job(NAME, "a second attempt", 120, |j| stage(j, "ppo").attempt == 2).await;
+        let failure = stage(&restarted, "ppo").last_failure.expect("the first attempt's end is recorded");
+        assert_eq!((failure.attempt, failure.reason.as_str(), failure.rank), (1, "Killed", Some(1)), "{failure:?}");
+        assert_eq!(failure.pod, Some(pods[1].name_any()));
+
+        let job = success(scene).await;
+        let ppo = stage(&job, "ppo");
+        assert_eq!((ppo.attempt, ppo.restarts, ppo.disruptions), (2, 1, 0));
+        assert_eq!(job.status.as_ref().map(|s| s.restarts), Some(1));
+        let checkpoint = scene.resumed_at(&job, "ppo", 2).await;
+        assert!(
+            checkpoint >= 2 && checkpoint.is_multiple_of(2),
+            "checkpoints are due every 2 iterations, not at {checkpoint}"
+        );
+        let steps = scene.volume.steps(&job, "ppo");
+        let before = of_attempt(&steps, 1);
+        assert_eq!(before, range(1, before.len() as u64));
+        assert!(before.len() as u64 >= checkpoint, "{steps:?} and a checkpoint at {checkpoint}");
+        assert_eq!(of_attempt(&steps, 2), range(checkpoint + 1, PPO_ITERATIONS));
+        assert_eq!(scene.volume.checkpoints(&job, "ppo").last(), Some(&PPO_ITERATIONS));
+    });
+}
+
+#[test]
+fn a_deleted_pod_is_a_disruption_and_its_last_step_is_not_lost() {
+    on_the_cluster(async |scene| {
+        let job = scene.apply(long_sft()).await;
+        scene.await_step(&job, "sft", 5, 120).await;
+        let pods = scene.pods(&job, "sft", 1).await;
+        scene.api::<Pod>().delete(&pods[1].name_any(), &DeleteParams::default()).await.expect("the pod can be deleted");
+
+        let again = scene.await_job(NAME, "a second attempt", 120, |j| stage(j, "sft").attempt == 2).await;
+        let failure = stage(&again, "sft").last_failure.expect("the first attempt's end is recorded");
+        assert_eq!((failure.attempt, failure.reason.as_str()), (1, "PodDeleted"), "{failure:?}");
+        let checkpoint = stage(&again, "sft").checkpoint.expect("the stopped attempt told of its checkpoint").step;
+        assert!((5..SFT_STEPS).contains(&checkpoint), "{checkpoint}");
+
+        let job = success(scene).await;
+        let sft = stage(&job, "sft");
+        assert_eq!((sft.attempt, sft.restarts, sft.disruptions), (2, 0, 1));
+        assert_eq!(scene.resumed_at(&job, "sft", 2).await, checkpoint);
+        let steps = scene.volume.steps(&job, "sft");
+        assert_eq!(of_attempt(&steps, 1), range(1, checkpoint), "the checkpoint is of the last step");
+        assert_eq!(of_attempt(&steps, 2), range(checkpoint + 1, SFT_STEPS));
+    });
+}
+
+#[test]
+fn the_operator_killed_in_the_middle_changes_nothing() {
+    on_the_cluster(async |scene| {
+        let manifest = example().only(&["sft", "reward"]).stage("sft", "sft/maxSteps", json!(30)).stage(
+            "reward",
+            "rewardModel/maxSteps",
+            json!(4),
+        );
+        let job = scene.apply(manifest).await;
+        scene.await_step(&job, "sft", 3, 120).await;
+        let before = scene.attempts().await;
+        assert_eq!(before.len(), 2, "prepare and sft: {before:?}");
+        let (operators, pods) = operator_pods(scene).await;
+        let killed = pods[0].name_any();
+        operators
+            .delete(&killed, &DeleteParams::default().grace_period(0))
+            .await
+            .expect("the operator's pod can be deleted");
+
+        let job_done = success(scene).await;
+        for name in ["prepare", "sft", "reward"] {
+            let stage = stage(&job_done, name);
+            assert_eq!((stage.attempt, stage.restarts, stage.disruptions), (1, 0, 0), "{name}");
+        }
+        let after = scene.attempts().await;
+        let names: Vec<_> = after.iter().map(|(name, _)| name.as_str()).collect();
+        assert_eq!(names, ["sentiment-prepare-1", "sentiment-reward-1", "sentiment-sft-1"]);
+        assert!(before.iter().all(|job| after.contains(job)), "a Job was made anew: {before:?}, {after:?}");
+        assert_eq!(of_attempt(&scene.volume.steps(&job, "sft"), 1), range(1, 30));
+        let (_, pods) = operator_pods(scene).await;
+        assert!(pods.iter().all(|p| p.name_any() != killed), "the operator was not killed");
+    });
+}
+
+#[test]
+fn a_suspended_job_has_no_pods_and_goes_on_from_its_checkpoint() {
+    on_the_cluster(async |scene| {
+        let job = scene.apply(long_sft()).await;
+        scene.await_step(&job, "sft", 5, 120).await;
+        scene.patch(NAME, json!({"spec": {"suspend": true}})).await;
+
+        let is = |j: &RLHFJob, phase| j.status.as_ref().is_some_and(|s| s.phase == phase);
+        let suspended = scene.await_job(NAME, "suspension", 90, |j| is(j, Phase::Suspended)).await;
+        assert!(scene.pods(&job, "sft", 1).await.iter().all(ended), "a pod of a suspended job runs");
+        let status = suspended.status.expect("a suspended job has a status");
+        let condition =
+            status.conditions.iter().find(|c| c.type_ == "Suspended").expect("a suspended job has the condition");
+        assert_eq!(condition.status, "True");
+        let stopped = scene.volume.steps(&job, "sft").last().expect("steps were made").step;
+        assert!(stopped < SFT_STEPS, "the stage was over before it was suspended");
+        assert_eq!(scene.volume.checkpoints(&job, "sft"), [stopped]);
+
+        scene.patch(NAME, json!({"spec": {"suspend": false}})).await;
+        scene.await_job(NAME, "the resumed job", 60, |j| is(j, Phase::Running)).await;
+        let job = success(scene).await;
+        let sft = stage(&job, "sft");
+        assert_eq!((sft.restarts, sft.disruptions), (0, 0), "suspending is neither");
+        assert_eq!(scene.resumed_at(&job, "sft", sft.attempt).await, stopped);
+        let steps: Vec<_> = scene.volume.steps(&job, "sft").iter().map(|s| s.step).collect();
+        assert_eq!(steps, range(1, SFT_STEPS), "no step was lost or made twice");
+        let reasons: Vec<_> = scene.told(NAME).await.into_iter().map(|t| t.reason).collect();
+        for reason in ["Suspended", "Resumed"] {
+            assert_eq!(reasons.iter().filter(|r| *r == reason).count(), 1, "{reasons:?}");
+        }
+    });
+}
+
+fn ended(pod: &Pod) -> bool {
+    pod.status.as_ref().and_then(|s| s.phase.as_deref()).is_some_and(|phase| ["Succeeded", "Failed"].contains(&phase))
+}

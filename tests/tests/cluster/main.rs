@@ -1,0 +1,10 @@
+//! The whole product on a real cluster: the chart, the images, the examples. Each test's name is what it shows.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod admission;
+mod example;
+mod failure;
+mod interruption;
+mod removal;
+mod stages;
