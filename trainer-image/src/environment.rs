@@ -51,7 +51,7 @@ impl Environment {
         };
         let port = number(env::MASTER_PORT, RENDEZVOUS_PORT.into())?;
         let this = Self {
-            master_addr: lookup(env::MASTER_ADDR).unwrap_or_else(|| "127.0.0.1".into()),
+            master_addr: lookup(env::MASTER_ADDR).filter(|v| !v.is_empty()).unwrap_or_else(|| "127.0.0.1".into()),
             master_port: u16::try_from(port).map_err(|_| {
                 Error::config(format!("environment variable {}: {port} is not a port", env::MASTER_PORT))
             })?,
@@ -60,7 +60,7 @@ impl Environment {
             workers_per_node: number(env::NPROC_PER_NODE, 1)?,
             local_rank: number(LOCAL_RANK, 0)?,
             attempt: number(env::ATTEMPT, 1)?,
-            volume: lookup(env::VOLUME).unwrap_or_else(|| VOLUME_DIR.into()).into(),
+            volume: lookup(env::VOLUME).filter(|v| !v.is_empty()).unwrap_or_else(|| VOLUME_DIR.into()).into(),
         };
         this.check()
     }
@@ -77,6 +77,14 @@ impl Environment {
         };
         below(env::NODE_RANK, self.node_rank, env::NNODES, self.nodes)?;
         below(LOCAL_RANK, self.local_rank, env::NPROC_PER_NODE, self.workers_per_node)?;
+        if self.nodes.checked_mul(self.workers_per_node).is_none() {
+            let (nodes, workers) = (self.nodes, self.workers_per_node);
+            return Err(Error::config(format!(
+                "{} is {nodes} and {} is {workers}: too many ranks",
+                env::NNODES,
+                env::NPROC_PER_NODE
+            )));
+        }
         Ok(self)
     }
 

@@ -31,6 +31,23 @@ impl Error {
         Self::new(ExitCode::BadInput, message)
     }
 
+    /// A file that a user gave could not be read. One that is missing or may not be read is the user's to mend (exit code
+    /// 65); anything else is the storage's (74).
+    pub fn unreadable(path: &std::path::Path, error: &std::io::Error) -> Self {
+        use std::io::ErrorKind::{IsADirectory, NotADirectory, NotFound, PermissionDenied};
+        match error.kind() {
+            NotFound | PermissionDenied | IsADirectory | NotADirectory => {
+                Self::input(format!("{}: {error}", path.display()))
+            }
+            _ => Self::storage(path, error),
+        }
+    }
+
+    /// The same error, with what was being done put before its message.
+    pub fn context(self, what: impl std::fmt::Display) -> Self {
+        Self { message: format!("{what}: {}", self.message), ..self }
+    }
+
     /// An invariant of the trainer does not hold (exit code 70).
     pub fn bug(message: impl Into<String>) -> Self {
         Self::new(ExitCode::Bug, message)
@@ -42,17 +59,9 @@ impl Error {
     }
 }
 
-/// The first line of a libtorch message: the rest is a C++ backtrace.
-fn without_backtrace(message: &str) -> &str {
-    message.split("\nException raised from").next().unwrap_or(message).trim_end()
-}
-
 impl From<tch::TchError> for Error {
     fn from(error: tch::TchError) -> Self {
-        let text = error.to_string();
-        let text = without_backtrace(&text);
-        let exit = if text.contains("out of memory") { ExitCode::DeviceOutOfMemory } else { ExitCode::Bug };
-        Self::new(exit, format!("libtorch: {text}"))
+        c10d::Error::from(error).into()
     }
 }
 

@@ -5,15 +5,17 @@ use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-/// Writes and flushes one file.
+/// Writes one file over what was there.
 ///
 /// # Errors
-/// Names the path where storage failed.
+/// Names the path where storage failed; the file is then as it was.
 pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
+    let temporary = sibling(path, "tmp");
     let run = || {
-        let mut file = File::create(path)?;
+        let mut file = File::create(&temporary)?;
         file.write_all(bytes)?;
-        file.sync_all()
+        file.sync_all()?;
+        fs::rename(&temporary, path)
     };
     run().map_err(|e: std::io::Error| Error::storage(path, e))
 }
@@ -60,13 +62,18 @@ pub fn sync_dir(path: &Path) -> Result<()> {
     run().map_err(|e: std::io::Error| Error::storage(path, e))
 }
 
-/// Moves a finished folder to its place, over what was there, and flushes the parent.
+/// Moves a finished folder to its place and flushes the parent. What was there is moved aside first and removed last.
 ///
 /// # Errors
 /// Names the path where storage failed.
 pub fn publish_dir(finished: &Path, target: &Path) -> Result<()> {
-    remove_dir(target)?;
+    let old = sibling(target, "old");
+    remove_dir(&old)?;
+    if target.exists() {
+        fs::rename(target, &old).map_err(|e| Error::storage(target, e))?;
+    }
     fs::rename(finished, target).map_err(|e| Error::storage(target, e))?;
+    remove_dir(&old)?;
     match target.parent() {
         Some(parent) => File::open(parent).and_then(|d| d.sync_all()).map_err(|e| Error::storage(parent, e)),
         None => Ok(()),

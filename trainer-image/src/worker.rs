@@ -58,7 +58,10 @@ pub fn run(options: &Options) -> TerminationMessage {
 fn train(options: &Options, environment: Environment, shown: &OnceLock<Telemetry>) -> Result<Output> {
     let config = config_file::read::<StageConfig>(&options.config)?;
     if config.value.collective_timeout_seconds == 0 {
-        return Err(Error::config(format!("{}: collectiveTimeoutSeconds is 0, so every collective would fail: write at least 1", options.config.display())));
+        return Err(Error::config(format!(
+            "{}: collectiveTimeoutSeconds is 0, so every collective would fail: write at least 1",
+            options.config.display()
+        )));
     }
     let (rank, world_size) = (environment.rank(), environment.world_size());
     let _span = logging::worker_span(rank, &config.value.stage).entered();
@@ -74,8 +77,14 @@ fn train(options: &Options, environment: Environment, shown: &OnceLock<Telemetry
     let peers = meet(&environment, &config.value, &config.digest, device)?;
     let group = Group::new(peers, rank, world_size, device);
     let shutdown = Shutdown::install()?;
-    tracing::info!(attempt = environment.attempt, world_size, ?device, threads = tch::get_num_threads(), "training starts");
-    stages::run(Context { config: config.value, environment, group, telemetry, shutdown, device })
+    tracing::info!(
+        attempt = environment.attempt,
+        world_size,
+        ?device,
+        threads = tch::get_num_threads(),
+        "training starts"
+    );
+    stages::run(Context::new(config.value, environment, group, telemetry, shutdown, device))
 }
 
 /// The device of a worker: the GPU of its local rank, or the CPU where there is none.
@@ -90,7 +99,9 @@ fn threads(wanted: Option<&str>, workers: u32) -> Result<i32> {
     let share = i32::try_from(cores / workers.max(1) as usize).unwrap_or(i32::MAX).max(1);
     match wanted.filter(|text| !text.is_empty()) {
         None => Ok(share),
-        Some(text) => text.trim().parse().ok().filter(|n| *n > 0).ok_or_else(|| Error::config(format!("environment variable OMP_NUM_THREADS: '{text}' is not a number of threads"))),
+        Some(text) => text.trim().parse().ok().filter(|n| *n > 0).ok_or_else(|| {
+            Error::config(format!("environment variable OMP_NUM_THREADS: '{text}' is not a number of threads"))
+        }),
     }
 }
 
@@ -99,7 +110,9 @@ fn serve(first_port: u16, local_rank: u32, telemetry: &Telemetry) -> Result<()> 
         return Ok(());
     }
     let port = u16::try_from(u32::from(first_port) + local_rank);
-    let port = port.map_err(|_| Error::config(format!("--http-port {first_port}: local rank {local_rank} would need a port beyond 65535")))?;
+    let port = port.map_err(|_| {
+        Error::config(format!("--http-port {first_port}: local rank {local_rank} would need a port beyond 65535"))
+    })?;
     http::serve(port, telemetry.clone())
 }
 
@@ -116,7 +129,9 @@ fn meet(
     }
     let (host, port) = (environment.master_addr.clone(), environment.master_port);
     tracing::info!("waiting for {world_size} ranks at {host}:{port}");
-    let store = Rendezvous { host, port, rank, world_size, attempt: environment.attempt, deadline: RENDEZVOUS_DEADLINE }.connect()?;
+    let store =
+        Rendezvous { host, port, rank, world_size, attempt: environment.attempt, deadline: RENDEZVOUS_DEADLINE }
+            .connect()?;
     let timeout = Duration::from_secs(config.collective_timeout_seconds.into());
     let group = match device {
         Device::Cuda(index) => ProcessGroup::nccl(&store, rank, world_size, index, timeout)?,
@@ -137,7 +152,12 @@ fn address_towards(host: &str, port: u16) -> Result<String> {
         match local_address(host, port) {
             Ok(address) => return Ok(address.to_string()),
             Err(_) if Instant::now() < end => std::thread::sleep(NAME_RETRY),
-            Err(e) => return Err(Error::new(ExitCode::PeerLost, format!("the name {host} of rank 0's host was not found in {NAME_DEADLINE:?}: {e}"))),
+            Err(e) => {
+                return Err(Error::new(
+                    ExitCode::PeerLost,
+                    format!("the name {host} of rank 0's host was not found in {NAME_DEADLINE:?}: {e}"),
+                ));
+            }
         }
     }
 }

@@ -1,6 +1,8 @@
 //! Checkpoints: a resumed run ends as the run that was never stopped, bit for bit, and a damaged checkpoint costs only
 //! the steps since the one before.
 
+#![allow(clippy::unwrap_used, clippy::panic)] // helpers of tests
+
 mod common;
 
 use common::{Launch, Volume, ppo, relative_gap, reward, sft, wait_until};
@@ -35,12 +37,15 @@ fn rewound(whole: &Volume, family: &str, stage: &str, step: u64) -> Volume {
 
 #[test]
 fn a_resumed_run_ends_bit_for_bit_as_one_that_was_never_stopped() {
-    for (launch, step) in [(sft(), 10), (reward(), 10), (ppo(), 2), (sft().processes(2), 10)] {
+    for (launch, step) in [(sft(), 10), (reward(), 10), (ppo(), 2), (sft().processes(2), 10), (ppo().processes(2), 2)] {
         let stage = launch.config["stage"].as_str().unwrap().to_string();
         let whole = finished("llama-gqa-untied", &launch);
         let volume = rewound(&whole, "llama-gqa-untied", &stage, step);
         volume.succeed(&launch.clone().attempt(2));
         assert!(volume.weights(&stage) == whole.weights(&stage), "{stage}: the weights differ");
+        if stage == "ppo" {
+            assert_eq!(volume.curve("ppo", "klCoefficient"), whole.curve("ppo", "klCoefficient"));
+        }
         let resumed: Vec<u64> =
             volume.history(&stage).iter().filter(|l| l["attempt"] == 2).filter_map(|l| l["step"].as_u64()).collect();
         assert_eq!(resumed.first(), Some(&(step + 1)), "{stage}: goes on after the checkpoint");
@@ -59,7 +64,8 @@ fn a_checkpoint_loads_under_another_world_size() {
 #[test]
 fn a_damaged_checkpoint_is_skipped_for_the_one_before() {
     let whole = finished("gpt2", &sft());
-    let damage: [(&str, fn(&mut Vec<u8>)); 3] = [
+    type Damage = fn(&mut Vec<u8>);
+    let damage: [(&str, Damage); 3] = [
         ("rank-00000.safetensors", |bytes| *bytes.last_mut().unwrap() ^= 1),
         ("rank-00000.safetensors", |bytes| bytes.truncate(bytes.len() / 2)),
         ("manifest.json", |bytes| bytes.truncate(10)),
@@ -71,6 +77,7 @@ fn a_damaged_checkpoint_is_skipped_for_the_one_before() {
         damage(&mut bytes);
         fs::write(&path, bytes).unwrap();
         let end = volume.succeed(&sft().attempt(2));
+        assert!(volume.path("jobs/j/sft/checkpoints/step-20.damaged").exists(), "the damaged one is set aside");
         assert!(end.log.contains("skipping a checkpoint") && end.log.contains("step-20"), "{}", end.log);
         assert!(volume.weights("sft") == whole.weights("sft"));
     }
@@ -126,4 +133,26 @@ fn the_kept_checkpoints_are_the_newest() {
         .collect();
     left.sort();
     assert_eq!(left, ["step-16", "step-20"]);
+}
+
+#[test]
+fn a_run_on_other_data_does_not_resume() {
+    let whole = finished("gpt2", &sft());
+    let volume = rewound(&whole, "gpt2", "sft", 10);
+    let data = volume.path("data/sft.jsonl");
+    let shortened: Vec<String> = fs::read_to_string(&data).unwrap().lines().skip(1).map(String::from).collect();
+    fs::write(&data, shortened.join("\n")).unwrap();
+    let end = volume.run(&sft().attempt(2));
+    assert_eq!(end.code, Some(65), "{}", end.log);
+    assert!(end.message["message"].as_str().unwrap().contains("a run on other data"), "{}", end.message);
+}
+
+#[test]
+fn a_language_model_is_no_reward_model() {
+    let volume = Volume::new("gpt2");
+    let mut launch = ppo();
+    launch.config["paths"]["rewardModel"] = json!("models/base");
+    let end = volume.run(&launch);
+    assert_eq!(end.code, Some(65), "{}", end.log);
+    assert!(end.message["message"].as_str().unwrap().contains("score.weight"), "{}", end.message);
 }

@@ -22,6 +22,8 @@ pub(super) struct Manifest {
     pub step: u64,
     pub models: BTreeMap<String, ModelEntry>,
     pub state: Value,
+    /// Hash of the data that the run learns from.
+    pub data: String,
     pub files: Vec<FileEntry>,
 }
 
@@ -46,29 +48,37 @@ impl Manifest {
         serde_json::to_vec_pretty(self).map_err(|e| Error::bug(e.to_string()))
     }
 
-    pub fn read(dir: &Path) -> std::result::Result<Self, String> {
-        let text = std::fs::read(dir.join(MANIFEST)).map_err(|e| format!("{MANIFEST}: {e}"))?;
-        let manifest: Self = serde_json::from_slice(&text).map_err(|e| format!("{MANIFEST}: {e}"))?;
-        if manifest.format != FORMAT {
-            return Err(format!("{MANIFEST}: format {} is not {FORMAT}", manifest.format));
-        }
-        Ok(manifest)
+    pub fn read(dir: &Path) -> std::result::Result<Self, ReadError> {
+        let manifest: Self = serde_json::from_slice(&std::fs::read(dir.join(MANIFEST))?)?;
+        if manifest.format == FORMAT { Ok(manifest) } else { Err(ReadError::Format(manifest.format)) }
     }
 
-    /// The manifest of a checkpoint whose every file has the hash it should have, or why it cannot be used.
-    pub fn verified(dir: &Path, job_uid: &str, stage: &str) -> std::result::Result<Self, String> {
-        let manifest = Self::read(dir)?;
-        if manifest.job_uid != job_uid || manifest.stage != stage {
-            return Err(format!("it belongs to stage '{}' of the job with UID {}", manifest.stage, manifest.job_uid));
-        }
-        for file in &manifest.files {
-            let hash = sha256(&dir.join(&file.name)).map_err(|e| format!("{}: {e}", file.name))?;
-            if hex(&hash) != file.sha256 {
-                return Err(format!("{}: its content has changed since it was written", file.name));
-            }
-        }
-        Ok(manifest)
+    /// Whether the checkpoint was written by this stage of this job.
+    pub fn is_of(&self, job_uid: &str, stage: &str) -> bool {
+        self.job_uid == job_uid && self.stage == stage
     }
+}
+
+impl FileEntry {
+    /// Whether the file in `dir` is there and has the content that was written.
+    pub fn is_intact(&self, dir: &Path) -> std::io::Result<bool> {
+        match sha256(&dir.join(&self.name)) {
+            Ok(digest) => Ok(hex(&digest) == self.sha256),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(false),
+            Err(e) => Err(e),
+        }
+    }
+}
+
+/// Why a manifest cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ReadError {
+    #[error("{MANIFEST}: {0}")]
+    Io(#[from] std::io::Error),
+    #[error("{MANIFEST}: {0}")]
+    Json(#[from] serde_json::Error),
+    #[error("{MANIFEST}: format {0} is not {FORMAT}")]
+    Format(u32),
 }
 
 /// The hash of a file's content.

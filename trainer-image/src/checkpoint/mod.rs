@@ -9,9 +9,10 @@ mod manifest;
 mod shard_file;
 
 use crate::engine::{Group, Model};
+use crate::environment::Environment;
 use crate::error::{Error, Result};
 use crate::files;
-use manifest::{FileEntry, MANIFEST, Manifest, ModelEntry};
+use manifest::{FileEntry, MANIFEST, Manifest, ModelEntry, ReadError};
 use rlhf_api::config::StageConfig;
 use rlhf_api::report::Checkpoint;
 use serde_json::Value;
@@ -25,6 +26,8 @@ pub struct Checkpoints {
     job_uid: String,
     stage: String,
     keep: usize,
+    attempt: u32,
+    data: String,
 }
 
 /// What a checkpoint holds beside the models.
@@ -39,10 +42,12 @@ pub struct Restored {
 }
 
 impl Checkpoints {
-    /// The checkpoints of the stage with this config, on the volume mounted at `volume`.
-    pub fn new(config: &StageConfig, volume: &Path) -> Self {
+    /// The checkpoints of the stage with this config, whose data have this hash.
+    pub fn new(config: &StageConfig, environment: &Environment, data: [u8; 32]) -> Self {
         Self {
-            dir: volume.join(&config.paths.checkpoints),
+            attempt: environment.attempt,
+            data: manifest::hex(&data),
+            dir: environment.volume.join(&config.paths.checkpoints),
             relative: config.paths.checkpoints.clone(),
             job_uid: config.job.uid.clone(),
             stage: config.stage.clone(),
@@ -64,7 +69,8 @@ impl Checkpoints {
     /// # Errors
     /// Where storage failed or a peer was lost; the checkpoints that were there are still there.
     pub fn save(&self, group: &Group, step: u64, models: &[(&str, &Model)], state: &Value) -> Result<Checkpoint> {
-        let temporary = files::sibling(&self.path(step), "tmp");
+        // The attempt is in the name, so that a rank of an older attempt that is not gone yet writes elsewhere.
+        let temporary = files::sibling(&self.path(step), &format!("attempt-{}.tmp", self.attempt));
         if group.is_first() {
             files::remove_dir(&temporary)?;
             files::make_dir(&temporary)?;
@@ -95,6 +101,7 @@ impl Checkpoints {
             step,
             models: models.iter().map(|(name, model)| (name.to_string(), entry(model))).collect::<BTreeMap<_, _>>(),
             state: state.clone(),
+            data: self.data.clone(),
             files: digests
                 .iter()
                 .enumerate()
@@ -103,25 +110,35 @@ impl Checkpoints {
         }
     }
 
-    /// Deletes all but the newest checkpoints, and what an interrupted save left.
+    /// Deletes all but the newest checkpoints of this job, and what interrupted saves left.
     fn prune(&self, newest: u64) -> Result<()> {
-        let mut steps = self.steps()?;
-        steps.retain(|&s| s <= newest);
-        for step in steps.into_iter().skip(self.keep) {
+        let own = |step: &u64| {
+            Manifest::read(&self.path(*step)).is_ok_and(|m| m.is_of(&self.job_uid, &self.stage)) && *step <= newest
+        };
+        for step in self.steps()?.into_iter().filter(own).skip(self.keep) {
             files::remove_dir(&self.path(step))?;
+        }
+        for name in self.names()?.iter().filter(|n| n.ends_with(".tmp")) {
+            files::remove_dir(&self.dir.join(name))?;
         }
         Ok(())
     }
 
+    /// What lies in the checkpoints' folder.
+    fn names(&self) -> Result<Vec<String>> {
+        let failed = |e| Error::storage(&self.dir, e);
+        let entries = match std::fs::read_dir(&self.dir) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(vec![]),
+            entries => entries.map_err(failed)?,
+        };
+        let names = entries.map(|e| Ok(e.map_err(failed)?.file_name().into_string().unwrap_or_default()));
+        names.collect()
+    }
+
     /// The steps of the checkpoints on disk, newest first.
     fn steps(&self) -> Result<Vec<u64>> {
-        let entries = match std::fs::read_dir(&self.dir) {
-            Ok(entries) => entries,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(vec![]),
-            Err(e) => return Err(Error::storage(&self.dir, e)),
-        };
-        let names = entries.filter_map(|e| e.ok()?.file_name().into_string().ok());
-        let mut steps: Vec<u64> = names.filter_map(|n| n.strip_prefix("step-")?.parse().ok()).collect();
+        let names = self.names()?;
+        let mut steps: Vec<u64> = names.iter().filter_map(|n| n.strip_prefix("step-")?.parse().ok()).collect();
         steps.sort_unstable_by(|a, b| b.cmp(a));
         Ok(steps)
     }
@@ -130,12 +147,12 @@ impl Checkpoints {
     /// Damaged ones are skipped with the reason in the log.
     ///
     /// # Errors
-    /// Where the checkpoint is of models of another shape, storage failed, or a peer was lost.
+    /// Where the checkpoint is of models of another shape or of a run on other data, storage failed, or a peer was lost.
     pub fn restore(&self, group: &Group, models: &mut [(&str, &mut Model)]) -> Result<Option<Restored>> {
-        let found = if group.is_first() { self.newest()?.map_or(-1, |m| m.step as i64) } else { -1 };
-        let step = group.from_first(found)?;
-        let Ok(step) = u64::try_from(step) else { return Ok(None) };
-        let manifest = Manifest::read(&self.path(step)).map_err(|e| Error::storage(&self.path(step), e))?;
+        let Some((step, manifest)) = self.newest(group)? else { return Ok(None) };
+        if manifest.data != self.data {
+            return Err(self.mismatch(step, "it was written by a run on other data".into()));
+        }
         for (name, model) in models.iter_mut() {
             let entry =
                 manifest.models.get(*name).ok_or_else(|| self.mismatch(step, format!("it has no model '{name}'")))?;
@@ -153,13 +170,53 @@ impl Checkpoints {
         Error::input(format!("{}: {what}; delete the checkpoint to start the stage anew", self.path(step).display()))
     }
 
-    fn newest(&self) -> Result<Option<Manifest>> {
-        for step in self.steps()? {
-            match Manifest::verified(&self.path(step), &self.job_uid, &self.stage) {
-                Ok(manifest) => return Ok(Some(manifest)),
-                Err(reason) => tracing::warn!(checkpoint = %self.path(step).display(), reason, "skipping a checkpoint"),
+    /// The newest checkpoint of this job and stage whose files are what they were. Each rank reads its share of the
+    /// files, and all of them go through the same checkpoints. Rank 0 sets damaged ones aside.
+    fn newest(&self, group: &Group) -> Result<Option<(u64, Manifest)>> {
+        let mut steps = if group.is_first() { self.steps()? } else { vec![] }.into_iter();
+        loop {
+            let next = steps.next().map_or(-1, |step| step as i64);
+            let Ok(step) = u64::try_from(group.from_first(next)?) else { return Ok(None) };
+            let path = self.path(step);
+            let checked = self.check(group, &path)?;
+            let damaged = group.any(matches!(checked, Err(Unusable::Damaged(_))))?;
+            match checked {
+                Ok(manifest) if !damaged => return Ok(Some((step, manifest))),
+                Ok(_) => {}
+                Err(Unusable::Damaged(reason) | Unusable::Foreign(reason)) => {
+                    tracing::warn!(checkpoint = %path.display(), reason, "skipping a checkpoint");
+                }
+            }
+            if damaged && group.is_first() {
+                files::publish_dir(&path, &files::sibling(&path, "damaged"))?;
             }
         }
-        Ok(None)
     }
+
+    /// Whether this rank's share of a checkpoint is sound.
+    fn check(&self, group: &Group, path: &Path) -> Result<std::result::Result<Manifest, Unusable>> {
+        let manifest = match Manifest::read(path) {
+            Ok(manifest) => manifest,
+            Err(ReadError::Io(e)) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::storage(path, e)),
+            Err(e) => return Ok(Err(Unusable::Damaged(e.to_string()))),
+        };
+        if !manifest.is_of(&self.job_uid, &self.stage) {
+            let Manifest { stage, job_uid, .. } = manifest;
+            return Ok(Err(Unusable::Foreign(format!("it belongs to stage '{stage}' of the job with UID {job_uid}"))));
+        }
+        for file in group.share(&manifest.files) {
+            match file.is_intact(path) {
+                Ok(true) => {}
+                Ok(false) => return Ok(Err(Unusable::Damaged(format!("{}: it is not what was written", file.name)))),
+                Err(e) => return Err(Error::storage(&path.join(&file.name), e)),
+            }
+        }
+        Ok(Ok(manifest))
+    }
+}
+
+/// Why a checkpoint is not resumed from.
+enum Unusable {
+    Damaged(String),
+    Foreign(String),
 }

@@ -5,7 +5,7 @@
 
 use super::group::Group;
 use super::layout::ChunkLayout;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::transformer::Params;
 use c10d::{AdamW, Work};
 use tch::{Device, Kind, Tensor};
@@ -42,6 +42,9 @@ impl Chunk {
         let zeros = || Tensor::f_zeros([layout.numel], (Kind::Float, device));
         let flat = zeros()?;
         let views = layout.views(&flat)?;
+        if !views.iter().map(Tensor::size).eq(values.iter().map(Tensor::size)) {
+            return Err(Error::bug("a chunk was given values of other shapes than its layout's"));
+        }
         for (view, value) in views.iter().zip(values) {
             view.shallow_clone().f_copy_(value)?;
         }

@@ -2,6 +2,8 @@
 
 use crate::error::{Error, Result};
 use c10d::{ProcessGroup, ReduceOp, Work};
+use rlhf_api::report::ExitCode;
+use std::time::Duration;
 use tch::{Device, Kind, Tensor};
 
 /// This rank and its peers.
@@ -85,7 +87,7 @@ impl Group {
         Ok(tensor.f_int64_value(&[0])?)
     }
 
-    /// Rows `[n, c]` of every rank, rank after rank: `[world_size * n, c]`, on the CPU. Every rank must give the same shape.
+    /// Rows `[n, c]` of every rank, rank after rank: `[world_size * n, c]`, on the CPU where there are peers. Every rank must give the same shape.
     ///
     /// # Errors
     /// A peer was lost.
@@ -109,6 +111,45 @@ impl Group {
         let all = self.gather_rows(&row)?.f_to_kind(Kind::Uint8)?.f_flatten(0, -1)?;
         let bytes = Vec::<u8>::try_from(all)?;
         Ok(bytes.chunks_exact(32).map(|c| std::array::from_fn(|i| c[i])).collect())
+    }
+
+    /// Rank 0 does some work, however long it takes, while the others wait: they exchange a flag every second, so that no
+    /// collective runs into its time limit.
+    ///
+    /// # Errors
+    /// On rank 0 what the work fails with; on the others that rank 0 failed, or that a peer was lost.
+    pub fn while_first(&self, work: impl FnOnce() -> Result<()> + Send) -> Result<()> {
+        let Some(_) = &self.peers else { return work() };
+        if !self.is_first() {
+            loop {
+                let mut votes = [0.0, 0.0];
+                self.sum(&mut votes)?;
+                match votes {
+                    [_, failed] if failed > 0.0 => {
+                        return Err(Error::new(ExitCode::PeerLost, "rank 0 failed; its own message says why"));
+                    }
+                    [done, _] if done > 0.0 => return Ok(()),
+                    _ => {}
+                }
+            }
+        }
+        std::thread::scope(|scope| {
+            let worker = scope.spawn(work);
+            loop {
+                for _ in 0..10 {
+                    if !worker.is_finished() {
+                        std::thread::sleep(Duration::from_millis(100));
+                    }
+                }
+                if worker.is_finished() {
+                    break;
+                }
+                self.sum(&mut [0.0, 0.0])?;
+            }
+            let result = worker.join().unwrap_or_else(|_| Err(Error::bug("rank 0's work panicked")));
+            self.sum(&mut [1.0, f64::from(u8::from(result.is_err()))])?;
+            result
+        })
     }
 
     /// Waits until every rank is here.

@@ -14,4 +14,4 @@ mod model;
 pub use chunk::{Chunk, OptimizerState};
 pub use group::Group;
 pub use layout::{ChunkLayout, shard};
-pub use model::{Model, Placement, ScalarInit};
+pub use model::{HEAD_SLICE_BYTES, Model, Placement, ScalarInit};

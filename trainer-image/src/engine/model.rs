@@ -12,8 +12,8 @@ use rlhf_api::stage::{Optimizer, Recompute};
 use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
-/// The head runs over as many positions at a time as give logits of this size.
-const HEAD_SLICE_BYTES: i64 = 64 << 20;
+/// The usual [`Placement::head_slice_bytes`]: 64 MiB, large enough for the kernels and small beside a model.
+pub const HEAD_SLICE_BYTES: i64 = 64 << 20;
 
 /// Where a model is placed and how it is run.
 #[derive(Clone, Copy, Debug)]
@@ -24,6 +24,8 @@ pub struct Placement {
     pub trainable: bool,
     /// What is kept of the forward pass for the backward pass.
     pub recompute: Recompute,
+    /// The head runs over as many positions at a time as give logits of this size.
+    pub head_slice_bytes: i64,
 }
 
 /// What a scalar head starts from where the checkpoint has none.
@@ -127,7 +129,8 @@ impl Model {
     }
 
     /// As [`Model::hidden`] for the next tokens `[b, t]` of rows whose past is in `caches` (one a block), which grow by them.
-    /// `mask` `[b, 1, t, past + t]` says what each may see; without one, everything.
+    /// `mask` `[b, 1, t, past + t]` says what each may see; without one, a single token sees
+    /// everything and several see what the causal rule allows.
     ///
     /// # Errors
     /// Where libtorch fails.
@@ -199,7 +202,7 @@ impl Model {
 
     fn slices(&self, rows: usize) -> Vec<Range<usize>> {
         let width = if self.head == HeadKind::Lm { self.spec.vocab } else { 1 };
-        let step = (HEAD_SLICE_BYTES / (width * size_of::<f32>() as i64)).max(1) as usize;
+        let step = (self.placement.head_slice_bytes / (width * size_of::<f32>() as i64)).max(1) as usize;
         (0..rows).step_by(step).map(|start| start..(start + step).min(rows)).collect()
     }
 

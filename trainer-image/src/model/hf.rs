@@ -54,7 +54,7 @@ struct Location {
     map: Arc<Mmap>,
     offset: usize,
     shape: Vec<i64>,
-    kind: Kind,
+    dtype: Dtype,
 }
 
 /// Reads and checks only the config of the model in `dir`.
@@ -64,10 +64,10 @@ struct Location {
 pub fn read_config(dir: &Path) -> Result<(Value, Family, ModelSpec)> {
     let path = dir.join(CONFIG);
     let text = std::fs::read_to_string(&path).map_err(|e| {
-        Error::input(format!(
-            "{}: {e}; a model folder holds config.json, model.safetensors and tokenizer files",
-            path.display()
-        ))
+        let error = Error::unreadable(&path, &e);
+        let message =
+            format!("{}; a model folder holds config.json, model.safetensors and tokenizer files", error.message);
+        Error { message, ..error }
     })?;
     let config: Value = serde_json::from_str(&text).map_err(|e| Error::input(format!("{}: {e}", path.display())))?;
     let (family, spec) = Family::read(&Config { path: &path, json: &config })?;
@@ -114,6 +114,11 @@ impl Source {
         specs.iter().map(|p| self.checked(found.remove(&p.param), p.param, &p.shape)).collect()
     }
 
+    /// Whether the checkpoint has a scalar head.
+    pub fn has_score_head(&self) -> bool {
+        self.tensors.contains_key(SCORE_WEIGHT)
+    }
+
     fn checked(&self, tensor: Option<Tensor>, param: Param, shape: &[i64]) -> Result<Option<Tensor>> {
         match tensor {
             Some(t) if t.size() == shape => Ok(Some(t)),
@@ -156,7 +161,10 @@ impl Source {
     }
 
     fn copy(&self, name: &str, location: &Location) -> Result<Tensor> {
-        let view = c10d::from_mmap(location.map.clone(), location.offset, &location.shape, location.kind)?;
+        let kind = kind_of(location.dtype).ok_or_else(|| {
+            self.error(format!("tensor '{name}' has type {:?}; F32, F16 and BF16 are supported", location.dtype))
+        })?;
+        let view = c10d::from_mmap(location.map.clone(), location.offset, &location.shape, kind)?;
         let copy = view.f_to_dtype(Kind::Float, false, true)?;
         if copy.f_isfinite()?.f_all()?.f_int64_value(&[])? == 0 {
             return Err(self.error(format!("tensor '{name}' holds NaN or infinity")));
@@ -175,7 +183,7 @@ fn weight_files(dir: &Path) -> Result<Vec<PathBuf>> {
     if single.exists() || !index.exists() {
         return Ok(vec![single]);
     }
-    let text = std::fs::read_to_string(&index).map_err(|e| Error::input(format!("{}: {e}", index.display())))?;
+    let text = std::fs::read_to_string(&index).map_err(|e| Error::unreadable(&index, &e))?;
     let json: Value = serde_json::from_str(&text).map_err(|e| Error::input(format!("{}: {e}", index.display())))?;
     let map = json
         .get("weight_map")
@@ -193,14 +201,12 @@ fn weight_files(dir: &Path) -> Result<Vec<PathBuf>> {
 /// Adds the tensors of one safetensors file, every range checked by its header's own rules.
 fn locate(path: &Path, tensors: &mut HashMap<String, Location>) -> Result<()> {
     let wrong = |e: &dyn std::fmt::Display| Error::input(format!("{}: {e}", path.display()));
-    let map = c10d::map_file(path).map_err(|e| wrong(&e))?;
+    let map = c10d::map_file(path).map_err(|e| Error::unreadable(path, &e))?;
     let (header, metadata): (usize, Metadata) = SafeTensors::read_metadata(&map).map_err(|e| wrong(&e))?;
     for (name, info) in metadata.tensors() {
-        let kind = kind_of(info.dtype).ok_or_else(|| {
-            wrong(&format!("tensor '{name}' has type {:?}; F32, F16 and BF16 are supported", info.dtype))
-        })?;
         let shape = info.shape.iter().map(|&n| n as i64).collect();
-        tensors.insert(name, Location { map: map.clone(), offset: header + 8 + info.data_offsets.0, shape, kind });
+        let offset = header + 8 + info.data_offsets.0;
+        tensors.insert(name, Location { map: map.clone(), offset, shape, dtype: info.dtype });
     }
     Ok(())
 }
@@ -299,7 +305,7 @@ fn join(
         if parts.len() != entry.parts.len() {
             continue;
         }
-        let whole = Tensor::f_cat(&parts, 0)?;
+        let whole = if let [only] = parts[..] { only.shallow_clone() } else { Tensor::f_cat(&parts, 0)? };
         let whole = if entry.transposed { whole.f_transpose(0, 1)? } else { whole };
         outgoing.push((entry.name, Outgoing::new(&whole)?));
     }
@@ -322,8 +328,12 @@ fn exported_config(source: &Source, head: HeadKind, score: Option<ScoreNormalisa
         config["num_labels"] = json!(1);
         config["id2label"] = json!({"0": "score"});
         config["label2id"] = json!({"score": 0});
-        if config.get("pad_token_id").is_none_or(Value::is_null) {
-            config["pad_token_id"] = config.get("eos_token_id").cloned().unwrap_or(json!(0));
+        // `transformers` reads the score at the last token that is not the pad token, so where that is also the end
+        // token it would read one token early; without a pad token it reads at the last one, as the trainer does.
+        let end = config.get("eos_token_id").cloned().unwrap_or_default();
+        let pad = config.get("pad_token_id").cloned().unwrap_or_default();
+        if pad == end || end.as_array().is_some_and(|ends| ends.contains(&pad)) {
+            config["pad_token_id"] = Value::Null;
         }
     }
     if let Some(score) = score {

@@ -2,7 +2,7 @@
 //!
 //! Prompts are padded on the left so that every row goes on at the same column; token ids are kept and never
 //! made again from text. What is drawn for a row depends on its own coordinates only (see [`crate::random`]),
-//! not on the batch it is in or the rank that draws it.
+//! not on the rank that draws it (the batch it is in can only round the last bit of a probability).
 
 mod sampler;
 
@@ -75,7 +75,7 @@ impl<'a> Generation<'a> {
         let batch = Batch::left_padded(&rows, model.device());
         let (time, capacity) = (batch.time(), batch.time() + max_new_tokens as i64);
         if batch.lengths.contains(&0) || capacity > model.spec().max_positions {
-            return Err(Error::bug(format!(
+            return Err(Error::config(format!(
                 "prompts of 1 to {time} tokens and {max_new_tokens} new ones do not fit {} positions",
                 model.spec().max_positions
             )));
@@ -148,8 +148,7 @@ impl<'a> Generation<'a> {
     fn advance(&mut self, next: &[i64]) -> Result<()> {
         let position =
             |&request: &usize| (self.requests[request].prompt.len() + self.responses[request].tokens.len()) as i64 - 1;
-        let positions: Vec<i64> =
-            self.active.iter().map(position).map(|p| p.min(self.model.spec().max_positions - 1)).collect();
+        let positions: Vec<i64> = self.active.iter().map(position).collect();
         let column = |data: &[i64]| Tensor::from_slice(data).view([-1, 1]).to_device(self.model.device());
         self.columns += 1;
         let mask = self

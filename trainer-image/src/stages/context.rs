@@ -2,7 +2,7 @@
 
 use crate::checkpoint::{Checkpoints, Restored};
 use crate::data::dataset_path;
-use crate::engine::{Group, Model, Placement};
+use crate::engine::{Group, HEAD_SLICE_BYTES, Model, Placement};
 use crate::environment::Environment;
 use crate::error::{Error, Result};
 use crate::files;
@@ -14,6 +14,8 @@ use rlhf_api::config::StageConfig;
 use rlhf_api::report::{ExitCode, Output};
 use rlhf_api::stage::Dataset;
 use serde_json::{Map, Value, json};
+use sha2::{Digest, Sha256};
+use std::cell::OnceCell;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use tch::Device;
@@ -35,9 +37,44 @@ pub struct Context {
     pub shutdown: Shutdown,
     /// The device of this worker.
     pub device: Device,
+    /// What [`Context::agree_on_data`] found.
+    data: OnceCell<[u8; 32]>,
 }
 
 impl Context {
+    /// The surroundings of a worker that is about to run its stage.
+    pub fn new(
+        config: StageConfig,
+        environment: Environment,
+        group: Group,
+        telemetry: Telemetry,
+        shutdown: Shutdown,
+        device: Device,
+    ) -> Self {
+        Self { config, environment, group, telemetry, shutdown, device, data: OnceCell::new() }
+    }
+
+    /// Makes sure that every rank has read the same rows of tokens, and remembers them for checkpoints: a run on other
+    /// data would go on with other batches than the ones it has not seen yet.
+    ///
+    /// # Errors
+    /// The ranks have read different data, or a peer was lost.
+    pub fn agree_on_data<'r>(&self, rows: impl Iterator<Item = &'r [i64]>) -> Result<()> {
+        let mut hasher = Sha256::new();
+        for row in rows {
+            hasher.update((row.len() as u64).to_le_bytes());
+            row.iter().for_each(|token| hasher.update(token.to_le_bytes()));
+        }
+        let digest: [u8; 32] = hasher.finalize().into();
+        if self.group.gather_digests(&digest)?.iter().any(|other| *other != digest) {
+            return Err(Error::input(
+                "the ranks have read different data: do not change a dataset while a stage starts",
+            ));
+        }
+        let _ = self.data.set(digest);
+        Ok(())
+    }
+
     /// A path below the volume.
     pub fn path(&self, relative: &str) -> PathBuf {
         self.environment.volume.join(relative)
@@ -67,12 +104,18 @@ impl Context {
 
     /// Where a model of this stage is placed.
     pub fn placement(&self, trainable: bool) -> Placement {
-        Placement { device: self.device, trainable, recompute: self.config.strategy.recompute }
+        Placement {
+            device: self.device,
+            trainable,
+            recompute: self.config.strategy.recompute,
+            head_slice_bytes: HEAD_SLICE_BYTES,
+        }
     }
 
     /// The stage's checkpoints.
     pub fn checkpoints(&self) -> Checkpoints {
-        Checkpoints::new(&self.config, &self.environment.volume)
+        let data = self.data.get().copied().unwrap_or_default();
+        Checkpoints::new(&self.config, &self.environment, data)
     }
 
     /// Resumes from the newest checkpoint, if there is one, and says so.
@@ -132,10 +175,17 @@ impl Context {
     /// Tells about an evaluation after `step` steps.
     ///
     /// # Errors
-    /// Where storage failed.
+    /// Where storage failed, or a figure is not finite.
     pub fn report_evaluation(&self, step: u64, figures: &[(Figure, f64)]) -> Result<()> {
         self.telemetry.record(figures);
-        self.append_history(step, figures)
+        self.append_history(step, figures)?;
+        match figures.iter().find(|(_, value)| !value.is_finite()) {
+            Some((figure, value)) => Err(Error::new(
+                ExitCode::NotFinite,
+                format!("the evaluation after step {step} gave {} = {value}", figure.key()),
+            )),
+            None => Ok(()),
+        }
     }
 
     fn append_history(&self, step: u64, figures: &[(Figure, f64)]) -> Result<()> {
@@ -161,21 +211,21 @@ impl Context {
         score: Option<ScoreNormalisation>,
         metrics: BTreeMap<String, f64>,
     ) -> Result<Output> {
+        let (path, head, parameters) = (self.path(&self.config.paths.output), model.head_kind(), model.parameters());
+        let base_model = self.path(&self.config.paths.base_model);
+        self.group.while_first(move || {
+            let tokenizer = Tokenizer::load(&base_model)?;
+            write_model(&path, source, head, score, &parameters, |dir| tokenizer.copy_files(dir))
+        })?;
         if self.group.is_first() {
-            let tokenizer = self.tokenizer()?;
-            let head = model.head_kind();
-            write_model(&self.path(&self.config.paths.output), source, head, score, &model.parameters(), |dir| {
-                tokenizer.copy_files(dir)
-            })?;
             let kind = if head == HeadKind::Lm { "language model" } else { "reward model" };
             tracing::info!(path = self.config.paths.output, "wrote the {kind}");
         }
-        self.group.barrier()?;
         Ok(Output { path: self.config.paths.output.clone(), metrics })
     }
 }
 
 /// Figures by their keys, as an output carries them.
 pub fn keyed(figures: &[(Figure, f64)]) -> BTreeMap<String, f64> {
-    figures.iter().filter(|(_, v)| v.is_finite()).map(|(f, v)| (f.key().to_string(), *v)).collect()
+    figures.iter().map(|(f, v)| (f.key().to_string(), *v)).collect()
 }

@@ -6,12 +6,15 @@ use crate::error::Result;
 use rlhf_api::stage::{Kl, KlEstimator};
 use tch::{Kind, Tensor};
 
+/// Log ratios are kept within this, as in verl: beyond it `exp` would overflow fp32, and clipping decides anyway.
+const MAX_LOG_RATIO: f64 = 20.0;
+
 /// An estimate of KL(actor || reference) at one sampled token, from `d = log p_actor - log p_reference` (Schulman 2020).
 pub fn kl_estimate(estimator: KlEstimator, d: f64) -> f64 {
     match estimator {
         KlEstimator::K1 => d,
         KlEstimator::K2 => 0.5 * d * d,
-        KlEstimator::K3 => (-d).exp() - 1.0 + d,
+        KlEstimator::K3 => (-d.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)).exp() - 1.0 + d,
     }
 }
 
@@ -97,15 +100,16 @@ pub fn entropy(log_probabilities: &Tensor) -> Result<Tensor> {
         .f_neg()?)
 }
 
-/// The clipped surrogate loss of each token `[n]` (Schulman 2017, equation 7), and the probability ratios `[n]`.
+/// The clipped surrogate loss of each token `[n]` (Schulman 2017, equation 7), and the log probability ratios `[n]`.
 ///
 /// # Errors
 /// Where shapes do not fit.
 pub fn policy_loss(log_p: &Tensor, old_log_p: &Tensor, advantages: &Tensor, clip: f64) -> Result<(Tensor, Tensor)> {
-    let ratio = log_p.f_sub(old_log_p)?.f_exp()?;
+    let log_ratio = log_p.f_sub(old_log_p)?.f_clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)?;
+    let ratio = log_ratio.f_exp()?;
     let surrogate = ratio.f_mul(advantages)?;
     let clipped = ratio.f_clamp(1.0 - clip, 1.0 + clip)?.f_mul(advantages)?;
-    Ok((surrogate.f_minimum(&clipped)?.f_neg()?, ratio))
+    Ok((surrogate.f_minimum(&clipped)?.f_neg()?, log_ratio))
 }
 
 /// The clipped squared error of each value `[n]`, halved (Huang 2024, detail 9).
@@ -115,7 +119,7 @@ pub fn policy_loss(log_p: &Tensor, old_log_p: &Tensor, advantages: &Tensor, clip
 pub fn value_loss(values: &Tensor, old_values: &Tensor, returns: &Tensor, clip: f64) -> Result<Tensor> {
     let clipped = old_values.f_add(&values.f_sub(old_values)?.f_clamp(-clip, clip)?)?;
     let error = |v: &Tensor| v.f_sub(returns)?.f_square();
-    Ok((error(values)?.f_maximum(&error(&clipped)?)? * 0.5).f_view_as(values)?)
+    Ok(error(values)?.f_maximum(&error(&clipped)?)? * 0.5)
 }
 
 /// The loss of one ranking, best first: `-log sigmoid(better - worse)` averaged over its pairs (InstructGPT, equation 1),
@@ -170,7 +174,7 @@ mod tests {
     #[test]
     fn policy_losses_are_the_golden_ones() {
         for case in cases("policy_loss") {
-            let (loss, ratio) = policy_loss(
+            let (loss, log_ratio) = policy_loss(
                 &tensor(&case, "logp"),
                 &tensor(&case, "old_logp"),
                 &tensor(&case, "advantages"),
@@ -178,8 +182,23 @@ mod tests {
             )
             .unwrap();
             close(loss.mean(Kind::Double).double_value(&[]), number(&case["loss"]));
-            valid(&case, "ratios").into_iter().enumerate().for_each(|(i, r)| close(ratio.double_value(&[i as i64]), r));
+            valid(&case, "ratios")
+                .into_iter()
+                .enumerate()
+                .for_each(|(i, r)| close(log_ratio.double_value(&[i as i64]).exp(), r));
         }
+    }
+
+    #[test]
+    fn a_log_ratio_out_of_range_gives_a_finite_loss_and_gradient() {
+        for advantage in [1.0f32, -1.0] {
+            let log_p = Tensor::from_slice(&[0.0f32]).set_requires_grad(true);
+            let (loss, _) =
+                policy_loss(&log_p, &Tensor::from_slice(&[-200.0f32]), &Tensor::from_slice(&[advantage]), 0.2).unwrap();
+            loss.sum(Kind::Float).backward();
+            assert!(loss.double_value(&[0]).is_finite() && log_p.grad().double_value(&[0]).is_finite());
+        }
+        assert!(kl_estimate(KlEstimator::K3, -900.0).is_finite());
     }
 
     #[test]

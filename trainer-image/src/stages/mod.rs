@@ -1,5 +1,5 @@
 //! The algorithms. Each stage reads as its paper does: data in, loss, step, figures out. What a rank, a shard or a
-//! device copy is, only the engine knows; a stage splits its batches by [`Group::share`] and sums its figures.
+//! device copy is, only the engine knows; a stage splits its batches by [`crate::engine::Group::share`] and sums its figures.
 
 mod context;
 pub mod math;

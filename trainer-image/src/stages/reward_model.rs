@@ -14,8 +14,8 @@ use rlhf_api::stage::RewardModel;
 use std::ops::Range;
 use tch::{Kind, Tensor};
 
-/// Responses whose scores give the normalisation: 512 as many as Ziegler 2019 fits gain and bias on, twice.
-const REFERENCE_RESPONSES: usize = 512;
+/// Records whose responses give the score's normalisation, as many as Ziegler 2019 fits gain and bias on.
+const REFERENCE_RECORDS: usize = 256;
 
 struct PairwiseLogistic<'a> {
     rankings: &'a [Ranking],
@@ -127,13 +127,16 @@ fn normalisation(
     micro_size: usize,
 ) -> Result<ScoreNormalisation> {
     let from = if eval.is_empty() { train } else { eval };
-    let from = &from[..from.len().min(REFERENCE_RESPONSES / 2)];
+    let from = &from[..from.len().min(REFERENCE_RECORDS)];
     let flat = scores(context, model, from, micro_size)?.concat();
-    let mut sums = [flat.len() as f64, flat.iter().sum(), flat.iter().map(|s| s * s).sum()];
+    let mut sums = [flat.len() as f64, flat.iter().sum()];
     context.group.sum(&mut sums)?;
-    let mean = sums[1] / sums[0].max(1.0);
-    let variance = (sums[2] / sums[0].max(1.0) - mean * mean).max(0.0);
-    Ok(ScoreNormalisation { mean, std: if variance > 0.0 { variance.sqrt() } else { 1.0 } })
+    let (count, mean) = (sums[0].max(1.0), sums[1] / sums[0].max(1.0));
+    let mut squares = [flat.iter().map(|s| (s - mean).powi(2)).sum()];
+    context.group.sum(&mut squares)?;
+    let std = (squares[0] / count).sqrt();
+    // Scores that are all the same have nothing to be scaled by.
+    Ok(ScoreNormalisation { mean, std: if std > 1e-6 * mean.abs().max(1.0) { std } else { 1.0 } })
 }
 
 pub(super) fn run(context: &Context, settings: &RewardModel) -> Result<Output> {
@@ -141,6 +144,8 @@ pub(super) fn run(context: &Context, settings: &RewardModel) -> Result<Output> {
     let data = context.telemetry.phase(Phase::Data, || {
         load_rankings(&context.dataset(&settings.dataset)?, settings, &tokenizer, context.config.seed)
     })?;
+    let responses = data.train.iter().chain(&data.eval).flat_map(|r| &r.responses);
+    context.agree_on_data(responses.map(Vec::as_slice))?;
     let source = Source::open(&context.path(&context.config.paths.start_model))?;
     let mut model =
         Model::load(&source, HeadKind::Scalar, ScalarInit { seed: context.config.seed }, context.placement(true))?;

@@ -91,6 +91,7 @@ pub(super) fn run(context: &Context, settings: &Sft) -> Result<Output> {
     let data = context.telemetry.phase(Phase::Data, || {
         load_sft(&context.dataset(&settings.dataset)?, settings, &tokenizer, context.config.seed)
     })?;
+    context.agree_on_data(data.train.iter().chain(&data.eval).map(|s| s.tokens.as_slice()))?;
     let source = Source::open(&context.path(&context.config.paths.start_model))?;
     let mut model =
         Model::load(&source, HeadKind::Lm, ScalarInit { seed: context.config.seed }, context.placement(true))?;

@@ -31,11 +31,15 @@ impl Schedule<'_> {
         self.max_steps.map_or(all, |max| all.min(max.into()))
     }
 
-    /// The records of a step's global batch, the same on every rank. An epoch's last batch holds what is left.
-    pub fn global_batch(&self, step: u64) -> Vec<usize> {
+    /// The records of a step's global batch, the same on every rank. An epoch's last batch holds what is left. `order`
+    /// keeps the epoch's permutation between steps.
+    pub fn global_batch(&self, step: u64, order: &mut Option<(u64, Vec<usize>)>) -> Vec<usize> {
         let (epoch, index) = (step / self.steps_per_epoch(), (step % self.steps_per_epoch()) as usize);
+        if order.as_ref().is_none_or(|(of, _)| *of != epoch) {
+            *order = Some((epoch, permutation(self.records, self.seed, epoch)));
+        }
         let size = self.batch.global_size as usize;
-        permutation(self.records, self.seed, epoch).into_iter().skip(index * size).take(size).collect()
+        order.iter().flat_map(|(_, records)| records).skip(index * size).take(size).copied().collect()
     }
 }
 
@@ -59,13 +63,17 @@ pub(super) fn train(
 ) -> Result<()> {
     let total = schedule.total_steps();
     let restored = context.restore(total, &mut [("model", model)])?;
+    let mut order = None;
     for step in restored.map_or(0, |r| r.step)..total {
         let started = Instant::now();
-        let global_batch = schedule.global_batch(step);
+        let global_batch = schedule.global_batch(step, &mut order);
         let rate = learning_rate(optimizer, step, total);
         let (mut sums, norm) = context.telemetry.phase(Phase::Train, || {
             let sums = objective.backward(context, model, &global_batch)?;
-            Ok::<_, crate::error::Error>((sums, model.step(optimizer, rate)?))
+            let norm = model
+                .step(optimizer, rate)
+                .map_err(|e| e.context(format!("step {}, records {global_batch:?}", step + 1)))?;
+            Ok::<_, crate::error::Error>((sums, norm))
         })?;
         sums.push(f64::from(u8::from(context.shutdown.requested())));
         context.group.sum(&mut sums)?;
@@ -90,14 +98,15 @@ mod tests {
         let batch = Batch { global_size: 4, micro_size: 2 };
         let schedule = Schedule { records: 10, epochs: 2, max_steps: None, batch: &batch, seed: 1 };
         assert_eq!(schedule.total_steps(), 6);
+        let mut order = None;
         for epoch in 0..2 {
-            let batches: Vec<_> = (0..3).map(|s| schedule.global_batch(epoch * 3 + s)).collect();
+            let batches: Vec<_> = (0..3).map(|s| schedule.global_batch(epoch * 3 + s, &mut order)).collect();
             assert_eq!(batches.iter().map(Vec::len).collect::<Vec<_>>(), [4, 4, 2]);
             let mut all = batches.concat();
             all.sort_unstable();
             assert_eq!(all, (0..10).collect::<Vec<_>>());
         }
-        assert_ne!(schedule.global_batch(0), schedule.global_batch(3));
+        assert_ne!(schedule.global_batch(0, &mut order), schedule.global_batch(3, &mut order));
         assert_eq!(Schedule { max_steps: Some(5), ..schedule }.total_steps(), 5);
     }
 }

@@ -296,6 +296,7 @@ pub fn numbers(weights: &[u8]) -> Vec<f32> {
 pub fn relative_gap(a: &[u8], b: &[u8]) -> f64 {
     let (a, b) = (numbers(a), numbers(b));
     assert_eq!(a.len(), b.len());
+    assert!(a.iter().chain(&b).all(|x| x.is_finite()), "a weight is not finite");
     let largest = a.iter().fold(0f32, |m, x| m.max(x.abs()));
     f64::from(a.iter().zip(&b).fold(0f32, |m, (x, y)| m.max((x - y).abs())) / largest)
 }

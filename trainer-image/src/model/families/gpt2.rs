@@ -10,6 +10,9 @@ pub(super) fn spec(config: &Config<'_>) -> Result<ModelSpec> {
     if config.flag("scale_attn_by_inverse_layer_idx", false) {
         return Err(config.error("scale_attn_by_inverse_layer_idx is not supported; it must be false"));
     }
+    if !config.flag("scale_attn_weights", true) {
+        return Err(config.error("scale_attn_weights false is not supported; it must be true"));
+    }
     Ok(ModelSpec {
         vocab: config.size("vocab_size")?,
         hidden,

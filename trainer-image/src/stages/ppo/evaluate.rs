@@ -31,10 +31,8 @@ impl Run<'_> {
             return Ok(vec![]);
         }
         let prompts: Vec<(u64, &Prompt)> = (0..).zip(held_out).collect();
-        let (answers, _) = self
-            .context
-            .telemetry
-            .phase(Phase::Eval, || self.roll_out(&prompts, [self.context.config.seed, STREAM]))?;
+        let stream = [self.context.config.seed, STREAM];
+        let (answers, _) = self.roll_out(&prompts, stream, [Phase::Eval, Phase::Eval])?;
         let reward = mean(&answers, |e| e.score);
         let figures = vec![
             (Figure::EvalReward, reward),

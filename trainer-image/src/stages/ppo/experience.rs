@@ -69,14 +69,19 @@ pub(super) fn estimate_advantages(experience: &mut [Experience], settings: &Ppo,
 
 impl Run<'_> {
     /// Answers and scores prompts: each rank its share, every rank gets all, in the prompts' order. Also returns the
-    /// tokens drawn a second over all ranks.
-    pub(super) fn roll_out(&self, prompts: &[(u64, &Prompt)], stream: [u64; 2]) -> Result<(Vec<Experience>, f64)> {
+    /// tokens drawn a second over all ranks. `phases` are those to which answering and scoring count.
+    pub(super) fn roll_out(
+        &self,
+        prompts: &[(u64, &Prompt)],
+        stream: [u64; 2],
+        phases: [Phase; 2],
+    ) -> Result<(Vec<Experience>, f64)> {
         let started = Instant::now();
         let decoding = Decoding::Sample { sampling: self.settings.sampling.clone(), stream };
         let share = self.context.group.share(prompts);
-        let mut mine = self.context.telemetry.phase(Phase::Rollout, || self.answer(&share, &decoding))?;
+        let mut mine = self.context.telemetry.phase(phases[0], || self.answer(&share, &decoding))?;
         let seconds = started.elapsed().as_secs_f64();
-        self.context.telemetry.phase(Phase::Score, || {
+        self.context.telemetry.phase(phases[1], || {
             mine.chunks_mut(self.settings.batch.micro_size as usize).try_for_each(|part| self.score(part))
         })?;
         let columns = self.settings.max_prompt_length as usize + self.settings.max_new_tokens as usize;
@@ -110,8 +115,9 @@ impl Run<'_> {
         let batch = Batch::right_padded(&rows, self.models.actor.device());
         let states = states(&batch, part.iter());
         let temperature = self.settings.sampling.temperature;
-        let (actor, entropies) = token_scores(&self.models.actor, &batch, &states, part, temperature)?;
-        let (reference, _) = token_scores(&self.models.reference, &batch, &states, part, temperature)?;
+        let mut entropies = Vec::with_capacity(states.len());
+        let actor = token_scores(&self.models.actor, &batch, &states, part, temperature, Some(&mut entropies))?;
+        let reference = token_scores(&self.models.reference, &batch, &states, part, temperature, None)?;
         let values = self.models.critic.scalars(&batch, &states)?;
         let ends: Vec<i64> = (0..part.len()).map(|row| batch.flat_index(row, batch.lengths[row] - 1)).collect();
         let raw = self.models.reward.scalars(&batch, &ends)?;
@@ -145,24 +151,27 @@ pub(super) fn states<'e>(batch: &Batch, part: impl Iterator<Item = &'e Experienc
         .collect()
 }
 
-/// Log-probability of each response token, and the entropy of the law it was drawn from.
+/// Log-probability of each response token; where asked, the entropy of the law it was drawn from is added to `entropies`.
 fn token_scores(
     model: &Model,
     batch: &Batch,
     states: &[i64],
     part: &[Experience],
     temperature: f64,
-) -> Result<(Vec<f64>, Vec<f64>)> {
+    mut entropies: Option<&mut Vec<f64>>,
+) -> Result<Vec<f64>> {
     let targets: Vec<i64> = part.iter().flat_map(|e| e.response().iter().copied()).collect();
-    let (mut log_ps, mut entropies) = (Vec::with_capacity(states.len()), Vec::with_capacity(states.len()));
+    let mut log_ps = Vec::with_capacity(states.len());
     model.visit_head(&model.hidden(batch)?, states, |logits, range| {
         let targets = Tensor::from_slice(&targets[range]).to_device(logits.device());
         let (chosen, all) = log_probabilities(logits, &targets, temperature)?;
         log_ps.extend(Vec::<f64>::try_from(chosen.f_to_kind(Kind::Double)?)?);
-        entropies.extend(Vec::<f64>::try_from(entropy(&all)?.f_to_kind(Kind::Double)?)?);
+        if let Some(entropies) = &mut entropies {
+            entropies.extend(Vec::<f64>::try_from(entropy(&all)?.f_to_kind(Kind::Double)?)?);
+        }
         Ok(())
     })?;
-    Ok((log_ps, entropies))
+    Ok(log_ps)
 }
 
 /// Gives every rank the experience of all, in the order of the prompts: prompt `j` was answered by rank `j % world size`.

@@ -4,7 +4,7 @@ use super::Models;
 use super::experience::{Experience, states};
 use crate::data::order::permutation;
 use crate::engine::Model;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::Batch;
 use crate::stages::Context;
 use crate::stages::math::{entropy, log_probabilities, policy_loss, value_loss};
@@ -65,8 +65,10 @@ pub(super) fn learn(
         for mini_batch in order.chunks(settings.batch.global_size as usize) {
             let rows: Vec<&Experience> = mini_batch.iter().map(|&i| &experience[i]).collect();
             let mut sums = run_mini_batch(context, settings, models, &rows)?;
-            norms[0] += models.actor.step(&settings.actor_optimizer, rates[0])?;
-            norms[1] += models.critic.step(&settings.critic_optimizer, rates[1])?;
+            let place =
+                |model| move |e: Error| e.context(format!("{model}, iteration {}, pass {}", iteration + 1, pass + 1));
+            norms[0] += models.actor.step(&settings.actor_optimizer, rates[0]).map_err(place("actor"))?;
+            norms[1] += models.critic.step(&settings.critic_optimizer, rates[1]).map_err(place("critic"))?;
             steps += 1.0;
             if let Some(target) = settings.target_kl {
                 sums = sums.over_ranks(context)?;
@@ -158,26 +160,27 @@ impl<'a> MicroBatch<'a> {
         actor.backward(&context.group, &self.batch, &self.states, last, |logits, range| {
             let part = |t: &Tensor| slice(t, &range);
             let (log_p, all) = log_probabilities(logits, &part(&self.targets)?, self.settings.sampling.temperature)?;
-            let (losses, ratio) =
+            let (losses, log_ratio) =
                 policy_loss(&log_p, &part(&self.log_p)?, &part(&self.advantages)?, self.settings.clip_ratio)?;
             let mut loss = losses.f_sum(Kind::Float)?;
             sums.tokens += range.len() as f64;
             sums.policy_loss += loss.f_double_value(&[])?;
-            self.count(&ratio.f_detach()?, sums)?;
+            self.count(&log_ratio.f_detach()?, sums)?;
             if self.settings.entropy_coefficient > 0.0 {
-                loss = loss - entropy(&all)?.f_sum(Kind::Float)? * self.settings.entropy_coefficient;
+                loss = loss.f_sub(&(entropy(&all)?.f_sum(Kind::Float)? * self.settings.entropy_coefficient))?;
             }
             Ok(loss / self.tokens)
         })
     }
 
-    /// Adds up the health figures of the probability ratios `[n]`.
-    fn count(&self, ratio: &Tensor, sums: &mut Sums) -> Result<()> {
+    /// Adds up the health figures of the log probability ratios `[n]`.
+    fn count(&self, log_ratio: &Tensor, sums: &mut Sums) -> Result<()> {
         let sum = |t: Tensor| -> Result<f64> { Ok(t.f_sum(Kind::Double)?.f_double_value(&[])?) };
-        sums.ratio += sum(ratio.shallow_clone())?;
-        sums.clipped += sum((ratio - 1.0).f_abs()?.f_gt(self.settings.clip_ratio)?)?;
+        let ratio = log_ratio.f_exp()?;
+        sums.clipped += sum((&ratio - 1.0).f_abs()?.f_gt(self.settings.clip_ratio)?)?;
         // Schulman 2020, k3 of the old policy from the new: ratio - 1 - log ratio.
-        sums.approx_kl += sum((ratio - 1.0).f_sub(&ratio.f_log()?)?)?;
+        sums.approx_kl += sum((&ratio - 1.0).f_sub(log_ratio)?)?;
+        sums.ratio += sum(ratio)?;
         Ok(())
     }
 

@@ -22,7 +22,6 @@ use experience::Experience;
 use rlhf_api::report::Output;
 use rlhf_api::stage::Ppo;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 use std::collections::BTreeMap;
 use std::time::Instant;
 
@@ -59,6 +58,7 @@ pub(super) fn run(context: &Context, settings: &Ppo) -> Result<Output> {
     let prompts = context.telemetry.phase(Phase::Data, || {
         load_prompts(&context.dataset(&settings.prompts)?, settings, &tokenizer, context.config.seed)
     })?;
+    context.agree_on_data(prompts.train.iter().chain(&prompts.eval).map(|p| p.tokens.as_slice()))?;
     let source = Source::open(&context.path(&context.config.paths.start_model))?;
     let models = Models::load(context, &source)?;
     let state = State { kl_coefficient: settings.kl.coefficient, before: BTreeMap::new() };
@@ -67,6 +67,7 @@ pub(super) fn run(context: &Context, settings: &Ppo) -> Result<Output> {
     for iteration in start..u64::from(settings.iterations) {
         run.iterate(iteration, &prompts.train)?;
         run.evaluate_if_due(iteration + 1, &prompts.eval)?;
+        run.step_edge(iteration + 1)?;
     }
     let figures = run.evaluate(settings.iterations.into(), "eval-after", &prompts.eval)?;
     let before = run.state.before.into_iter().map(|(key, value)| (format!("{key}Before"), value));
@@ -98,6 +99,12 @@ impl Models {
             return Err(Error::input(format!(
                 "the reward model has {} tokens and the actor {}: both must come from the job's model",
                 reward.spec.vocab, actor.spec.vocab
+            )));
+        }
+        if !reward.has_score_head() {
+            return Err(Error::input(format!(
+                "{}: it has no tensor 'score.weight', so it is not a reward model; name a rewardModel stage",
+                reward.dir.display()
             )));
         }
         let mut critic = Model::load(&reward, HeadKind::Scalar, init, context.placement(true))?;
@@ -159,7 +166,8 @@ impl Run<'_> {
         let started = Instant::now();
         // 1-2. Answer prompts and score the answers (experience.rs).
         let stream = [context.config.seed, iteration];
-        let (mut experience, rollout_speed) = self.roll_out(&self.prompts(iteration, prompts), stream)?;
+        let (mut experience, rollout_speed) =
+            self.roll_out(&self.prompts(iteration, prompts), stream, [Phase::Rollout, Phase::Score])?;
         // 3. Advantages over response tokens, whitened over the global batch.
         experience::estimate_advantages(&mut experience, settings, self.state.kl_coefficient);
         // 4. Several passes of clipped policy and value steps (learn.rs).
@@ -186,16 +194,16 @@ impl Run<'_> {
             (Figure::RolloutTokensPerSecond, rollout_speed),
             (Figure::TokensPerSecond, tokens as f64 / started.elapsed().as_secs_f64()),
         ]);
-        context.report(iteration + 1, &figures)?;
+        context.report(iteration + 1, &figures)
+    }
+
+    /// Saves where a checkpoint is due, and stops where asked.
+    fn step_edge(&self, iteration: u64) -> Result<()> {
+        let context = self.context;
         let stop = context.group.any(context.shutdown.requested())?;
-        let state = serde_json::to_value(&self.state).unwrap_or(Value::Null);
-        context.step_edge(
-            iteration + 1,
-            settings.iterations.into(),
-            stop,
-            &[("actor", &self.models.actor), ("critic", &self.models.critic)],
-            &state,
-        )
+        let state = serde_json::to_value(&self.state).map_err(|e| Error::bug(e.to_string()))?;
+        let models = [("actor", &self.models.actor), ("critic", &self.models.critic)];
+        context.step_edge(iteration, self.settings.iterations.into(), stop, &models, &state)
     }
 }
 
