@@ -76,6 +76,10 @@ install_operator() {
     say "the operator"
     # The image's tag stays the same when it is built anew; this makes the pod a new one.
     if [ -z "${DEMO_KUBECONFIG:-}" ]; then build=(--set-string "podAnnotations.build=$(sha256sum < "$root/target/release/rlhf-operator" | cut -c 1-16)"); fi
+    # Helm refuses a release in the middle of whose last change it was stopped.
+    if helm status "$release" --namespace "$system" 2> /dev/null | grep '^STATUS: pending-' > /dev/null; then
+        helm uninstall "$release" --namespace "$system" --wait > /dev/null
+    fi
     helm upgrade --install "$release" "$root/charts/rlhf-operator" --namespace "$system" --create-namespace \
         --set image.repository="$image_prefix/operator" --set image.tag="$image_tag" \
         --set trainer.image.repository="$image_prefix/trainer" --set trainer.image.tag="$image_tag" "${build[@]}" \

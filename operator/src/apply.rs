@@ -43,7 +43,7 @@ pub enum Error {
         owner: String,
     },
     /// The API server refuses a child.
-    #[error("{what} is refused by the API server: {status}")]
+    #[error("{what} is refused by the API server: {}", status.message)]
     Refused {
         /// The child.
         what: String,
@@ -175,7 +175,8 @@ async fn replace_config(job: &RLHFJob, old: &ConfigMap, new: &ConfigMap, ctx: &C
     let name = old.name_any();
     let only_this = Preconditions { uid: old.uid(), ..Default::default() };
     let api: Api<ConfigMap> = ctx.api(job);
-    let deleted = ctx.metrics.api("delete", api.delete(&name, &DeleteParams::background().preconditions(only_this)).await);
+    let deleted =
+        ctx.metrics.api("delete", api.delete(&name, &DeleteParams::background().preconditions(only_this)).await);
     deleted.map_err(|source| Error::Api { what: format!("the deletion of ConfigMap {name}"), source })?;
     create(job, new, ctx).await
 }
@@ -183,7 +184,11 @@ async fn replace_config(job: &RLHFJob, old: &ConfigMap, new: &ConfigMap, ctx: &C
 /// Creates a child unless it is there, and returns the one that was. One of somebody else is left alone.
 async fn ensure<K>(job: &RLHFJob, child: &K, ctx: &Context) -> Result<Option<K>, Error>
 where
-    K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Serialize + DeserializeOwned + Clone + std::fmt::Debug,
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
+        + Serialize
+        + DeserializeOwned
+        + Clone
+        + std::fmt::Debug,
 {
     let api: Api<K> = ctx.api(job);
     let found = ctx.metrics.api("get", api.get_opt(&child.name_any()).await);
@@ -196,7 +201,11 @@ where
 
 async fn create<K>(job: &RLHFJob, child: &K, ctx: &Context) -> Result<(), Error>
 where
-    K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Serialize + DeserializeOwned + Clone + std::fmt::Debug,
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
+        + Serialize
+        + DeserializeOwned
+        + Clone
+        + std::fmt::Debug,
 {
     let api: Api<K> = ctx.api(job);
     let params = PostParams { field_manager: Some(FIELD_MANAGER.into()), ..Default::default() };
@@ -222,9 +231,10 @@ fn owner(object: &impl Resource) -> String {
     owners.map(|o| format!("{} {}", o.kind, o.name)).next().unwrap_or_else(|| "somebody else".into())
 }
 
-/// Publishes an event. One that is lost is logged and no more: status is the truth.
+/// Logs what happened and publishes it. An event that is lost is logged and no more: status is the truth.
 async fn publish(job: &RLHFJob, notice: &Notice, ctx: &Context) {
     let Notice { event, note, about } = notice;
+    tracing::info!(job = job.name_any(), namespace = job.namespace(), event = event.reason(), "{note}");
     let secondary = about.as_ref().map(|name| ObjectReference {
         api_version: Some(Job::api_version(&()).into_owned()),
         kind: Some(Job::kind(&()).into_owned()),

@@ -160,7 +160,9 @@ fn reason(pod: &PodView, end: &End, first_end: Option<Timestamp>) -> Reason {
         (Some(code), _) if code.verdict() == Verdict::Fail => Reason::Exit(code),
         _ if pod.disruption.is_some() => Reason::Disrupted,
         _ if end.oom_killed => Reason::OomKilled,
-        (Some(ExitCode::Terminated), _) | (_, Some(137) | None) if deleted_by_hand(pod, first_end) => Reason::PodDeleted,
+        (Some(ExitCode::Terminated), _) | (_, Some(137) | None) if deleted_by_hand(pod, first_end) => {
+            Reason::PodDeleted
+        }
         (Some(code), _) => Reason::Exit(code),
         (None, Some(137)) => Reason::Killed,
         (None, _) => Reason::UnexpectedExit,
@@ -174,7 +176,10 @@ fn message(pod: &PodView, end: &End, reason: Reason) -> String {
         (Reason::Disrupted, Some(why)) => format!("pod {} was disrupted: {why}", pod.name),
         (Reason::PodDeleted, _) => format!("pod {} was deleted", pod.name),
         (Reason::OomKilled, _) => {
-            format!("pod {} passed its memory limit; raise compute.resources.limits.memory or lower batch.microSize", pod.name)
+            format!(
+                "pod {} passed its memory limit; raise compute.resources.limits.memory or lower batch.microSize",
+                pod.name
+            )
         }
         (_, _) => own.unwrap_or_else(|| match end.code {
             Some(code) => format!("pod {} ended with exit code {code} and left no message; see its log", pod.name),
@@ -266,11 +271,31 @@ mod tests {
             ("bad data stands above a drain", vec![pod(0, 65, 2).disrupted()], "BadInput", 0),
             ("a bug during a drain is the drain's", vec![pod(0, 70, 2).disrupted()], "Disrupted", 0),
             ("deleted by hand, stopped cleanly", vec![pod(0, 75, 4), pod(1, 143, 5).deleted(3)], "PodDeleted", 1),
-            ("deleted by hand, killed after its grace", vec![pod(0, 75, 4), pod(1, 137, 9).deleted(3)], "PodDeleted", 1),
+            (
+                "deleted by hand, killed after its grace",
+                vec![pod(0, 75, 4), pod(1, 137, 9).deleted(3)],
+                "PodDeleted",
+                1,
+            ),
             ("an error of its own after a deletion", vec![pod(0, 74, 4).deleted(3)], "StorageFailed", 0),
-            ("stopped by the Job controller after a peer was lost", vec![pod(0, 75, 2), pod(1, 143, 9).deleted(4)], "PeerLost", 0),
-            ("killed by the Job controller after an error", vec![pod(0, 1, 2), pod(1, 137, 9).deleted(4)], "UnexpectedExit", 0),
-            ("its error was told late, after its deletion", vec![pod(0, 75, 2), pod(1, 65, 1).deleted(3)], "BadInput", 1),
+            (
+                "stopped by the Job controller after a peer was lost",
+                vec![pod(0, 75, 2), pod(1, 143, 9).deleted(4)],
+                "PeerLost",
+                0,
+            ),
+            (
+                "killed by the Job controller after an error",
+                vec![pod(0, 1, 2), pod(1, 137, 9).deleted(4)],
+                "UnexpectedExit",
+                0,
+            ),
+            (
+                "its error was told late, after its deletion",
+                vec![pod(0, 75, 2), pod(1, 65, 1).deleted(3)],
+                "BadInput",
+                1,
+            ),
             ("an end that is good does not count", vec![pod(0, 0, 1), pod(1, 75, 2)], "PeerLost", 1),
         ];
         for (name, pods, reason, index) in cases {
@@ -303,7 +328,10 @@ mod tests {
 
     #[test]
     fn the_record_does_not_change_while_nothing_new_is_seen() {
-        let undated = PodView { state: PodState::Ended(End { code: None, oom_killed: false, word: None, text: None, at: None }), ..pod(0, 1, 0) };
+        let undated = PodView {
+            state: PodState::Ended(End { code: None, oom_killed: false, word: None, text: None, at: None }),
+            ..pod(0, 1, 0)
+        };
         let first = cause(1, [undated.clone()].iter(), None, at(5)).unwrap();
         assert_eq!(cause(1, [undated].iter(), Some(&first), at(50)), Some(first));
     }

@@ -13,7 +13,7 @@ use jiff::Timestamp;
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::Pod;
-use kube::core::{DeserializeGuard, object::HasStatus};
+use kube::core::DeserializeGuard;
 use kube::runtime::controller::{Action, Config};
 use kube::runtime::events::{Event, EventType, Recorder};
 use kube::runtime::reflector::{self, ObjectRef, Store};
@@ -103,7 +103,12 @@ pub async fn reconcile(guarded: Arc<Guarded>, ctx: Arc<Context>) -> Result<Actio
         Err(invalid) => {
             ctx.metrics.failed("Undecodable");
             let error = &invalid.error;
-            tracing::warn!(job = guarded.name_any(), namespace = guarded.namespace(), error, "an RLHFJob cannot be read and is left alone");
+            tracing::warn!(
+                job = guarded.name_any(),
+                namespace = guarded.namespace(),
+                error,
+                "an RLHFJob cannot be read and is left alone"
+            );
             tell_undecodable(&guarded, error, &ctx).await;
             Ok(Action::await_change())
         }
@@ -117,7 +122,6 @@ async fn pass(job: &RLHFJob, ctx: &Context) -> Result<Action, Error> {
     if decision.touches_children() && !still_holds(job, &decision, ctx).await? {
         return Err(apply::Error::Stale.into());
     }
-    log_change(job, &decision);
     match apply(job, &decision, ctx).await {
         Ok(None) => {}
         Ok(Some(blocked)) => return Ok(remember(job, &decision, blocked, now, ctx)),
@@ -138,21 +142,14 @@ fn whole_seconds(time: Timestamp) -> Timestamp {
     Timestamp::from_second(time.as_second()).unwrap_or(time)
 }
 
-fn log_change(job: &RLHFJob, decision: &Decision) {
-    let (old, new) = (job.status().map(|s| s.phase), decision.status.phase);
-    for notice in &decision.notices {
-        let event = notice.event.reason();
-        tracing::info!(job = job.name_any(), namespace = job.namespace(), event, phase = ?new, was = ?old, "{}", notice.note);
-    }
-}
-
 /// Keeps what was refused for the next pass, which follows at once and tells it in status.
 fn remember(job: &RLHFJob, decision: &Decision, blocked: Blocked, now: Timestamp, ctx: &Context) -> Action {
     let Blocked { stage, error } = blocked;
     ctx.metrics.failed("Blocked");
     let status = &decision.status;
     let attempt = status.prepare.iter().chain(&status.stages).find(|s| s.name == stage).map_or(0, |s| s.attempt);
-    let trouble = Trouble { message: format!("{stage}: {error}"), stage, attempt, retry_at: now, permanent: error.is_permanent() };
+    let trouble =
+        Trouble { message: error.to_string(), stage, attempt, retry_at: now, permanent: error.is_permanent() };
     ctx.retries.refused(job, now, trouble);
     Action::requeue(Duration::ZERO)
 }
@@ -161,7 +158,9 @@ async fn tell_undecodable(guarded: &Guarded, error: &str, ctx: &Context) {
     let event = Event {
         type_: EventType::Warning,
         reason: "Undecodable".into(),
-        note: Some(crate::classify::bounded(format!("this operator cannot read the object: {error}; is the CRD of another version?"))),
+        note: Some(crate::classify::bounded(format!(
+            "this operator cannot read the object: {error}; is the CRD of another version?"
+        ))),
         action: "Reconcile".into(),
         secondary: None,
     };
@@ -203,7 +202,9 @@ pub async fn check_crd(client: &Client, namespace: Option<&str>) -> Result<(), S
             names::GROUP,
             RLHFJob::version(&())
         )),
-        Err(kube::Error::Api(s)) if s.is_forbidden() => Err(format!("the operator may not list RLHFJobs; see the chart's ClusterRole: {}", s.message)),
+        Err(kube::Error::Api(s)) if s.is_forbidden() => {
+            Err(format!("the operator may not list RLHFJobs; see the chart's ClusterRole: {}", s.message))
+        }
         Err(error) => Err(format!("the API server cannot be asked for RLHFJobs: {error}")),
     }
 }
@@ -248,7 +249,8 @@ impl Watches {
         });
         let writer = reflector::store::Writer::<Guarded>::new(());
         let store = writer.as_reader();
-        let stream = watcher(scoped::<Guarded>(client, namespace), watcher::Config::default()).default_backoff().reflect(writer);
+        let stream =
+            watcher(scoped::<Guarded>(client, namespace), watcher::Config::default()).default_backoff().reflect(writer);
         let stream = tell(stream, Watch::RlhfJobs, listed).applied_objects();
         let controller = Controller::for_stream(stream, store.clone())
             .with_config(Config::default().concurrency(CONCURRENCY).debounce(DEBOUNCE))
@@ -309,5 +311,8 @@ fn owner(child: &impl Resource) -> Option<ObjectRef<Guarded>> {
 /// The phases of all jobs that are known, for the metrics.
 pub fn phases(store: &Store<Guarded>) -> Vec<Phase> {
     let jobs = store.state();
-    jobs.iter().filter_map(|g| g.0.as_ref().ok()).map(|j| j.status.as_ref().map(|s| s.phase).unwrap_or_default()).collect()
+    jobs.iter()
+        .filter_map(|g| g.0.as_ref().ok())
+        .map(|j| j.status.as_ref().map(|s| s.phase).unwrap_or_default())
+        .collect()
 }

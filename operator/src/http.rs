@@ -26,7 +26,11 @@ pub struct Served {
 }
 
 /// Serves until `shutdown`.
-pub async fn serve(listener: TcpListener, served: Served, shutdown: impl Future<Output = ()> + Send + 'static) -> std::io::Result<()> {
+pub async fn serve(
+    listener: TcpListener,
+    served: Served,
+    shutdown: impl Future<Output = ()> + Send + 'static,
+) -> std::io::Result<()> {
     axum::serve(listener, router(served)).with_graceful_shutdown(shutdown).await
 }
 

@@ -59,7 +59,14 @@ mod tests {
     #[tokio::test]
     async fn everybody_who_waits_goes_on_once_all_is_listed() {
         let listed = Listed::default();
-        let waiters: Vec<_> = (0..8).map(|_| tokio::spawn({ let listed = listed.clone(); async move { listed.wait().await } })).collect();
+        let waiters: Vec<_> = (0..8)
+            .map(|_| {
+                tokio::spawn({
+                    let listed = listed.clone();
+                    async move { listed.wait().await }
+                })
+            })
+            .collect();
         for watch in [Watch::Pods, Watch::Jobs, Watch::Pods] {
             listed.done(watch);
             tokio::task::yield_now().await;

@@ -15,7 +15,7 @@ use rlhf_operator::metrics::Metrics;
 use rlhf_operator::observe::ProgressReader;
 use rlhf_operator::retries::Retries;
 use std::error::Error;
-use std::future::Future;
+use std::io::IsTerminal;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -82,7 +82,7 @@ async fn main() -> ExitCode {
 
 fn start_logs(format: LogFormat) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    let logs = tracing_subscriber::fmt().with_env_filter(filter);
+    let logs = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(std::io::stdout().is_terminal());
     match format {
         LogFormat::Text => logs.init(),
         LogFormat::Json => logs.json().init(),
@@ -145,6 +145,6 @@ async fn until_told(
 }
 
 /// Ends once the process is told to stop.
-fn told(mut stopping: watch::Receiver<bool>) -> impl Future<Output = ()> + Send + Sync + 'static {
-    async move { _ = stopping.wait_for(|stop| *stop).await }
+async fn told(mut stopping: watch::Receiver<bool>) {
+    _ = stopping.wait_for(|stop| *stop).await;
 }

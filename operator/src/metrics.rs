@@ -28,13 +28,26 @@ impl Metrics {
     pub fn new() -> prometheus::Result<Self> {
         let registry = Registry::new();
         let buckets = prometheus::exponential_buckets(0.001, 4.0, 8)?;
-        let duration = HistogramOpts::new("rlhf_operator_reconcile_duration_seconds", "Time that one pass over one RLHFJob took.");
+        let duration =
+            HistogramOpts::new("rlhf_operator_reconcile_duration_seconds", "Time that one pass over one RLHFJob took.");
         let metrics = Self {
             duration: Histogram::with_opts(duration.buckets(buckets))?,
-            errors: counter("rlhf_operator_reconcile_errors_total", "Passes that failed and are tried again, by reason.", &["reason"])?,
+            errors: counter(
+                "rlhf_operator_reconcile_errors_total",
+                "Passes that failed and are tried again, by reason.",
+                &["reason"],
+            )?,
             jobs: IntGaugeVec::new(Opts::new("rlhf_operator_jobs", "RLHFJobs by phase."), &["phase"])?,
-            attempts: counter("rlhf_operator_attempts_total", "Attempts at prepare or a stage that ended, by outcome.", &["outcome"])?,
-            requests: counter("rlhf_operator_api_requests_total", "Requests to the API server outside of watches, by verb and code (0: no answer).", &["verb", "code"])?,
+            attempts: counter(
+                "rlhf_operator_attempts_total",
+                "Attempts at prepare or a stage that ended, by outcome.",
+                &["outcome"],
+            )?,
+            requests: counter(
+                "rlhf_operator_api_requests_total",
+                "Requests to the API server outside of watches, by verb and code (0: no answer).",
+                &["verb", "code"],
+            )?,
             registry,
         };
         let Self { registry, duration, errors, jobs, attempts, requests } = &metrics;

@@ -93,7 +93,8 @@ mod tests {
     #[test]
     fn a_refusal_outlives_good_passes_until_it_is_forgotten() {
         let (retries, now) = (Retries::default(), Timestamp::UNIX_EPOCH);
-        let trouble = Trouble { stage: "tune".into(), attempt: 1, message: "no".into(), retry_at: now, permanent: false };
+        let trouble =
+            Trouble { stage: "tune".into(), attempt: 1, message: "no".into(), retry_at: now, permanent: false };
         retries.refused(&job(), now, trouble.clone());
         retries.refused(&job(), now, trouble);
         retries.passed(&job());

@@ -25,6 +25,8 @@ pub struct StageView {
     pub pods: Vec<PodView>,
     /// What rank 0 of the current attempt last told.
     pub progress: Option<Progress>,
+    /// When it is to be asked again, from now.
+    pub ask_again: Option<SignedDuration>,
 }
 
 impl StageView {
@@ -39,9 +41,16 @@ impl StageView {
             && self.pods.iter().all(|p| p.ended().is_some() && p.attempt != attempt)
     }
 
-    /// The pods of an attempt.
-    pub fn pods_of(&self, attempt: u32) -> impl Iterator<Item = &PodView> {
-        self.pods.iter().filter(move |p| p.attempt == attempt)
+    /// The pods of an attempt that its Job has made since it last started. A Job that was suspended and goes on
+    /// starts anew; the pods that the suspension stopped have no part in what follows.
+    pub fn pods_of(&self, attempt: u32) -> impl Iterator<Item = &PodView> + Clone {
+        let started = self.job(attempt).map(|j| j.started);
+        let stopped_before = move |p: &PodView| match (p.deletion_requested, started) {
+            (Some(asked), Some(Some(started))) => asked <= started,
+            (Some(_), Some(None)) => true,
+            _ => false,
+        };
+        self.pods.iter().filter(move |p| p.attempt == attempt && !stopped_before(p))
     }
 }
 
@@ -58,6 +67,8 @@ pub struct JobView {
     pub deleting: bool,
     /// `spec.suspend`.
     pub suspended: bool,
+    /// When the Job controller last began to make pods for it.
+    pub started: Option<Timestamp>,
     /// Pods that it keeps.
     pub pods: u32,
     /// Pods that the Job controller has counted as succeeded.
@@ -90,7 +101,9 @@ impl JobView {
         let spec = job.spec.as_ref();
         let status = job.status.as_ref();
         let holds = |kind: &str| {
-            status.and_then(|s| s.conditions.as_ref()).is_some_and(|c| c.iter().any(|c| c.type_ == kind && c.status == "True"))
+            status
+                .and_then(|s| s.conditions.as_ref())
+                .is_some_and(|c| c.iter().any(|c| c.type_ == kind && c.status == "True"))
         };
         Some(Self {
             name: job.name_any(),
@@ -98,6 +111,7 @@ impl JobView {
             attempt: job.labels().get(names::LABEL_ATTEMPT)?.parse().ok()?,
             deleting: job.metadata.deletion_timestamp.is_some(),
             suspended: spec.and_then(|s| s.suspend).unwrap_or(false),
+            started: status.and_then(|s| s.start_time.as_ref()).map(|t| t.0),
             pods: unsigned(spec.and_then(|s| s.parallelism)),
             succeeded: unsigned(status.and_then(|s| s.succeeded)),
             state: match () {
@@ -212,9 +226,8 @@ fn evicted(pod: &Pod) -> Option<String> {
 /// The main container decides, not the pod's phase: a sidecar may outlive it.
 fn state(pod: &Pod) -> PodState {
     let status = pod.status.as_ref();
-    let container = status
-        .and_then(|s| s.container_statuses.as_ref())
-        .and_then(|all| all.iter().find(|c| c.name == CONTAINER));
+    let container =
+        status.and_then(|s| s.container_statuses.as_ref()).and_then(|all| all.iter().find(|c| c.name == CONTAINER));
     if let Some(ContainerState { terminated: Some(t), .. }) = container.and_then(|c| c.state.as_ref()) {
         let word: Option<TerminationMessage> = t.message.as_deref().and_then(|m| serde_json::from_str(m).ok());
         return PodState::Ended(End {
@@ -287,7 +300,8 @@ mod tests {
 
     #[test]
     fn a_termination_message_is_read_whole() {
-        let view = pod(terminated(65, "Error", r#"{"code":65,"reason":"BadInput","message":"data.jsonl line 3","rank":1}"#));
+        let view =
+            pod(terminated(65, "Error", r#"{"code":65,"reason":"BadInput","message":"data.jsonl line 3","rank":1}"#));
         let end = view.ended().unwrap();
         assert_eq!((end.code, end.text.as_deref()), (Some(65), None));
         assert_eq!(end.word.as_ref().unwrap().message, "data.jsonl line 3");

@@ -33,8 +33,7 @@ pub fn example() -> Manifest {
     example
         .stage("sft", "sft/maxSteps", json!(15))
         .stage("reward", "rewardModel/maxSteps", json!(15))
-        .stage("ppo", "ppo/iterations", json!(6))
-        .stage("ppo", "ppo/rolloutBatchSize", json!(32))
+        .stage("ppo", "ppo/iterations", json!(8))
         .stage("ppo", "ppo/evalEveryIterations", json!(2))
         .stage("ppo", "checkpoint", json!({"everySteps": 2}))
 }

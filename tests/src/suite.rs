@@ -15,10 +15,20 @@ use tokio::runtime::Builder;
 use tokio::sync::{Mutex, MutexGuard, RwLock, RwLockReadGuard};
 use tokio::task::LocalSet;
 
-/// Whether the operator is installed. Whoever holds the lock can rely on it.
-static OPERATOR: RwLock<bool> = RwLock::const_new(false);
+/// What is known of the operator. Whoever holds the lock can rely on it.
+static OPERATOR: RwLock<Operator> = RwLock::const_new(Operator::Unknown);
 /// Trainers take all cores of a small machine, so one test at a time runs them.
 static CORES: Mutex<()> = Mutex::const_new(());
+
+#[derive(PartialEq)]
+enum Operator {
+    /// An earlier run may have left something.
+    Unknown,
+    Absent,
+    /// Not whole, should installing fail: the tests that follow need not try again.
+    Installing,
+    Installed,
+}
 
 /// Runs a test in a namespace of its own, with the operator there. A failed test prints what the namespace holds; its
 /// namespace goes all the same, so that its pods do not disturb the next test.
@@ -35,10 +45,8 @@ pub fn on_the_cluster<F: AsyncFnOnce(&Scene)>(test: F) {
 pub fn on_the_cluster_alone<F: AsyncFnOnce(&Scene)>(test: F) {
     let name = name_of(&test);
     run(async move {
-        let mut installed = OPERATOR.write().await;
-        if std::mem::take(&mut *installed) {
-            uninstall().await;
-        }
+        let mut operator = OPERATOR.write().await;
+        remove(&mut operator).await;
         play(&name, None, test).await;
     });
 }
@@ -81,23 +89,37 @@ async fn client() -> Client {
 }
 
 /// The operator, installed by whoever comes first.
-async fn operator() -> RwLockReadGuard<'static, bool> {
+async fn operator() -> RwLockReadGuard<'static, Operator> {
     let there = OPERATOR.read().await;
-    if *there {
+    if *there == Operator::Installed {
         return there;
     }
     drop(there);
     let mut there = OPERATOR.write().await;
-    if !*there {
+    if *there != Operator::Installed {
+        remove(&mut there).await;
+        *there = Operator::Installing;
         install(true).await;
-        *there = true;
+        *there = Operator::Installed;
     }
     there.downgrade()
 }
 
+/// Sees to it that no operator is there.
+async fn remove(operator: &mut Operator) {
+    assert!(
+        *operator != Operator::Installing,
+        "the operator could not be installed, as the first test that needed it says"
+    );
+    if *operator != Operator::Absent {
+        no_other_jobs().await;
+        uninstall().await;
+        *operator = Operator::Absent;
+    }
+}
+
 /// Installs the chart with the images that `tests/cluster/images.sh` made, under the restricted standard.
 pub async fn install(keep_crds: bool) {
-    no_other_jobs().await;
     let namespace = serde_json::json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {
         "name": SYSTEM, "labels": {"pod-security.kubernetes.io/enforce": "restricted"}}});
     tools::kubectl_with(&["apply", "--filename", "-"], &namespace).await.good();
@@ -111,7 +133,7 @@ pub async fn install(keep_crds: bool) {
         "dashboard.enabled=true".into(),
     ];
     let run = format!("podAnnotations.tests=run-{now}");
-    let mut args = vec!["upgrade", "--install", RELEASE, &chart, "--namespace", SYSTEM, "--wait", "--timeout", "2m"];
+    let mut args = vec!["upgrade", "--install", RELEASE, &chart, "--namespace", SYSTEM, "--wait", "--timeout", "1m"];
     args.extend(values.iter().flat_map(|v| ["--set", v]).chain(["--set-string", &run]));
     let Answer { ok, text } = helm(&args).await;
     if !ok {
@@ -138,7 +160,9 @@ pub struct Uninstalled {
 
 /// Uninstalls the chart and waits until what it ran is gone.
 pub async fn uninstall() -> Uninstalled {
-    helm(&["uninstall", RELEASE, "--namespace", SYSTEM, "--wait", "--timeout", "2m"]).await.good();
+    helm(&["uninstall", RELEASE, "--namespace", SYSTEM, "--ignore-not-found", "--wait", "--timeout", "1m"])
+        .await
+        .good();
     let no_pods = async || kubectl(&["get", "pods", "--namespace", SYSTEM, "--output", "name"]).await.good().is_empty();
     eventually("the end of the operator's pod", 60, no_pods).await;
     let records = kubectl(&["get", "secrets", "--namespace", SYSTEM, "--selector", "owner=helm", "--output", "name"])

@@ -20,7 +20,10 @@ pub struct ConfigFile<T> {
 /// The file cannot be read, or does not have the form: exit code 64 with path, line and column.
 pub fn read<T: DeserializeOwned>(path: &Path) -> Result<ConfigFile<T>> {
     let bytes = std::fs::read(path).map_err(|e| {
-        Error::config(format!("{}: {e}; the operator mounts the config there, --config names another file", path.display()))
+        Error::config(format!(
+            "{}: {e}; the operator mounts the config there, --config names another file",
+            path.display()
+        ))
     })?;
     let value = serde_json::from_slice(&bytes).map_err(|e| Error::config(format!("{}: {e}", path.display())))?;
     Ok(ConfigFile { value, digest: Sha256::digest(&bytes).into() })
@@ -41,14 +44,22 @@ mod tests {
             read::<JobRef>(&path)
         };
         let missing = read::<JobRef>(&path).unwrap_err();
-        assert!(missing.exit.code() == 64 && missing.message.contains("config.json") && missing.message.contains("--config"), "{missing}");
+        assert!(
+            missing.exit.code() == 64
+                && missing.message.contains("config.json")
+                && missing.message.contains("--config"),
+            "{missing}"
+        );
         for (text, part) in [
             ("{\n  \"name\": }", "line 2 column 11"),
             (r#"{"namespace": "a", "name": "b", "uid": "c", "colour": 1}"#, "unknown field `colour`"),
             (r#"{"namespace": "a", "name": "b"}"#, "missing field `uid`"),
         ] {
             let error = read_text(text).unwrap_err();
-            assert!(error.exit.code() == 64 && error.message.contains(part) && error.message.contains("config.json"), "{error}");
+            assert!(
+                error.exit.code() == 64 && error.message.contains(part) && error.message.contains("config.json"),
+                "{error}"
+            );
         }
         let good = read_text(r#"{"namespace": "a", "name": "b", "uid": "c"}"#).unwrap();
         assert_eq!(good.value.name, "b");

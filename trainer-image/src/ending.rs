@@ -54,7 +54,15 @@ pub fn message(result: Result<Output>, rank: Option<u32>, progress: Option<Progr
     };
     let rank = rank.filter(|_| output.is_none());
     let (step, checkpoint) = progress.map(|p| (p.step, p.checkpoint)).unzip();
-    TerminationMessage { code: exit.code(), reason: exit.reason().into(), message, rank, step, checkpoint: checkpoint.flatten(), output }
+    TerminationMessage {
+        code: exit.code(),
+        reason: exit.reason().into(),
+        message,
+        rank,
+        step,
+        checkpoint: checkpoint.flatten(),
+        output,
+    }
 }
 
 /// Writes a pod's last word to `file`, or to Kubernetes' own place if there is one.
@@ -83,8 +91,14 @@ mod tests {
         let _one = ONE.lock();
         let error = guard::<()>(|| panic!("step {} is odd", 3)).unwrap_err();
         assert_eq!(error.exit.code(), 70);
-        assert!(error.message.starts_with("panic at ") && error.message.contains("ending.rs:") && error.message.ends_with(": step 3 is odd"), "{error}");
-        let error = guard(|| std::thread::scope(|s| s.spawn(|| -> Result<()> { panic!("inside") }).join().unwrap())).unwrap_err();
+        assert!(
+            error.message.starts_with("panic at ")
+                && error.message.contains("ending.rs:")
+                && error.message.ends_with(": step 3 is odd"),
+            "{error}"
+        );
+        let error = guard(|| std::thread::scope(|s| s.spawn(|| -> Result<()> { panic!("inside") }).join().unwrap()))
+            .unwrap_err();
         assert!(error.message.ends_with(": inside"), "{error}");
         assert_eq!(guard(|| Ok(5)).unwrap(), 5);
         assert_eq!(guard::<()>(|| Err(Error::input("x"))).unwrap_err().exit.code(), 65);
@@ -92,12 +106,22 @@ mod tests {
 
     #[test]
     fn libtorchs_panics_lose_their_backtrace_and_keep_their_kind() {
-        let unwrapped = |text: &str| format!("called `Result::unwrap()` on an `Err` value: {:?}", TchError::Torch(text.into()));
+        let unwrapped =
+            |text: &str| format!("called `Result::unwrap()` on an `Err` value: {:?}", TchError::Torch(text.into()));
         let trace = "\nException raised from f at /x/y.cpp:12 (most recent call first):\nframe #0: c10::Error";
-        let shape = panic_error(&unwrapped(&format!("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5){trace}")), " at a.rs:1:2");
-        assert_eq!((shape.exit.code(), shape.message.as_str()), (70, "panic at a.rs:1:2: mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)"));
+        let shape = panic_error(
+            &unwrapped(&format!("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5){trace}")),
+            " at a.rs:1:2",
+        );
+        assert_eq!(
+            (shape.exit.code(), shape.message.as_str()),
+            (70, "panic at a.rs:1:2: mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)")
+        );
         let device = panic_error(&unwrapped(&format!("CUDA out of memory. Tried to allocate 2.00 GiB.{trace}")), "");
-        assert_eq!((device.exit.code(), device.message.as_str()), (71, "panic: CUDA out of memory. Tried to allocate 2.00 GiB."));
+        assert_eq!(
+            (device.exit.code(), device.message.as_str()),
+            (71, "panic: CUDA out of memory. Tried to allocate 2.00 GiB.")
+        );
         let short = panic_error(&unwrapped("no trace"), "");
         assert_eq!(short.message, "panic: no trace");
     }
@@ -105,9 +129,16 @@ mod tests {
     #[test]
     fn a_real_shape_error_of_libtorch_is_one_line() {
         let _one = ONE.lock();
-        let (a, b) = (tch::Tensor::zeros([2, 3], (tch::Kind::Float, tch::Device::Cpu)), tch::Tensor::zeros([4, 5], (tch::Kind::Float, tch::Device::Cpu)));
+        let (a, b) = (
+            tch::Tensor::zeros([2, 3], (tch::Kind::Float, tch::Device::Cpu)),
+            tch::Tensor::zeros([4, 5], (tch::Kind::Float, tch::Device::Cpu)),
+        );
         let error = guard(|| Ok(a.matmul(&b))).unwrap_err();
-        assert!(error.exit.code() == 70 && error.message.ends_with("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)"), "{error}");
+        assert!(
+            error.exit.code() == 70
+                && error.message.ends_with("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)"),
+            "{error}"
+        );
     }
 
     #[test]
@@ -115,7 +146,10 @@ mod tests {
         let checkpoint = Checkpoint { step: 4, path: "c/step-4".into() };
         let progress = Progress { step: 5, checkpoint: Some(checkpoint.clone()), ..Default::default() };
         let failed = message(Err(Error::input("line 3: no prompt")), Some(1), Some(progress.clone()));
-        assert_eq!((failed.code, failed.reason.as_str(), failed.rank, failed.step, failed.checkpoint), (65, "BadInput", Some(1), Some(5), Some(checkpoint)));
+        assert_eq!(
+            (failed.code, failed.reason.as_str(), failed.rank, failed.step, failed.checkpoint),
+            (65, "BadInput", Some(1), Some(5), Some(checkpoint))
+        );
         let done = message(Ok(Output { path: "m".into(), metrics: Default::default() }), Some(1), Some(progress));
         assert_eq!((done.code, done.rank, done.output.unwrap().path.as_str()), (0, None, "m"));
         assert_eq!(message(Err(Error::config("x")), None, None).step, None);

@@ -80,7 +80,14 @@ fn main() -> std::process::ExitCode {
         }
     };
     if message.code != ExitCode::Done.code() {
-        tracing::error!(code = message.code, reason = message.reason, rank = message.rank, step = message.step, "{}", message.message);
+        tracing::error!(
+            code = message.code,
+            reason = message.reason,
+            rank = message.rank,
+            step = message.step,
+            "{}",
+            message.message
+        );
     }
     exit(message.code)
 }
@@ -90,9 +97,12 @@ fn exit(code: i32) -> std::process::ExitCode {
 }
 
 fn run(command: Command) -> TerminationMessage {
-    let options = |config: ConfigFlag, http: HttpFlag| worker::Options { config: config.config, http_port: http.http_port };
+    let options =
+        |config: ConfigFlag, http: HttpFlag| worker::Options { config: config.config, http_port: http.http_port };
     match command {
-        Command::Launch { config, http, termination } => leave(termination, logged(|| launch::run(&options(config, http)))),
+        Command::Launch { config, http, termination } => {
+            leave(termination, logged(|| launch::run(&options(config, http))))
+        }
         Command::Worker { config, http } => logged(|| worker::run(&options(config, http))),
         Command::Prepare { config, termination } => leave(termination, logged(|| prepare(&config.config))),
     }
@@ -136,6 +146,14 @@ fn job_dir(config: &PrepareConfig) -> String {
 /// A stage's dataset in figures, such as `sft.train`.
 fn counts(report: &StageReport) -> Vec<(String, f64)> {
     let Summary { records, train, eval, dropped, truncated, tokens, longest_tokens } = report.dataset;
-    let named = [("records", records), ("train", train), ("eval", eval), ("dropped", dropped), ("truncated", truncated), ("tokens", tokens), ("longestTokens", longest_tokens)];
+    let named = [
+        ("records", records),
+        ("train", train),
+        ("eval", eval),
+        ("dropped", dropped),
+        ("truncated", truncated),
+        ("tokens", tokens),
+        ("longestTokens", longest_tokens),
+    ];
     named.into_iter().map(|(name, n)| (format!("{}.{name}", report.stage), n as f64)).collect()
 }

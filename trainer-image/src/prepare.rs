@@ -83,16 +83,20 @@ fn check_length(stage: &StageConfig, model: &Source) -> Result<()> {
     let (tokens, settings) = match &stage.kind {
         StageKind::Sft(s) => (i64::from(s.max_length), format!("maxLength {}", s.max_length)),
         StageKind::RewardModel(s) => (i64::from(s.max_length), format!("maxLength {}", s.max_length)),
-        StageKind::Ppo(s) => {
-            (i64::from(s.max_prompt_length) + i64::from(s.max_new_tokens), format!("maxPromptLength {} plus maxNewTokens {}", s.max_prompt_length, s.max_new_tokens))
-        }
+        StageKind::Ppo(s) => (
+            i64::from(s.max_prompt_length) + i64::from(s.max_new_tokens),
+            format!("maxPromptLength {} plus maxNewTokens {}", s.max_prompt_length, s.max_new_tokens),
+        ),
     };
     let positions = model.spec.max_positions;
     if tokens <= positions {
         return Ok(());
     }
     let dir = model.dir.display();
-    Err(Error::config(format!("stage '{}': {settings} is more than the {positions} positions of the model ({dir}); lower it to {positions} or less", stage.stage)))
+    Err(Error::config(format!(
+        "stage '{}': {settings} is more than the {positions} positions of the model ({dir}); lower it to {positions} or less",
+        stage.stage
+    )))
 }
 
 /// Reads a stage's whole dataset.
@@ -101,7 +105,9 @@ fn check_dataset(stage: &StageConfig, volume: &Path, tokenizer: &Tokenizer) -> R
         let seed = stage.seed;
         Ok(match &stage.kind {
             StageKind::Sft(s) => data::load_sft(&dataset_path(volume, &s.dataset)?, s, tokenizer, seed)?.summary,
-            StageKind::RewardModel(s) => data::load_rankings(&dataset_path(volume, &s.dataset)?, s, tokenizer, seed)?.summary,
+            StageKind::RewardModel(s) => {
+                data::load_rankings(&dataset_path(volume, &s.dataset)?, s, tokenizer, seed)?.summary
+            }
             StageKind::Ppo(s) => data::load_prompts(&dataset_path(volume, &s.prompts)?, s, tokenizer, seed)?.summary,
         })
     };
@@ -112,7 +118,17 @@ fn check_dataset(stage: &StageConfig, volume: &Path, tokenizer: &Tokenizer) -> R
 
 fn log(stage: &StageConfig, dataset: &Summary) {
     let Summary { records, train, eval, dropped, truncated, tokens, longest_tokens } = *dataset;
-    tracing::info!(stage = stage.stage, records, train, eval, dropped, truncated, tokens, longest_tokens, "dataset is good");
+    tracing::info!(
+        stage = stage.stage,
+        records,
+        train,
+        eval,
+        dropped,
+        truncated,
+        tokens,
+        longest_tokens,
+        "dataset is good"
+    );
     let (setting, size) = match &stage.kind {
         StageKind::Sft(s) => ("batch.globalSize", s.batch.global_size),
         StageKind::RewardModel(s) => ("batch.globalSize", s.batch.global_size),

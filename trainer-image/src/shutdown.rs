@@ -48,7 +48,8 @@ pub(crate) fn on_signal(mut act: impl FnMut() + Send + 'static) -> Result<()> {
     let failed = |e: std::io::Error| Error::bug(format!("signals cannot be handled: {e}"));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().map_err(failed)?;
     let entered = runtime.enter();
-    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate()).map_err(failed)?, signal(SignalKind::interrupt()).map_err(failed)?);
+    let (mut terminate, mut interrupt) =
+        (signal(SignalKind::terminate()).map_err(failed)?, signal(SignalKind::interrupt()).map_err(failed)?);
     drop(entered);
     let span = tracing::Span::current();
     let listen = async move {
@@ -77,7 +78,12 @@ mod tests {
             heard.recv_timeout(Duration::from_secs(10)).unwrap();
         }
         let clone = shutdown.clone();
-        let asked = (0..1000).any(|_| clone.requested() || { std::thread::sleep(Duration::from_millis(10)); false });
+        let asked = (0..1000).any(|_| {
+            clone.requested() || {
+                std::thread::sleep(Duration::from_millis(10));
+                false
+            }
+        });
         assert!(asked);
     }
 

@@ -51,7 +51,8 @@ impl Job {
     }
 
     fn program(&self, name: &str, args: &[&str], config: &Value) -> Pod {
-        let (config_file, last_word) = (self.volume.path(&format!("{name}.json")), self.volume.path(&format!("{name}.termination")));
+        let (config_file, last_word) =
+            (self.volume.path(&format!("{name}.json")), self.volume.path(&format!("{name}.termination")));
         fs::write(&config_file, config.to_string()).unwrap();
         let mut command = Command::new(PROGRAM);
         command.args(args).arg("--config").arg(&config_file).arg("--termination-file").arg(&last_word);
@@ -107,7 +108,9 @@ impl Running {
         let parent = self.pid().as_raw_pid();
         let children = fs::read_to_string(format!("/proc/{parent}/task/{parent}/children")).unwrap();
         let wanted = format!("LOCAL_RANK={local_rank}");
-        let has_rank = |pid: &&str| fs::read(format!("/proc/{pid}/environ")).unwrap().split(|b| *b == 0).any(|v| v == wanted.as_bytes());
+        let has_rank = |pid: &&str| {
+            fs::read(format!("/proc/{pid}/environ")).unwrap().split(|b| *b == 0).any(|v| v == wanted.as_bytes())
+        };
         Pid::from_raw(children.split_whitespace().find(has_rank).unwrap().parse().unwrap()).unwrap()
     }
 
@@ -132,7 +135,12 @@ impl Ended {
     /// Checks exit code and message, the same in both places.
     fn expect(&self, code: i32, reason: &str, parts: &[&str]) {
         let TerminationMessage { message, .. } = &self.message;
-        assert_eq!((self.code, self.message.code, self.message.reason.as_str()), (code, code, reason), "{message}\n{}", self.log);
+        assert_eq!(
+            (self.code, self.message.code, self.message.reason.as_str()),
+            (code, code, reason),
+            "{message}\n{}",
+            self.log
+        );
         for part in parts {
             assert!(message.contains(part), "{part} is not in: {message}");
         }
@@ -196,12 +204,18 @@ fn a_long_message_is_cut_to_what_kubernetes_keeps() {
 
 #[test]
 fn a_volume_that_is_not_there_is_named() {
-    Job::new().pod("pod", 1).env("RLHF_VOLUME", "/no/such/volume").run().expect(64, "BadConfig", &["/no/such/volume", "RLHF_VOLUME"]);
+    Job::new().pod("pod", 1).env("RLHF_VOLUME", "/no/such/volume").run().expect(
+        64,
+        "BadConfig",
+        &["/no/such/volume", "RLHF_VOLUME"],
+    );
 }
 
 #[test]
 fn a_wrong_environment_variable_is_named() {
-    for (name, value) in [("NODE_RANK", "one"), ("NPROC_PER_NODE", "-1"), ("RUST_LOG", "rlhf=loud"), ("RLHF_LOG_FORMAT", "xml")] {
+    for (name, value) in
+        [("NODE_RANK", "one"), ("NPROC_PER_NODE", "-1"), ("RUST_LOG", "rlhf=loud"), ("RLHF_LOG_FORMAT", "xml")]
+    {
         Job::new().pod("pod", 1).env(name, value).run().expect(64, "BadConfig", &[name, value]);
     }
     Job::new().pod("pod", 2).env("OMP_NUM_THREADS", "many").run().expect(64, "BadConfig", &["OMP_NUM_THREADS", "many"]);
@@ -232,10 +246,15 @@ fn two_workers_train_to_the_end_and_say_where_the_model_is() {
     assert!(output.metrics["evalLoss"] > 0.0 && job.volume.path(&output.path).join("model.safetensors").exists());
     assert_eq!((ended.message.rank, ended.message.step, ended.message.checkpoint.unwrap().step), (None, Some(5), 5));
 
-    let lines: Vec<Value> = ended.log.lines().map(|l| serde_json::from_str(l).unwrap_or_else(|e| panic!("{e}: {l}"))).collect();
+    let lines: Vec<Value> =
+        ended.log.lines().map(|l| serde_json::from_str(l).unwrap_or_else(|e| panic!("{e}: {l}"))).collect();
     let steps_of = |rank: u32| lines.iter().filter(|l| l["message"] == "step" && l["span"]["rank"] == rank).count();
     assert_eq!((steps_of(0), steps_of(1)), (5, 5));
-    assert!(lines.iter().filter(|l| l["message"] == "step").all(|l| l["loss"].as_f64().unwrap() > 0.0), "{}", ended.log);
+    assert!(
+        lines.iter().filter(|l| l["message"] == "step").all(|l| l["loss"].as_f64().unwrap() > 0.0),
+        "{}",
+        ended.log
+    );
 }
 
 #[test]
@@ -245,8 +264,16 @@ fn sigterm_saves_a_checkpoint_and_the_next_attempt_goes_on_from_it() {
     for rank in [0, 1] {
         await_progress(job.http_port + rank, |p| p.step >= 2);
         let metrics = fetch(job.http_port + rank, "/metrics").unwrap();
-        assert!(metrics.lines().any(|l| l.starts_with("rlhf_loss{") && l.contains(&format!("rank=\"{rank}\""))), "{metrics}");
-        assert!(metrics.lines().any(|l| l.starts_with("rlhf_phase_seconds_total{") && l.contains("phase=\"train\"") && !l.ends_with(" 0")), "{metrics}");
+        assert!(
+            metrics.lines().any(|l| l.starts_with("rlhf_loss{") && l.contains(&format!("rank=\"{rank}\""))),
+            "{metrics}"
+        );
+        assert!(
+            metrics.lines().any(|l| l.starts_with("rlhf_phase_seconds_total{")
+                && l.contains("phase=\"train\"")
+                && !l.ends_with(" 0")),
+            "{metrics}"
+        );
     }
     kill_process(first.pid(), Signal::TERM).unwrap();
     kill_process(first.pid(), Signal::TERM).unwrap_or_default();

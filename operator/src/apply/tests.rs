@@ -49,7 +49,9 @@ fn server(answers: Vec<(&'static str, u16, Value)>) -> (Context, Log) {
                 None => (201, body.clone()),
             };
             seen.lock().unwrap().push(Seen { line, body });
-            Ok::<_, tower::BoxError>(Response::builder().status(code).body(Body::from(answer.to_string().into_bytes())).unwrap())
+            Ok::<_, tower::BoxError>(
+                Response::builder().status(code).body(Body::from(answer.to_string().into_bytes())).unwrap(),
+            )
         }
     });
     let client = Client::new(service, "team");
@@ -88,7 +90,8 @@ fn first() -> (RLHFJob, Decision) {
 
 /// Only the children of the first two stages.
 fn two_stages(job: &RLHFJob) -> Decision {
-    let make = Task::all(job).skip(1).take(2).map(|t| build::children(job, t, 1, &tests::settings()).unwrap()).collect();
+    let make =
+        Task::all(job).skip(1).take(2).map(|t| build::children(job, t, 1, &tests::settings()).unwrap()).collect();
     Decision { make, status: job.status.clone().unwrap(), ..Decision::default() }
 }
 
@@ -159,7 +162,11 @@ async fn somebody_elses_object_is_left_alone_and_named_and_other_stages_go_on() 
     let message = blocked.error.to_string();
     assert!(message.starts_with("Service demo-tune exists and belongs to Team other"), "{message}");
     let writes: Vec<_> = lines(&log).into_iter().filter(|l| !l.starts_with("GET")).collect();
-    assert_eq!(writes, ["POST configmaps", "POST configmaps", "POST services", "POST jobs"], "no Job of the blocked stage");
+    assert_eq!(
+        writes,
+        ["POST configmaps", "POST configmaps", "POST services", "POST jobs"],
+        "no Job of the blocked stage"
+    );
 }
 
 #[tokio::test]
@@ -200,7 +207,10 @@ async fn deletion_and_suspension_reach_only_the_job_that_was_seen() {
     };
     apply(&job, &decision, &ctx).await.unwrap();
     let deletion = body(&log, "DELETE jobs/a");
-    assert_eq!((&deletion["preconditions"]["uid"], &deletion["propagationPolicy"]), (&json!("uid-a"), &json!("Foreground")));
+    assert_eq!(
+        (&deletion["preconditions"]["uid"], &deletion["propagationPolicy"]),
+        (&json!("uid-a"), &json!("Foreground"))
+    );
     let patch = body(&log, "PATCH jobs/b");
     assert_eq!((&patch["metadata"]["uid"], &patch["spec"]), (&json!("uid-b"), &json!({"suspend": true})));
 }

@@ -22,7 +22,9 @@ pub enum SpecError {
     #[error("spec.stages[{0}] must have exactly one of sft, rewardModel and ppo")]
     Kind(String),
     /// Not a `volume://` location.
-    #[error("{field} `{value}` is not a location on the volume; write volume://path, without parts that begin with a dot")]
+    #[error(
+        "{field} `{value}` is not a location on the volume; write volume://path, without parts that begin with a dot"
+    )]
     Location {
         /// The field's path.
         field: String,
@@ -79,7 +81,7 @@ fn stage_config(job: &RLHFJob, stage: &Stage) -> Result<StageConfig, SpecError> 
         stage: stage.name.clone(),
         paths: paths(job, stage, &kind)?,
         kind,
-        strategy: job.spec.strategy.clone(),
+        strategy: job.spec.strategy,
         checkpoint: stage.checkpoint,
         seed: stage.seed.into(),
         collective_timeout_seconds: COLLECTIVE_TIMEOUT_SECONDS,

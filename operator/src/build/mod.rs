@@ -206,9 +206,14 @@ pub(crate) mod tests {
     fn every_child_is_owned_by_its_job_and_goes_with_it() {
         for (index, _) in Task::all(&job()).enumerate() {
             let c = build(&job(), index, 1);
-            for meta in [&c.config_map.metadata, &c.job.metadata].into_iter().chain(c.service.as_ref().map(|s| &s.metadata)) {
+            for meta in
+                [&c.config_map.metadata, &c.job.metadata].into_iter().chain(c.service.as_ref().map(|s| &s.metadata))
+            {
                 let owners = meta.owner_references.as_ref().unwrap();
-                assert_eq!((owners.len(), owners[0].uid.as_str(), owners[0].kind.as_str()), (1, "0123456789-abc", "RLHFJob"));
+                assert_eq!(
+                    (owners.len(), owners[0].uid.as_str(), owners[0].kind.as_str()),
+                    (1, "0123456789-abc", "RLHFJob")
+                );
                 assert_eq!((owners[0].controller, owners[0].block_owner_deletion), (Some(true), Some(true)));
                 assert_eq!(meta.namespace.as_deref(), Some("team"));
                 assert_eq!(meta.labels.as_ref().unwrap()[names::LABEL_JOB_UID], "0123456789-abc");
@@ -223,7 +228,10 @@ pub(crate) mod tests {
             let spec = pod(&children);
             let security = spec.security_context.clone().unwrap();
             assert_eq!(security.run_as_non_root, Some(true));
-            assert_eq!((security.run_as_user, security.run_as_group, security.fs_group), (Some(65532), Some(65532), Some(65532)));
+            assert_eq!(
+                (security.run_as_user, security.run_as_group, security.fs_group),
+                (Some(65532), Some(65532), Some(65532))
+            );
             assert_eq!(security.seccomp_profile.unwrap().type_, "RuntimeDefault");
             assert_eq!((spec.automount_service_account_token, spec.enable_service_links), (Some(false), Some(false)));
             let own = container(&children).security_context.unwrap();
@@ -240,7 +248,8 @@ pub(crate) mod tests {
             container(&children).volume_mounts.unwrap().into_iter().map(|m| (m.mount_path, m.name)).collect();
         let paths: Vec<_> = mounts.keys().map(String::as_str).collect();
         assert_eq!(paths, ["/data", "/dev/shm", "/etc/rlhf", "/tmp"]);
-        let volumes: BTreeMap<_, _> = pod(&children).volumes.unwrap().into_iter().map(|v| (v.name.clone(), v)).collect();
+        let volumes: BTreeMap<_, _> =
+            pod(&children).volumes.unwrap().into_iter().map(|v| (v.name.clone(), v)).collect();
         assert_eq!(volumes[&mounts["/data"]].persistent_volume_claim.as_ref().unwrap().claim_name, "claim");
         assert_eq!(volumes[&mounts["/etc/rlhf"]].config_map.as_ref().unwrap().name, "demo-tune");
         assert_eq!(volumes[&mounts["/dev/shm"]].empty_dir.as_ref().unwrap().medium.as_deref(), Some("Memory"));
@@ -280,7 +289,8 @@ pub(crate) mod tests {
 
     #[test]
     fn prepare_runs_once_on_cpu_without_a_service() {
-        let job = with_compute(json!({"nodes": 4, "devicesPerNode": 8, "podTemplate": {"tolerations": [{"key": "gpu"}]}}));
+        let job =
+            with_compute(json!({"nodes": 4, "devicesPerNode": 8, "podTemplate": {"tolerations": [{"key": "gpu"}]}}));
         let children = build(&job, 0, 1);
         assert!(children.service.is_none());
         assert_eq!(container(&children).args, Some(vec!["prepare".to_owned()]));
@@ -291,14 +301,17 @@ pub(crate) mod tests {
 
     #[test]
     fn devices_are_added_to_requests_and_limits() {
-        let job = with_compute(json!({"devicesPerNode": 4, "deviceResource": "example.com/npu", "resources": {"requests": {"cpu": "3"}}}));
+        let job = with_compute(
+            json!({"devicesPerNode": 4, "deviceResource": "example.com/npu", "resources": {"requests": {"cpu": "3"}}}),
+        );
         let children = build(&job, 1, 1);
         let resources = container(&children).resources.unwrap();
         let requests = resources.requests.unwrap();
         assert_eq!((requests["cpu"].0.as_str(), requests["example.com/npu"].0.as_str()), ("3", "4"));
         assert_eq!(resources.limits.unwrap()["example.com/npu"].0, "4");
         assert_eq!(env_value(&children, env::NPROC_PER_NODE).as_deref(), Some("4"));
-        let ports: Vec<_> = container(&children).ports.unwrap().into_iter().map(|p| (p.name.unwrap(), p.container_port)).collect();
+        let ports: Vec<_> =
+            container(&children).ports.unwrap().into_iter().map(|p| (p.name.unwrap(), p.container_port)).collect();
         assert_eq!(ports[0], ("metrics".to_owned(), 9400));
         assert_eq!(ports[3], ("metrics-3".to_owned(), 9403));
     }
@@ -321,7 +334,10 @@ pub(crate) mod tests {
         assert_eq!(meta.annotations.unwrap()["note"], "x");
         let spec = pod(&children);
         assert_eq!(spec.node_selector.unwrap()["zone"], "z");
-        assert_eq!((spec.priority_class_name.as_deref(), spec.runtime_class_name.as_deref()), (Some("high"), Some("nvidia")));
+        assert_eq!(
+            (spec.priority_class_name.as_deref(), spec.runtime_class_name.as_deref()),
+            (Some("high"), Some("nvidia"))
+        );
         assert_eq!(env_value(&children, "NCCL_DEBUG").as_deref(), Some("INFO"));
         assert_eq!(env_value(&children, env::MASTER_ADDR).as_deref(), Some("demo-tune-1-0.demo-tune.team.svc"));
     }
@@ -374,7 +390,10 @@ pub(crate) mod tests {
     fn a_spec_that_admission_would_have_refused_is_an_error_that_names_the_field() {
         let mut no_kind = job();
         no_kind.spec.stages[0].sft = None;
-        assert_eq!(check(&no_kind).unwrap_err().to_string(), "spec.stages[tune] must have exactly one of sft, rewardModel and ppo");
+        assert_eq!(
+            check(&no_kind).unwrap_err().to_string(),
+            "spec.stages[tune] must have exactly one of sft, rewardModel and ppo"
+        );
         let mut bad_path = job();
         bad_path.spec.model.source = "hf://a/b".into();
         let message = check(&bad_path).unwrap_err().to_string();

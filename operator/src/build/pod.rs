@@ -6,9 +6,10 @@
 use super::{Settings, Task};
 use crate::view::{CONTAINER, INDEX_ANNOTATION};
 use k8s_openapi::api::core::v1::{
-    Affinity, Capabilities, ConfigMapVolumeSource, Container, ContainerPort, EmptyDirVolumeSource, EnvVar, EnvVarSource,
-    ObjectFieldSelector, PersistentVolumeClaimVolumeSource, PodAffinityTerm, PodAntiAffinity, PodSecurityContext, PodSpec,
-    PodTemplateSpec, ResourceRequirements, SeccompProfile, SecurityContext, Volume, VolumeMount, WeightedPodAffinityTerm,
+    Affinity, Capabilities, ConfigMapVolumeSource, Container, ContainerPort, EmptyDirVolumeSource, EnvVar,
+    EnvVarSource, ObjectFieldSelector, PersistentVolumeClaimVolumeSource, PodAffinityTerm, PodAntiAffinity,
+    PodSecurityContext, PodSpec, PodTemplateSpec, ResourceRequirements, SeccompProfile, SecurityContext, Volume,
+    VolumeMount, WeightedPodAffinityTerm,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta};
@@ -118,7 +119,8 @@ fn plain((name, value): (&str, String)) -> EnvVar {
 }
 
 fn node_rank() -> EnvVar {
-    let index = ObjectFieldSelector { field_path: format!("metadata.annotations['{INDEX_ANNOTATION}']"), ..Default::default() };
+    let index =
+        ObjectFieldSelector { field_path: format!("metadata.annotations['{INDEX_ANNOTATION}']"), ..Default::default() };
     EnvVar {
         name: env::NODE_RANK.into(),
         value_from: Some(EnvVarSource { field_ref: Some(index), ..Default::default() }),

@@ -274,7 +274,7 @@ impl<'a> Pass<'a> {
     }
 
     fn view(&self, stage: &str) -> &'a StageView {
-        const NOTHING: &StageView = &StageView { jobs: Vec::new(), pods: Vec::new(), progress: None };
+        const NOTHING: &StageView = &StageView { jobs: Vec::new(), pods: Vec::new(), progress: None, ask_again: None };
         self.observed.stages.get(stage).unwrap_or(NOTHING)
     }
 

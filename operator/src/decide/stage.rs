@@ -24,36 +24,48 @@ impl Pass<'_> {
         }
         let view = self.view(&slot.name);
         let Some(job) = view.job(slot.attempt) else { return self.settle_absent(slot) };
-        if let Some(checkpoint) = last_checkpoint(view, slot.attempt) {
-            slot.checkpoint = Some(checkpoint);
+        if job.state != JobState::Active {
+            slot.checkpoint = last_checkpoint(view, slot.attempt).or(slot.checkpoint.take());
         }
         match job.state {
             JobState::Complete => self.succeed(slot, view),
             JobState::Failed => self.lose(slot, view, "its pods are gone"),
             JobState::Active | JobState::Failing if job.deleting => self.lose(slot, view, "its Job was deleted"),
-            JobState::Failing => slot.last_failure = self.cause(slot, view).or(slot.last_failure.take()),
+            JobState::Failing => self.record(slot, view),
             JobState::Active => self.watch(slot, job, view),
         }
     }
 
     /// The attempt has no Job: it has not been made yet, cannot be made, or was deleted.
     fn settle_absent(&mut self, slot: &mut StageStatus) {
-        let refused = self.observed.trouble.as_ref().filter(|t| t.permanent && t.stage == slot.name && t.attempt == slot.attempt);
+        let refused =
+            self.observed.trouble.as_ref().filter(|t| t.permanent && t.stage == slot.name && t.attempt == slot.attempt);
         if let Some(trouble) = refused {
-            let failure = Failure { reason: Reason::Rejected.as_str().into(), ..vanished(slot.attempt, trouble.message.clone(), self.now) };
+            let failure = Failure {
+                reason: Reason::Rejected.as_str().into(),
+                ..vanished(slot.attempt, trouble.message.clone(), self.now)
+            };
             self.end(slot, failure);
-        } else if slot.phase == StagePhase::Running || self.view(&slot.name).pods_of(slot.attempt).next().is_some() {
+        } else if slot.phase == StagePhase::Running
+            || self.view(&slot.name).pods.iter().any(|p| p.attempt == slot.attempt)
+        {
             self.lose(slot, self.view(&slot.name), "its Job was deleted");
         }
     }
 
     fn cause(&self, slot: &StageStatus, view: &StageView) -> Option<Failure> {
-        cause(slot.attempt, view.pods.iter().filter(|p| p.attempt == slot.attempt), slot.last_failure.as_ref(), self.now)
+        cause(slot.attempt, view.pods_of(slot.attempt), slot.last_failure.as_ref(), self.now)
+    }
+
+    /// Stores why the attempt is about to end, while its pods are still there to tell.
+    fn record(&self, slot: &mut StageStatus, view: &StageView) {
+        slot.last_failure = self.cause(slot, view).or(slot.last_failure.take());
     }
 
     fn lose(&mut self, slot: &mut StageStatus, view: &StageView, otherwise: &str) {
         let trace = self.cause(slot, view);
-        let failure = trace.unwrap_or_else(|| vanished(slot.attempt, format!("attempt {}: {otherwise}", slot.attempt), self.now));
+        let failure =
+            trace.unwrap_or_else(|| vanished(slot.attempt, format!("attempt {}: {otherwise}", slot.attempt), self.now));
         self.end(slot, failure);
     }
 
@@ -69,7 +81,7 @@ impl Pass<'_> {
         }
         let pods = || view.pods_of(slot.attempt);
         if pods().any(|p| p.ended().is_some() && !p.succeeded()) {
-            return;
+            return self.record(slot, view);
         }
         let running = pods().filter(|p| p.state == PodState::Running).count() as u32;
         let succeeded = job.succeeded.max(pods().filter(|p| p.succeeded()).count() as u32);
@@ -86,7 +98,9 @@ impl Pass<'_> {
             slot.checkpoint = progress.checkpoint.clone().or(slot.checkpoint.take());
             slot.progress = Some(progress.clone());
         }
-        self.decision.look_again(PROGRESS_PERIOD);
+        if slot.name != names::PREPARE {
+            self.decision.look_again(view.ask_again.unwrap_or(PROGRESS_PERIOD));
+        }
     }
 
     fn succeed(&mut self, slot: &mut StageStatus, view: &StageView) {
@@ -98,9 +112,15 @@ impl Pass<'_> {
             progress.step = step;
             progress.eta_seconds = None;
         }
+        // What was recorded of this very attempt did not keep it from succeeding.
+        slot.last_failure = slot.last_failure.take().filter(|f| f.attempt != slot.attempt);
         slot.phase = StagePhase::Succeeded;
         self.decision.outcomes.push(Outcome::Succeeded);
-        self.tell(Event::StageSucceeded, format!("{} succeeded (attempt {})", slot.name, slot.attempt), self.about(slot));
+        self.tell(
+            Event::StageSucceeded,
+            format!("{} succeeded (attempt {})", slot.name, slot.attempt),
+            self.about(slot),
+        );
     }
 
     /// Where the trainer wrote the model, for an attempt whose first pod was deleted before its last word was read.
@@ -153,7 +173,9 @@ impl Pass<'_> {
         let policy = &self.job.spec.failure_policy;
         let (reason, why) = match reason.verdict() {
             Verdict::Retry => ("RestartsExhausted", format!("; failurePolicy.maxRestarts is {}", policy.max_restarts)),
-            Verdict::Disruption => ("DisruptionsExhausted", format!("; failurePolicy.maxDisruptions is {}", policy.max_disruptions)),
+            Verdict::Disruption => {
+                ("DisruptionsExhausted", format!("; failurePolicy.maxDisruptions is {}", policy.max_disruptions))
+            }
             _ => (reason.as_str(), String::new()),
         };
         let also = if slot.attempt > 1 { format!(" after {} attempts", slot.attempt) } else { String::new() };
@@ -186,7 +208,9 @@ impl Pass<'_> {
         if !wanted || !view.is_clear_for(slot.attempt) {
             return;
         }
-        if let Some(trouble) = self.observed.trouble.as_ref().filter(|t| t.stage == slot.name && t.attempt == slot.attempt) {
+        if let Some(trouble) =
+            self.observed.trouble.as_ref().filter(|t| t.stage == slot.name && t.attempt == slot.attempt)
+        {
             let wait = trouble.retry_at.duration_since(self.now);
             if wait > SignedDuration::ZERO {
                 return self.decision.look_again(wait);

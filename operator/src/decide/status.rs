@@ -1,6 +1,6 @@
 //! Where the stages leave the job: its phase, conditions, and the words for people.
 
-use super::{Defeat, Event, Outcome, Pass, slots};
+use super::{Defeat, Event, Outcome, Pass, Trouble, slots};
 use crate::classify::{Reason, bounded, vanished};
 use crate::view::{PodState, StageView};
 use jiff::Timestamp;
@@ -57,7 +57,7 @@ impl Pass<'_> {
         status.phase = phase;
         status.completion_time = Some(self.now);
         status.message = Some(message.to_owned());
-        if status.conditions.iter().any(|c| c.type_ == names::CONDITION_SUSPENDED) {
+        if status.conditions.iter().any(|c| c.type_ == names::CONDITION_SUSPENDED && c.status == "True") {
             self.set_condition(status, names::CONDITION_SUSPENDED, false, "Finished", "the job has finished");
         }
         self.set_condition(status, condition, true, reason, message);
@@ -68,7 +68,13 @@ impl Pass<'_> {
         match (before, status.phase) {
             (Phase::Suspended, Phase::Suspended) => {}
             (_, Phase::Suspended) => {
-                self.set_condition(status, names::CONDITION_SUSPENDED, true, "Suspended", "spec.suspend is set and no pod is left");
+                self.set_condition(
+                    status,
+                    names::CONDITION_SUSPENDED,
+                    true,
+                    "Suspended",
+                    "spec.suspend is set and no pod is left",
+                );
                 self.tell(Event::Suspended, "suspended: no pod is left".into(), None);
             }
             (Phase::Suspended, _) => {
@@ -99,8 +105,10 @@ impl Pass<'_> {
     fn message(&self, status: &RLHFJobStatus) -> Option<String> {
         let text = match (&self.observed.trouble, status.phase) {
             (_, Phase::Suspended) => "suspended; set spec.suspend to false to go on".to_owned(),
-            _ if self.job.spec.suspend => "to be suspended: waits until the pods have written a checkpoint and ended".to_owned(),
-            (Some(trouble), _) => trouble.message.clone(),
+            _ if self.job.spec.suspend => {
+                "to be suspended: waits until the pods have written a checkpoint and ended".to_owned()
+            }
+            (Some(trouble), _) => told(trouble),
             _ => {
                 let said = status.prepare.iter().chain(&status.stages).filter_map(|s| self.sentence(s));
                 said.collect::<Vec<_>>().join("; ")
@@ -127,11 +135,15 @@ impl Pass<'_> {
     fn tell_trouble(&mut self, before: &RLHFJobStatus, status: &RLHFJobStatus) {
         if let Some(trouble) = &self.observed.trouble
             && status.message != before.message
-            && status.message.as_deref() == Some(&bounded(trouble.message.clone()))
+            && status.message.as_deref() == Some(&bounded(told(trouble)))
         {
-            self.tell(Event::Blocked, trouble.message.clone(), None);
+            self.tell(Event::Blocked, told(trouble), None);
         }
     }
+}
+
+fn told(trouble: &Trouble) -> String {
+    format!("{}, attempt {}: {}", trouble.stage, trouble.attempt, trouble.message)
 }
 
 fn is_active(slot: &StageStatus) -> bool {

@@ -13,7 +13,17 @@ fn at(second: i64) -> Timestamp {
 fn job_view(stage: &str, attempt: u32, state: JobState) -> JobView {
     let pods = if stage == "prepare" { 1 } else { 2 };
     let name = format!("demo-{stage}-{attempt}");
-    JobView { uid: format!("uid-{name}"), name, attempt, deleting: false, suspended: false, pods, succeeded: 0, state }
+    JobView {
+        uid: format!("uid-{name}"),
+        name,
+        attempt,
+        deleting: false,
+        suspended: false,
+        started: Some(at(0)),
+        pods,
+        succeeded: 0,
+        state,
+    }
 }
 
 fn pod_view(stage: &str, attempt: u32, index: u32, state: PodState) -> PodView {
@@ -168,7 +178,12 @@ fn a_stage_runs_when_all_its_pods_do() {
 fn what_keeps_pods_from_starting_stands_in_the_message() {
     let mut case = Case::prepared();
     case.see("judge", 1, JobState::Active, &[PodState::Running, PodState::Running]);
-    case.see("tune", 1, JobState::Active, &[PodState::Running, PodState::Waiting(Some("Unschedulable: 0/1 nodes".into()))]);
+    case.see(
+        "tune",
+        1,
+        JobState::Active,
+        &[PodState::Running, PodState::Waiting(Some("Unschedulable: 0/1 nodes".into()))],
+    );
     case.pass();
     let message = case.status().message.as_deref().unwrap();
     assert_eq!(message, "tune: attempt 1 waits: pod demo-tune-1-1-x: Unschedulable: 0/1 nodes; judge runs (attempt 1)");
@@ -179,7 +194,8 @@ fn what_keeps_pods_from_starting_stands_in_the_message() {
 fn progress_of_rank_0_is_shown_while_a_stage_runs() {
     let mut case = Case::running();
     let checkpoint = Some(Checkpoint { step: 80, path: "c/80".into() });
-    case.view("tune").progress = Some(Progress { step: 84, total_steps: 200, checkpoint: checkpoint.clone(), ..Default::default() });
+    case.view("tune").progress =
+        Some(Progress { step: 84, total_steps: 200, checkpoint: checkpoint.clone(), ..Default::default() });
     case.pass();
     assert_eq!(case.status().progress.as_deref(), Some("84/200,-"));
     assert_eq!(case.slot("tune").checkpoint, checkpoint);
@@ -243,12 +259,18 @@ fn bad_end(code: i32, prepare: impl FnOnce(&mut Case)) -> Case {
 #[test]
 fn a_failure_is_followed_by_another_attempt_after_its_back_off() {
     let mut case = bad_end(1, |_| ());
-    assert_eq!((case.slot("tune").phase, case.slot("tune").attempt, case.slot("tune").restarts), (StagePhase::Pending, 1, 1));
+    assert_eq!(
+        (case.slot("tune").phase, case.slot("tune").attempt, case.slot("tune").restarts),
+        (StagePhase::Pending, 1, 1)
+    );
     assert_eq!(case.slot("tune").not_before, Some(at(20)));
     assert_eq!((case.status().restarts, case.last.requeue), (1, Some(SignedDuration::from_secs(10))));
     assert_eq!(case.slot("tune").last_failure.as_ref().unwrap().reason, "UnexpectedExit");
     assert!(case.made().is_empty() && case.deleted().is_empty(), "the log stays during the back-off");
-    assert_eq!((case.events(), case.last.outcomes.as_slice()), (vec!["AttemptFailed"], [Outcome::Restarted].as_slice()));
+    assert_eq!(
+        (case.events(), case.last.outcomes.as_slice()),
+        (vec!["AttemptFailed"], [Outcome::Restarted].as_slice())
+    );
     case.now = at(19);
     case.assert_quiet();
     case.now = at(20);
@@ -300,7 +322,10 @@ fn restarts_are_bounded_and_disruptions_are_bounded_apart() {
     assert_eq!(case.condition("Failed"), Some(("True", "RestartsExhausted")));
     assert!(case.status().message.as_deref().unwrap().ends_with("failurePolicy.maxRestarts is 0"));
     case = bad_end(143, |c| c.job.spec.failure_policy.max_restarts = 0);
-    assert_eq!((case.status().phase, case.slot("tune").disruptions, case.slot("tune").restarts), (Phase::Running, 1, 0));
+    assert_eq!(
+        (case.status().phase, case.slot("tune").disruptions, case.slot("tune").restarts),
+        (Phase::Running, 1, 0)
+    );
     case = bad_end(143, |c| c.job.spec.failure_policy.max_disruptions = 0);
     assert_eq!(case.condition("Failed"), Some(("True", "DisruptionsExhausted")));
 }
@@ -336,7 +361,13 @@ fn no_attempt_is_made_while_pods_of_an_earlier_one_run() {
     assert_eq!(case.slot("tune").last_failure.as_ref().unwrap().reason, "PodDeleted");
     assert!(case.made().is_empty());
     case.assert_quiet();
-    assert!(case.status().message.as_deref().unwrap().starts_with("tune: attempt 2 waits for the pods of an earlier attempt"));
+    assert!(
+        case.status()
+            .message
+            .as_deref()
+            .unwrap()
+            .starts_with("tune: attempt 2 waits for the pods of an earlier attempt")
+    );
     case.view("tune").jobs.clear();
     case.pass();
     assert!(case.made().is_empty(), "an orphaned pod still runs");
@@ -371,7 +402,10 @@ fn evidence_is_stored_as_soon_as_the_attempt_fails_and_outlives_its_pods() {
     let mut case = Case::running();
     case.see("tune", 1, JobState::Failing, &[ended(65, None), PodState::Running]);
     case.pass();
-    assert_eq!((case.slot("tune").phase, case.slot("tune").last_failure.as_ref().unwrap().code), (StagePhase::Running, Some(65)));
+    assert_eq!(
+        (case.slot("tune").phase, case.slot("tune").last_failure.as_ref().unwrap().code),
+        (StagePhase::Running, Some(65))
+    );
     case.assert_quiet();
     case.see("tune", 1, JobState::Failed, &[ended(75, None)]);
     case.pass();
@@ -426,7 +460,11 @@ fn suspension_stops_the_pods_first_and_resumes_the_same_attempt() {
     }
     case.pass();
     assert_eq!((case.status().phase, case.last.requeue, case.events()), (Phase::Suspended, None, vec!["Suspended"]));
-    assert_eq!((case.slot("tune").disruptions, case.slot("tune").last_failure.as_ref()), (0, None), "a suspension is no failure");
+    assert_eq!(
+        (case.slot("tune").disruptions, case.slot("tune").last_failure.as_ref()),
+        (0, None),
+        "a suspension is no failure"
+    );
     case.assert_quiet();
     for stage in ["tune", "judge"] {
         case.view(stage).pods.clear();
@@ -440,7 +478,46 @@ fn suspension_stops_the_pods_first_and_resumes_the_same_attempt() {
         case.see(stage, 1, JobState::Active, &[PodState::Waiting(None), PodState::Waiting(None)]);
     }
     case.pass();
-    assert_eq!((case.slot("tune").phase, case.slot("tune").attempt), (StagePhase::Starting, 1), "pods that come back are not missed");
+    assert_eq!(
+        (case.slot("tune").phase, case.slot("tune").attempt),
+        (StagePhase::Starting, 1),
+        "pods that come back are not missed"
+    );
+}
+
+#[test]
+fn pods_that_a_suspension_stopped_have_no_part_in_what_follows() {
+    let mut case = Case::running();
+    let mut old = |state: &PodState| {
+        case.see("tune", 1, JobState::Active, &[state.clone(), state.clone()]);
+        case.view("tune").jobs[0].started = Some(at(30));
+        for pod in &mut case.view("tune").pods {
+            pod.deletion_requested = Some(at(30));
+        }
+        case.job.status.as_mut().unwrap().stages[0].phase = StagePhase::Starting;
+        case.pass();
+        (case.slot("tune").phase, case.slot("tune").last_failure.clone())
+    };
+    assert_eq!(old(&PodState::Running), (StagePhase::Starting, None), "they do not make the attempt run again");
+    assert_eq!(old(&ended(143, None)), (StagePhase::Starting, None), "nor are they its failure");
+    let mut new = pod_view("tune", 1, 0, ended(65, None));
+    new.name = "new".into();
+    case.view("tune").pods.push(new);
+    case.view("tune").jobs[0].state = JobState::Failed;
+    case.pass();
+    assert_eq!(case.condition("Failed"), Some(("True", "BadInput")));
+}
+
+#[test]
+fn what_was_recorded_of_an_attempt_that_then_succeeds_is_dropped() {
+    let mut case = Case::running();
+    case.see("tune", 1, JobState::Active, &[ended(143, None), PodState::Running]);
+    case.pass();
+    assert_eq!(case.slot("tune").last_failure.as_ref().unwrap().reason, "Terminated");
+    case.assert_quiet();
+    case.see("tune", 1, JobState::Complete, &[ended(0, None), ended(0, None)]);
+    case.pass();
+    assert_eq!((case.slot("tune").phase, case.slot("tune").last_failure.as_ref()), (StagePhase::Succeeded, None));
 }
 
 #[test]
@@ -474,13 +551,14 @@ fn a_refusal_is_told_once_and_tried_again_later() {
     let trouble = Trouble {
         stage: "prepare".into(),
         attempt: 1,
-        message: "prepare: Job demo-prepare-1 exists and belongs to somebody else".into(),
+        message: "Job demo-prepare-1 exists and belongs to somebody else".into(),
         retry_at: at(5),
         permanent: false,
     };
     case.observed.trouble = Some(trouble.clone());
     case.pass();
-    assert_eq!((case.status().message.as_deref(), case.events()), (Some(trouble.message.as_str()), vec!["Blocked"]));
+    let message = "prepare, attempt 1: Job demo-prepare-1 exists and belongs to somebody else";
+    assert_eq!((case.status().message.as_deref(), case.events()), (Some(message), vec!["Blocked"]));
     assert!(case.made().is_empty());
     assert_eq!(case.last.requeue, Some(SignedDuration::from_secs(5)));
     case.assert_quiet();
@@ -528,7 +606,10 @@ fn a_condition_keeps_its_time_while_it_holds() {
 fn the_same_failure_reads_the_same_in_status_and_event() {
     let case = bad_end(74, |_| ());
     let Failure { reason, code, pod, attempt, .. } = case.slot("tune").last_failure.clone().unwrap();
-    assert_eq!((reason.as_str(), code, pod.as_deref(), attempt), ("StorageFailed", Some(74), Some("demo-tune-1-0-x"), 1));
+    assert_eq!(
+        (reason.as_str(), code, pod.as_deref(), attempt),
+        ("StorageFailed", Some(74), Some("demo-tune-1-0-x"), 1)
+    );
     assert!(case.last.notices[0].note.starts_with("tune, attempt 1: StorageFailed: "));
     assert_eq!(case.last.notices[0].about.as_deref(), Some("demo-tune-1"));
 }

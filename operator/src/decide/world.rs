@@ -206,7 +206,7 @@ impl World {
             let jobs = self.api.jobs.iter().filter(|j| j.stage == c.stage).map(|j| j.view.clone()).collect();
             let pods = self.api.pods.iter().filter(|p| p.stage == c.stage).map(|p| p.view.clone()).collect();
             let attempt = c.job.labels()[names::LABEL_ATTEMPT].parse().unwrap();
-            StageView { jobs, pods, progress: None }.is_clear_for(attempt)
+            StageView { jobs, pods, ..Default::default() }.is_clear_for(attempt)
         };
         job.metadata.resource_version == self.api.job.metadata.resource_version && decision.make.iter().all(clear)
     }
@@ -226,10 +226,12 @@ impl World {
     fn job_controller(&mut self) {
         let now = self.now();
         for i in 0..self.api.jobs.len() {
-            let SimJob { stage, view } = self.api.jobs[i].clone();
-            if view.deleting || view.finished() {
+            if self.api.jobs[i].view.deleting || self.api.jobs[i].view.finished() {
                 continue;
             }
+            let own = &mut self.api.jobs[i].view;
+            own.started = if own.suspended { None } else { own.started.or(Some(now)) };
+            let SimJob { stage, view } = self.api.jobs[i].clone();
             let bad = |p: &SimPod| p.tracked && p.view.ended().is_some() && !p.view.succeeded();
             let state = &mut self.api.jobs[i].view.state;
             if *state == JobState::Active && self.api.pods.iter().any(|p| p.job_uid == view.uid && bad(p)) {
@@ -359,16 +361,25 @@ impl World {
         for stage in ["prepare", "tune", "judge", "act"] {
             let jobs = self.api.jobs.iter().filter(|j| j.stage == stage && !j.view.deleting && !j.view.finished());
             let pods = self.api.pods.iter().filter(|p| p.stage == stage && p.view.ended().is_none());
-            let live: std::collections::BTreeSet<_> = jobs.map(|j| j.view.attempt).chain(pods.map(|p| p.view.attempt)).collect();
+            let live: std::collections::BTreeSet<_> =
+                jobs.map(|j| j.view.attempt).chain(pods.map(|p| p.view.attempt)).collect();
             prop_assert!(live.len() <= 1, "{stage}: attempts {live:?} are live");
-            let slot = |s: &RLHFJobStatus| s.prepare.iter().chain(&s.stages).find(|s| s.name == stage).cloned().unwrap_or_default();
+            let slot = |s: &RLHFJobStatus| {
+                s.prepare.iter().chain(&s.stages).find(|s| s.name == stage).cloned().unwrap_or_default()
+            };
             let (old, new) = (slot(before), slot(&after));
             prop_assert!(new.attempt >= old.attempt && new.restarts >= old.restarts, "{stage}: {old:?} -> {new:?}");
             prop_assert!(new.disruptions >= old.disruptions && new.bugs >= old.bugs, "{stage}: {old:?} -> {new:?}");
             prop_assert!(new.restarts <= 2 && new.disruptions <= 3, "{stage}: budgets are kept: {new:?}");
-            prop_assert!(new.attempt <= 1 + new.restarts + new.disruptions, "{stage}: each attempt has its reason: {new:?}");
+            prop_assert!(
+                new.attempt <= 1 + new.restarts + new.disruptions,
+                "{stage}: each attempt has its reason: {new:?}"
+            );
             let newest = self.api.jobs.iter().filter(|j| j.stage == stage).map(|j| j.view.attempt).max();
-            prop_assert!(newest.unwrap_or(0) <= new.attempt, "{stage}: attempt {newest:?} was made before its number was written");
+            prop_assert!(
+                newest.unwrap_or(0) <= new.attempt,
+                "{stage}: attempt {newest:?} was made before its number was written"
+            );
             if matches!(old.phase, StagePhase::Succeeded | StagePhase::Failed) {
                 prop_assert_eq!(old, new, "a final stage stays as it is");
             }
@@ -388,7 +399,8 @@ impl World {
     fn friendly_steps(&self) -> Vec<Step> {
         let mut steps = vec![Step::Suspend(false)];
         for _ in 0..60 {
-            let everywhere = (0..16).flat_map(|pod| [Step::Kubelet { pod, code: 0 }, Step::Kubelet { pod: 0, code: 0 }]);
+            let everywhere =
+                (0..16).flat_map(|pod| [Step::Kubelet { pod, code: 0 }, Step::Kubelet { pod: 0, code: 0 }]);
             steps.extend([Step::Wait(301), Step::Pass { caught_up: [255; 3], writes: 255 }, Step::JobController]);
             steps.extend(everywhere);
             steps.extend([Step::JobController, Step::Collect]);

@@ -12,6 +12,7 @@ use crate::controller::Context;
 use crate::decide::{Decision, Observed};
 use crate::view::{JobView, PodState, PodView, StageView};
 use futures::future::join_all;
+use jiff::SignedDuration;
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::Pod;
@@ -68,7 +69,8 @@ fn from_stores(job: &RLHFJob, ctx: &Context) -> BTreeMap<String, StageView> {
             stages.entry(stage.clone()).or_default().jobs.push(view);
         }
     }
-    let of_job = |p: &Pod| p.namespace() == namespace && p.labels().get(names::LABEL_JOB_UID) == uid.as_ref() && is_jobs(p);
+    let of_job =
+        |p: &Pod| p.namespace() == namespace && p.labels().get(names::LABEL_JOB_UID) == uid.as_ref() && is_jobs(p);
     for child in ctx.pods.state_filter(of_job) {
         if let (Some(stage), Some(view)) = (child.labels().get(names::LABEL_STAGE), PodView::parse(&child)) {
             stages.entry(stage.clone()).or_default().pods.push(view);
@@ -96,14 +98,19 @@ async fn missing_job(job: &RLHFJob, slot: &StageStatus, ctx: &Context) -> Result
 
 async fn read_progress(job: &RLHFJob, live: &[&StageStatus], stages: &mut BTreeMap<String, StageView>, ctx: &Context) {
     let stages_of_interest = live.iter().filter(|s| s.name != names::PREPARE);
-    let asked = stages_of_interest.filter_map(|slot| {
-        let view = stages.get(&slot.name)?;
-        let pod = view.pods_of(slot.attempt).find(|p| p.index == 0 && p.state == PodState::Running)?;
-        let (pod, ip) = (pod.name.clone(), pod.ip.clone()?);
-        Some(async move { (slot.name.clone(), ctx.progress.read(&job.namespace().unwrap_or_default(), &pod, &ip).await) })
-    });
-    for (stage, progress) in join_all(asked.collect::<Vec<_>>()).await {
-        stages.entry(stage).or_default().progress = progress;
+    let asked =
+        stages_of_interest.filter_map(|slot| {
+            let view = stages.get(&slot.name)?;
+            let pod = view.pods_of(slot.attempt).find(|p| p.index == 0 && p.state == PodState::Running)?;
+            let (pod, ip) = (pod.name.clone(), pod.ip.clone()?);
+            Some(async move {
+                (slot.name.clone(), ctx.progress.read(&job.namespace().unwrap_or_default(), &pod, &ip).await)
+            })
+        });
+    for (stage, (progress, wait)) in join_all(asked.collect::<Vec<_>>()).await {
+        let view = stages.entry(stage).or_default();
+        view.progress = progress;
+        view.ask_again = SignedDuration::try_from(wait).ok();
     }
 }
 
@@ -124,7 +131,7 @@ pub async fn still_holds(job: &RLHFJob, decision: &Decision, ctx: &Context) -> R
         let pods: Vec<Pod> = list(job, &children.stage, ctx).await?;
         let jobs = jobs.iter().filter_map(JobView::parse).collect();
         let pods = pods.iter().filter_map(PodView::parse).collect();
-        if !(StageView { jobs, pods, progress: None }).is_clear_for(attempt) {
+        if !(StageView { jobs, pods, ..Default::default() }).is_clear_for(attempt) {
             return Ok(false);
         }
     }

@@ -8,7 +8,7 @@ use crate::decide::PROGRESS_PERIOD;
 use rlhf_api::config::HTTP_PORT;
 use rlhf_api::report::Progress;
 use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// A trainer answers from memory; one that takes longer is too busy to be waited for.
@@ -20,12 +20,14 @@ const MAX_METRICS: usize = 64;
 /// Longest name of a figure and longest path of a checkpoint, in bytes.
 const MAX_TEXT_BYTES: usize = 512;
 
+/// By namespace and pod name: when the pod was last asked, and its last answer.
+type Answers = HashMap<(String, String), (Instant, Option<Progress>)>;
+
 /// Asks trainers how far they are.
 pub struct ProgressReader {
     client: reqwest::Client,
     port: u16,
-    /// By namespace and pod name: when the pod was last asked, and its last answer.
-    answers: Mutex<HashMap<(String, String), (Instant, Option<Progress>)>>,
+    answers: Mutex<Answers>,
 }
 
 /// An answer that was not used.
@@ -48,17 +50,21 @@ impl ProgressReader {
     fn on_port(port: u16) -> Result<Self, reqwest::Error> {
         // Pods are reached directly: a proxy of the environment is for the world outside, and a redirect would let a
         // pod choose whom the operator asks.
-        let client = reqwest::Client::builder().timeout(TIMEOUT).no_proxy().redirect(reqwest::redirect::Policy::none()).build()?;
+        let client = reqwest::Client::builder()
+            .timeout(TIMEOUT)
+            .no_proxy()
+            .redirect(reqwest::redirect::Policy::none())
+            .build()?;
         Ok(Self { client, port, answers: Mutex::default() })
     }
 
-    /// What the pod last told.
-    pub async fn read(&self, namespace: &str, pod: &str, ip: &str) -> Option<Progress> {
+    /// What the pod last told, and how long until it is to be asked again.
+    pub async fn read(&self, namespace: &str, pod: &str, ip: &str) -> (Option<Progress>, Duration) {
         let period: Duration = PROGRESS_PERIOD.unsigned_abs();
         let key = (namespace.to_owned(), pod.to_owned());
         let last = self.lock().get(&key).cloned();
         let last_answer = match last {
-            Some((at, answer)) if at.elapsed() < period => return answer,
+            Some((at, answer)) if at.elapsed() < period => return (answer, period.saturating_sub(at.elapsed())),
             Some((_, answer)) => answer,
             None => None,
         };
@@ -72,10 +78,10 @@ impl ProgressReader {
         let mut answers = self.lock();
         answers.retain(|_, (at, _)| at.elapsed() < 10 * period);
         answers.insert(key, (Instant::now(), answer.clone()));
-        answer
+        (answer, period)
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<(String, String), (Instant, Option<Progress>)>> {
+    fn lock(&self) -> MutexGuard<'_, Answers> {
         self.answers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -96,7 +102,8 @@ impl ProgressReader {
 
 /// An answer cut down to what a status can carry.
 fn trimmed(progress: Progress) -> Progress {
-    let metrics = progress.metrics.into_iter().filter(|(name, _)| name.len() <= MAX_TEXT_BYTES).take(MAX_METRICS).collect();
+    let metrics =
+        progress.metrics.into_iter().filter(|(name, _)| name.len() <= MAX_TEXT_BYTES).take(MAX_METRICS).collect();
     let checkpoint = progress.checkpoint.filter(|c| c.path.len() <= MAX_TEXT_BYTES);
     Progress { metrics, checkpoint, ..progress }
 }
@@ -128,7 +135,9 @@ mod tests {
         let (port, asked) = pod(r#"{"step": 3, "totalSteps": 9, "metrics": {"loss": 1.5}}"#.into()).await;
         let reader = ProgressReader::on_port(port).unwrap();
         for _ in 0..3 {
-            let progress = reader.read("ns", "pod", "127.0.0.1").await.unwrap();
+            let (progress, wait) = reader.read("ns", "pod", "127.0.0.1").await;
+            let progress = progress.unwrap();
+            assert!(wait <= PROGRESS_PERIOD.unsigned_abs());
             assert_eq!((progress.step, progress.total_steps, progress.metrics["loss"]), (3, 9, 1.5));
         }
         assert_eq!(asked.load(Ordering::SeqCst), 1);
@@ -138,8 +147,9 @@ mod tests {
     async fn a_pod_that_does_not_answer_is_not_asked_again_at_once() {
         let (port, asked) = pod("not json".into()).await;
         let reader = ProgressReader::on_port(port).unwrap();
-        assert_eq!(reader.read("ns", "pod", "127.0.0.1").await, None);
-        assert_eq!(reader.read("ns", "pod", "127.0.0.1").await, None);
+        for _ in 0..2 {
+            assert_eq!(reader.read("ns", "pod", "127.0.0.1").await.0, None);
+        }
         assert_eq!(asked.load(Ordering::SeqCst), 1);
     }
 

@@ -15,7 +15,7 @@ use std::process::{Child, Command};
 use std::time::Duration;
 
 const STAGES: [&str; 3] = ["sft", "reward", "ppo"];
-const PPO_ITERATIONS: u64 = 6;
+const PPO_ITERATIONS: u64 = 8;
 /// Status, children and events of one attempt; above it something writes without need.
 const MOST_WRITES: usize = 12;
 /// More than the job takes.

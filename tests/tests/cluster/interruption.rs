@@ -13,7 +13,7 @@ const SFT_STEPS: u64 = 60;
 
 /// Fine-tuning alone, long enough to be interrupted, that writes no checkpoint of its own accord.
 fn long_sft() -> Manifest {
-    example().only(&["sft"]).stage("sft", "sft/maxSteps", json!(SFT_STEPS)).stage(
+    example().only(&["sft"]).stage("sft", "sft/epochs", json!(10)).stage("sft", "sft/maxSteps", json!(SFT_STEPS)).stage(
         "sft",
         "checkpoint",
         json!({"everySteps": 1000}),
@@ -39,10 +39,8 @@ fn range(from: u64, to: u64) -> Vec<u64> {
 #[test]
 fn a_worker_killed_in_the_middle_of_ppo_is_resumed_and_counted() {
     on_the_cluster(async |scene| {
-        let manifest = example()
-            .stage("sft", "sft/maxSteps", json!(4))
-            .stage("reward", "rewardModel/maxSteps", json!(4))
-            .stage("ppo", "ppo/iterations", json!(PPO_ITERATIONS));
+        let manifest =
+            example().stage("sft", "sft/maxSteps", json!(4)).stage("reward", "rewardModel/maxSteps", json!(4));
         let job = scene.apply(manifest).await;
         scene.await_stage(NAME, "ppo", StagePhase::Running, 180).await;
         let pods = scene.pods(&job, "ppo", 1).await;

@@ -11,7 +11,9 @@ use serde_json::json;
 #[test]
 fn a_deleted_job_leaves_no_child() {
     on_the_cluster(async |scene| {
-        scene.apply(example().only(&["sft"]).stage("sft", "sft/maxSteps", json!(1000))).await;
+        let long =
+            example().only(&["sft"]).stage("sft", "sft/epochs", json!(100)).stage("sft", "sft/maxSteps", json!(1000));
+        scene.apply(long).await;
         let job = scene.await_stage(NAME, "sft", StagePhase::Running, 90).await;
         let children = format!("{}={}", names::LABEL_JOB_UID, job.uid().expect("a stored job has a UID"));
         let there = labelled(&children).await;

@@ -38,7 +38,9 @@ pub(super) fn read(path: &Path, expected: &str, mut visit: impl FnMut(&Record<'_
 }
 
 fn open(path: &Path) -> Result<File> {
-    let missing = |what: &dyn Display| Error::input(format!("{}: {what}; a dataset is a JSON Lines file on the job's volume", path.display()));
+    let missing = |what: &dyn Display| {
+        Error::input(format!("{}: {what}; a dataset is a JSON Lines file on the job's volume", path.display()))
+    };
     let file = File::open(path).map_err(|e| missing(&e))?;
     let is_file = file.metadata().map_err(|e| missing(&e))?.is_file();
     if is_file { Ok(file) } else { Err(missing(&"not a file")) }
@@ -52,7 +54,11 @@ fn parse(bytes: &[u8]) -> std::result::Result<Map<String, Value>, String> {
         Ok(Value::Object(fields)) => Ok(fields),
         Ok(other) => Err(format!("the line is {}, not a JSON object", kind(&other))),
         // serde_json counts lines too, and to it each of ours is line 1.
-        Err(e) => Err(format!("not JSON: {} at column {}", e.to_string().split(" at line ").next().unwrap_or_default(), e.column())),
+        Err(e) => Err(format!(
+            "not JSON: {} at column {}",
+            e.to_string().split(" at line ").next().unwrap_or_default(),
+            e.column()
+        )),
     }
 }
 

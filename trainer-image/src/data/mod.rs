@@ -32,7 +32,10 @@ use std::path::{Path, PathBuf};
 /// If its source is not a location on the volume.
 pub fn dataset_path(volume: &Path, dataset: &Dataset) -> Result<PathBuf> {
     let relative = volume_path(&dataset.source).ok_or_else(|| {
-        Error::config(format!("dataset source '{}' is not a file on the job's volume; write volume://path/to/file.jsonl", dataset.source))
+        Error::config(format!(
+            "dataset source '{}' is not a file on the job's volume; write volume://path/to/file.jsonl",
+            dataset.source
+        ))
     })?;
     Ok(volume.join(relative))
 }

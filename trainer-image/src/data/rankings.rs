@@ -40,7 +40,9 @@ pub fn load_rankings(path: &Path, settings: &RewardModel, tokenizer: &Tokenizer,
         }
         Ok(())
     })?;
-    let why = format!("within maxLength {max_length} their responses are the same; raise maxLength, or check that the responses differ");
+    let why = format!(
+        "within maxLength {max_length} their responses are the same; raise maxLength, or check that the responses differ"
+    );
     rankings.split(path, settings.dataset.eval_fraction, &why)
 }
 
@@ -53,7 +55,8 @@ fn encode<'a>(record: &'a Record<'_>, tokenizer: &Tokenizer) -> Result<(&'a str,
     }
     let (text, responses) = (record.text("prompt")?, responses(record)?);
     let prompt = record.located(tokenizer.encode_prompt(text))?;
-    let join = |response: &&str| with_eos([prompt.as_slice(), &tokenizer.encode(response, Begin::No)?].concat(), tokenizer);
+    let join =
+        |response: &&str| with_eos([prompt.as_slice(), &tokenizer.encode(response, Begin::No)?].concat(), tokenizer);
     Ok((text, record.located(responses.iter().map(join).collect())?))
 }
 
@@ -69,15 +72,21 @@ fn responses<'a>(record: &'a Record<'_>) -> Result<Vec<&'a str>> {
     }
     let list = record.list("ranked")?;
     if list.len() < 2 {
-        return Err(record.error(format!("field 'ranked' has {} responses; a ranking needs two or more, the best first", list.len())));
+        return Err(record.error(format!(
+            "field 'ranked' has {} responses; a ranking needs two or more, the best first",
+            list.len()
+        )));
     }
-    let text = |(i, value): (usize, &'a serde_json::Value)| value.as_str().ok_or_else(|| record.mistyped(&format!("ranked[{i}]"), value, "a string"));
+    let text = |(i, value): (usize, &'a serde_json::Value)| {
+        value.as_str().ok_or_else(|| record.mistyped(&format!("ranked[{i}]"), value, "a string"))
+    };
     list.iter().enumerate().map(text).collect()
 }
 
 /// What two dialogues begin with in common, up to and with the last line break in it if there is one.
 fn common_prompt([a, b]: [&str; 2]) -> &str {
-    let common = a.char_indices().zip(b.chars()).find(|((_, x), y)| x != y).map_or(a.len().min(b.len()), |((i, _), _)| i);
+    let common =
+        a.char_indices().zip(b.chars()).find(|((_, x), y)| x != y).map_or(a.len().min(b.len()), |((i, _), _)| i);
     let common = &a[..common];
     common.rfind('\n').map_or(common, |at| &common[..=at])
 }

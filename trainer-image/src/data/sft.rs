@@ -43,7 +43,9 @@ fn expected(format: SftFormat) -> &'static str {
     match format {
         SftFormat::Text => r#"{"text": string} (format text)"#,
         SftFormat::PromptCompletion => r#"{"prompt": string, "completion": string} (format promptCompletion)"#,
-        SftFormat::Instruction => r#"{"instruction": string, "input": string or left out, "output": string} (format instruction)"#,
+        SftFormat::Instruction => {
+            r#"{"instruction": string, "input": string or left out, "output": string} (format instruction)"#
+        }
         SftFormat::Chat => r#"{"messages": [{"role": string, "content": string}, ...]} (format chat)"#,
     }
 }
@@ -121,11 +123,17 @@ fn messages(record: &Record<'_>) -> Result<Vec<Message>> {
         let value = message.get(field).ok_or_else(|| record.missing(&name))?;
         value.as_str().map(str::to_string).ok_or_else(|| record.mistyped(&name, value, "a string"))
     };
-    let messages = list.iter().enumerate().map(|(i, m)| Ok(Message { role: part(i, m, "role")?, content: part(i, m, "content")? }));
+    let messages = list
+        .iter()
+        .enumerate()
+        .map(|(i, m)| Ok(Message { role: part(i, m, "role")?, content: part(i, m, "content")? }));
     let messages = messages.collect::<Result<Vec<_>>>()?;
     if messages.iter().any(Message::is_assistant) {
         return Ok(messages);
     }
     let roles: Vec<&str> = messages.iter().map(|m| m.role.as_str()).collect();
-    Err(record.error(format!("no message has the role 'assistant', so there is nothing to learn; the roles are [{}]", roles.join(", "))))
+    Err(record.error(format!(
+        "no message has the role 'assistant', so there is nothing to learn; the roles are [{}]",
+        roles.join(", ")
+    )))
 }

@@ -73,7 +73,11 @@ impl<T> Collector<T> {
         let Self { items, mut summary, .. } = self;
         if items.is_empty() {
             let dropped = summary.dropped;
-            let what = if dropped == 0 { "the file has no record".into() } else { format!("no record can be used, {dropped} dropped: {why_dropped}") };
+            let what = if dropped == 0 {
+                "the file has no record".into()
+            } else {
+                format!("no record can be used, {dropped} dropped: {why_dropped}")
+            };
             return Err(Error::input(format!("{}: {what}", path.display())));
         }
         let below = threshold(items.iter().map(|(hash, _)| *hash), eval_fraction);

@@ -75,8 +75,14 @@ fn concat(parts: &[&[i64]]) -> Vec<i64> {
 #[test]
 fn every_token_of_a_text_but_the_first_is_a_target() {
     let settings = sft("text", 16, 0.0);
-    assert_eq!(sample(json!({"text": "xyz"}), &settings, &plain()), (concat(&[&ids("xyz"), &[EOS]]), concat(&[&ids("yz"), &[EOS]])));
-    assert_eq!(sample(json!({"text": "xyz"}), &settings, &with_bos()), (concat(&[&[BOS], &ids("xyz"), &[EOS]]), concat(&[&ids("xyz"), &[EOS]])));
+    assert_eq!(
+        sample(json!({"text": "xyz"}), &settings, &plain()),
+        (concat(&[&ids("xyz"), &[EOS]]), concat(&[&ids("yz"), &[EOS]]))
+    );
+    assert_eq!(
+        sample(json!({"text": "xyz"}), &settings, &with_bos()),
+        (concat(&[&[BOS], &ids("xyz"), &[EOS]]), concat(&[&ids("xyz"), &[EOS]]))
+    );
 }
 
 #[test]
@@ -93,7 +99,10 @@ fn prompt_and_completion_are_joined_on_ids_and_eos_is_learnt() {
 fn eos_is_learnt_where_it_is_also_the_pad() {
     let tokenizer = changed(|_, config| config["pad_token"] = Value::Null).1.unwrap();
     assert_eq!(tokenizer.pad(), tokenizer.eos());
-    assert_eq!(sample(json!({"prompt": "x", "completion": "y"}), &sft("promptCompletion", 16, 0.0), &tokenizer).1, [id('y'), EOS]);
+    assert_eq!(
+        sample(json!({"prompt": "x", "completion": "y"}), &sft("promptCompletion", 16, 0.0), &tokenizer).1,
+        [id('y'), EOS]
+    );
 }
 
 #[test]
@@ -112,7 +121,8 @@ fn an_instruction_is_written_as_alpaca_writes_it() {
 
 #[test]
 fn a_dialogue_is_rendered_and_the_assistant_is_learnt() {
-    let record = json!({"messages": [{"role": "user", "content": "x", "name": "U"}, {"role": "assistant", "content": "y"}]});
+    let record =
+        json!({"messages": [{"role": "user", "content": "x", "name": "U"}, {"role": "assistant", "content": "y"}]});
     let mut settings = sft("chat", 100, 0.0);
     assert_eq!(sample(record.clone(), &settings, &plain()).1, [id('y'), EOS]);
     settings.train_on_prompt = true;
@@ -123,16 +133,26 @@ fn a_dialogue_is_rendered_and_the_assistant_is_learnt() {
 #[test]
 fn a_long_sample_loses_its_end_and_one_without_targets_is_dropped() {
     let record = |completion: &str| json!({"prompt": "xyz", "completion": completion});
-    let split = read_sft(&[record("k"), record("kl"), record("klm")], &sft("promptCompletion", 5, 0.0), &plain()).unwrap();
+    let split =
+        read_sft(&[record("k"), record("kl"), record("klm")], &sft("promptCompletion", 5, 0.0), &plain()).unwrap();
     let tokens: Vec<_> = split.train.iter().map(|s| s.tokens.clone()).collect();
     assert_eq!(tokens, [concat(&[&ids("xyzk"), &[EOS]]), ids("xyzkl"), ids("xyzkl")]);
-    assert_eq!(split.summary, Summary { records: 3, train: 3, truncated: 2, tokens: 15, longest_tokens: 5, ..Default::default() });
+    assert_eq!(
+        split.summary,
+        Summary { records: 3, train: 3, truncated: 2, tokens: 15, longest_tokens: 5, ..Default::default() }
+    );
 
     let short = json!({"prompt": "x", "completion": "y"});
     let split = read_sft(&[record("k"), short], &sft("promptCompletion", 3, 0.5), &plain()).unwrap();
-    assert_eq!(split.summary, Summary { records: 2, train: 1, dropped: 1, tokens: 3, longest_tokens: 3, ..Default::default() });
+    assert_eq!(
+        split.summary,
+        Summary { records: 2, train: 1, dropped: 1, tokens: 3, longest_tokens: 3, ..Default::default() }
+    );
     let error = read_sft(&[record("k"), record("l")], &sft("promptCompletion", 3, 0.0), &plain()).unwrap_err();
-    assert!(["d.jsonl", "2 dropped", "maxLength 3", "raise maxLength"].iter().all(|n| error.message.contains(n)), "{error}");
+    assert!(
+        ["d.jsonl", "2 dropped", "maxLength 3", "raise maxLength"].iter().all(|n| error.message.contains(n)),
+        "{error}"
+    );
 }
 
 #[test]
@@ -147,7 +167,10 @@ fn a_pair_a_ranking_and_whole_dialogues_become_sequences() {
     assert_eq!(sequences[0], [concat(&[&ids("xab"), &[EOS]]), concat(&[&ids("xa"), &[EOS]])]);
     assert_eq!(sequences[1], ["k", "l", "m"].map(|r| concat(&[&[BOS], &ids(r), &[EOS]])));
     assert_eq!(sequences[2], [concat(&[&ids("Q: x\nA: "), &[ABC, EOS]]), concat(&[&ids("Q: x\nA: k"), &[EOS]])]);
-    assert_eq!((split.summary.records, split.summary.tokens, split.summary.longest_tokens), (3, 4 + 3 + 9 + 10 + 10, 10));
+    assert_eq!(
+        (split.summary.records, split.summary.tokens, split.summary.longest_tokens),
+        (3, 4 + 3 + 9 + 10 + 10, 10)
+    );
 }
 
 #[test]
@@ -159,7 +182,10 @@ fn a_ranking_whose_responses_the_cut_makes_equal_is_dropped() {
     ];
     let split = read_rankings(&records, &reward(4, 0.0), &plain()).unwrap();
     assert_eq!(split.train, [Ranking { responses: vec![ids("xyzk"), ids("xyzm")] }]);
-    assert_eq!(split.summary, Summary { records: 3, train: 1, dropped: 2, truncated: 1, tokens: 8, longest_tokens: 4, ..Default::default() });
+    assert_eq!(
+        split.summary,
+        Summary { records: 3, train: 1, dropped: 2, truncated: 1, tokens: 8, longest_tokens: 4, ..Default::default() }
+    );
     let error = read_rankings(&records[..1], &reward(4, 0.0), &plain()).unwrap_err();
     assert!(error.message.contains("maxLength 4"), "{error}");
 }
@@ -167,7 +193,9 @@ fn a_ranking_whose_responses_the_cut_makes_equal_is_dropped() {
 #[test]
 fn a_long_prompt_keeps_its_end_and_its_bos() {
     let records = [json!({"prompt": "abcxyz"})];
-    let tokens = |max: u32, tokenizer: &Tokenizer| read_prompts(&records, &ppo(max, 0.0), tokenizer).unwrap().train.remove(0).tokens;
+    let tokens = |max: u32, tokenizer: &Tokenizer| {
+        read_prompts(&records, &ppo(max, 0.0), tokenizer).unwrap().train.remove(0).tokens
+    };
     assert_eq!(tokens(3, &plain()), ids("xyz"));
     assert_eq!(tokens(4, &plain()), concat(&[&[ABC], &ids("xyz")]));
     assert_eq!(tokens(3, &with_bos()), concat(&[&[BOS], &ids("yz")]));
@@ -190,13 +218,29 @@ fn a_wrong_record_is_named_with_line_field_and_what_is_expected() {
     for (format, record, names) in [
         ("text", json!({"txt": "x"}), vec!["field 'text' is missing", r#"{"text": string} (format text)"#]),
         ("promptCompletion", json!({"prompt": "x"}), vec!["field 'completion' is missing", "format promptCompletion"]),
-        ("promptCompletion", json!({"prompt": "x", "completion": 3}), vec!["field 'completion' is a number, not a string"]),
+        (
+            "promptCompletion",
+            json!({"prompt": "x", "completion": 3}),
+            vec!["field 'completion' is a number, not a string"],
+        ),
         ("promptCompletion", json!(["x"]), vec!["the line is an array, not a JSON object", "expected {\"prompt\""]),
-        ("instruction", json!({"instruction": "x", "output": "y", "input": {}}), vec!["field 'input' is an object, not a string"]),
+        (
+            "instruction",
+            json!({"instruction": "x", "output": "y", "input": {}}),
+            vec!["field 'input' is an object, not a string"],
+        ),
         ("chat", messages(json!("x")), vec!["field 'messages' is a string, not an array"]),
-        ("chat", messages(json!([{"role": "user", "content": null}])), vec!["field 'messages[0].content' is null, not a string"]),
+        (
+            "chat",
+            messages(json!([{"role": "user", "content": null}])),
+            vec!["field 'messages[0].content' is null, not a string"],
+        ),
         ("chat", messages(json!([{"content": "x"}])), vec!["field 'messages[0].role' is missing"]),
-        ("chat", messages(json!([{"role": "gpt", "content": "x"}])), vec!["no message has the role 'assistant'", "[gpt]"]),
+        (
+            "chat",
+            messages(json!([{"role": "gpt", "content": "x"}])),
+            vec!["no message has the role 'assistant'", "[gpt]"],
+        ),
         ("chat", messages(json!([])), vec!["no message has the role 'assistant'"]),
     ] {
         let (_dir, path) = file(format!("\n  \r\n{record}\n"));
@@ -230,15 +274,28 @@ fn a_file_that_cannot_be_used_is_named() {
     let dir = tempfile::tempdir().unwrap();
     for (path, what) in [(dir.path().join("none"), "No such file"), (dir.path().to_path_buf(), "not a file")] {
         let error = load_prompts(&path, &ppo(3, 0.0), &plain(), 0).unwrap_err();
-        assert!(error.exit.code() == 65 && error.message.contains(what) && error.message.contains("JSON Lines"), "{error}");
+        assert!(
+            error.exit.code() == 65 && error.message.contains(what) && error.message.contains("JSON Lines"),
+            "{error}"
+        );
     }
     let (_dir, path) = file(" \n\n");
     assert!(load_prompts(&path, &ppo(3, 0.0), &plain(), 0).unwrap_err().message.contains("the file has no record"));
     let (_dir, path) = file("{\"prompt\": \"x\"}\n{\"prompt\": \"\u{1}\"}");
     let error = load_prompts(&path, &ppo(3, 0.0), &plain(), 0).unwrap_err().message;
-    assert!(error.contains(":2: not JSON: control character") && error.contains("at column 13") && !error.contains("line 1"), "{error}");
+    assert!(
+        error.contains(":2: not JSON: control character")
+            && error.contains("at column 13")
+            && !error.contains("line 1"),
+        "{error}"
+    );
     let (_dir, path) = file(format!("{{\"prompt\": \"{}\"}}", "x".repeat(64 << 20)));
-    assert!(load_prompts(&path, &ppo(3, 0.0), &plain(), 0).unwrap_err().message.contains(":1: the line is longer than 64 MiB"));
+    assert!(
+        load_prompts(&path, &ppo(3, 0.0), &plain(), 0)
+            .unwrap_err()
+            .message
+            .contains(":1: the line is longer than 64 MiB")
+    );
 }
 
 #[test]

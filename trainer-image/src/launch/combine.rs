@@ -52,7 +52,13 @@ pub(super) fn combine(ends: &[End]) -> TerminationMessage {
         Some(cause) => with_progress(of_failure(cause), ends),
         None => {
             let first = ends.iter().min_by_key(|e| e.rank);
-            let lost = || ending::message(Err(Error::bug("the first worker ended well, but its report is lost")), first.map(|e| e.rank), None);
+            let lost = || {
+                ending::message(
+                    Err(Error::bug("the first worker ended well, but its report is lost")),
+                    first.map(|e| e.rank),
+                    None,
+                )
+            };
             first.and_then(|e| e.report.clone()).unwrap_or_else(lost)
         }
     }
@@ -72,7 +78,15 @@ fn of_failure(end: &End) -> TerminationMessage {
     let code = end.ending.code();
     let told = end.report.clone().filter(|r| end.ending == Ending::Code(r.code));
     let reason = ExitCode::from_code(code).map_or(KILLED_REASON, ExitCode::reason);
-    let untold = || TerminationMessage { code, reason: reason.into(), message: explain(end), rank: None, step: None, checkpoint: None, output: None };
+    let untold = || TerminationMessage {
+        code,
+        reason: reason.into(),
+        message: explain(end),
+        rank: None,
+        step: None,
+        checkpoint: None,
+        output: None,
+    };
     TerminationMessage { rank: Some(end.rank), ..told.unwrap_or_else(untold) }
 }
 
@@ -80,17 +94,27 @@ fn of_failure(end: &End) -> TerminationMessage {
 fn explain(end: &End) -> String {
     let rank = end.rank;
     match end.ending {
-        Ending::Code(code) => format!("the worker of rank {rank} ended with exit code {code} and left no report; its log has the last lines"),
-        Ending::Signal(signal) if signal == Signal::TERM.as_raw() => format!("the worker of rank {rank} was stopped by SIGTERM before training began"),
-        Ending::Signal(signal) => format!("the worker of rank {rank} was killed by signal {signal} ({}){}", signal_name(signal), hint(signal)),
+        Ending::Code(code) => format!(
+            "the worker of rank {rank} ended with exit code {code} and left no report; its log has the last lines"
+        ),
+        Ending::Signal(signal) if signal == Signal::TERM.as_raw() => {
+            format!("the worker of rank {rank} was stopped by SIGTERM before training began")
+        }
+        Ending::Signal(signal) => {
+            format!("the worker of rank {rank} was killed by signal {signal} ({}){}", signal_name(signal), hint(signal))
+        }
     }
 }
 
 /// What usually lies behind a signal.
 fn hint(signal: i32) -> &'static str {
     match Signal::from_named_raw(signal) {
-        Some(Signal::KILL) => "; if nobody sent it, the pod reached its memory limit: raise it, or lower batch.microSize",
-        Some(Signal::BUS) => "; a mapped file could not be read or memory-backed storage is full: look at the volume and at the size of /dev/shm",
+        Some(Signal::KILL) => {
+            "; if nobody sent it, the pod reached its memory limit: raise it, or lower batch.microSize"
+        }
+        Some(Signal::BUS) => {
+            "; a mapped file could not be read or memory-backed storage is full: look at the volume and at the size of /dev/shm"
+        }
         _ => "; its log has the last lines",
     }
 }
@@ -112,7 +136,8 @@ pub(super) fn signal_name(signal: i32) -> &'static str {
 fn with_progress(mut message: TerminationMessage, ends: &[End]) -> TerminationMessage {
     let reports = || ends.iter().filter_map(|e| e.report.as_ref());
     message.step = message.step.or_else(|| reports().filter_map(|r| r.step).max());
-    message.checkpoint = message.checkpoint.take().or_else(|| reports().filter_map(|r| r.checkpoint.clone()).max_by_key(|c| c.step));
+    message.checkpoint =
+        message.checkpoint.take().or_else(|| reports().filter_map(|r| r.checkpoint.clone()).max_by_key(|c| c.step));
     message
 }
 
@@ -123,11 +148,20 @@ mod tests {
 
     /// A worker's end with the report that goes with it, as workers write it.
     fn told(rank: u32, exit: ExitCode, step: u64) -> End {
-        let output = (exit == ExitCode::Done).then(|| Output { path: format!("model-{rank}"), metrics: Default::default() });
+        let output =
+            (exit == ExitCode::Done).then(|| Output { path: format!("model-{rank}"), metrics: Default::default() });
         let checkpoint = (step > 0).then(|| Checkpoint { step, path: format!("step-{step}") });
         let message = format!("word of {rank}");
         let blamed = output.is_none().then_some(rank);
-        let report = TerminationMessage { code: exit.code(), reason: exit.reason().into(), message, rank: blamed, step: Some(step), checkpoint, output };
+        let report = TerminationMessage {
+            code: exit.code(),
+            reason: exit.reason().into(),
+            message,
+            rank: blamed,
+            step: Some(step),
+            checkpoint,
+            output,
+        };
         End { rank, ending: Ending::Code(exit.code()), report: Some(report), stopped: false }
     }
 
@@ -149,14 +183,38 @@ mod tests {
             ("a bug, then its peer", vec![told(1, Bug, 3), told(0, PeerLost, 3)], 70, "Bug", Some(1)),
             ("a peer before the cause", vec![told(0, PeerLost, 3), told(1, Bug, 3)], 70, "Bug", Some(1)),
             ("two causes: the first", vec![told(2, NotFinite, 3), told(0, Storage, 3)], 76, "NotFinite", Some(2)),
-            ("a stop before a lost peer", vec![told(0, PeerLost, 3), told(1, Terminated, 3)], 143, "Terminated", Some(1)),
+            (
+                "a stop before a lost peer",
+                vec![told(0, PeerLost, 3), told(1, Terminated, 3)],
+                143,
+                "Terminated",
+                Some(1),
+            ),
             ("a cause before a stop", vec![told(1, Terminated, 3), told(0, Storage, 3)], 74, "StorageFailed", Some(0)),
             ("peers elsewhere were lost", vec![told(1, PeerLost, 3), told(0, PeerLost, 3)], 75, "PeerLost", Some(1)),
             ("one done, one lost", vec![told(0, Done, 3), told(1, PeerLost, 3)], 75, "PeerLost", Some(1)),
             ("killed", vec![kill(1), told(0, PeerLost, 3)], 137, "Killed", Some(1)),
-            ("a lost peer, the rest stopped by us", vec![told(0, PeerLost, 3), stopped(told(1, Terminated, 3))], 75, "PeerLost", Some(0)),
-            ("bad data, the rest killed by us", vec![told(2, BadInput, 0), stopped(kill(0)), stopped(kill(1))], 65, "BadInput", Some(2)),
-            ("stopped before training", vec![untold(0, Ending::Signal(15)), told(1, PeerLost, 0)], 143, "Terminated", Some(0)),
+            (
+                "a lost peer, the rest stopped by us",
+                vec![told(0, PeerLost, 3), stopped(told(1, Terminated, 3))],
+                75,
+                "PeerLost",
+                Some(0),
+            ),
+            (
+                "bad data, the rest killed by us",
+                vec![told(2, BadInput, 0), stopped(kill(0)), stopped(kill(1))],
+                65,
+                "BadInput",
+                Some(2),
+            ),
+            (
+                "stopped before training",
+                vec![untold(0, Ending::Signal(15)), told(1, PeerLost, 0)],
+                143,
+                "Terminated",
+                Some(0),
+            ),
             ("an unknown exit code", vec![untold(0, Ending::Code(1))], 70, "Bug", Some(0)),
             ("a code without its report", vec![untold(0, Ending::Code(71))], 71, "DeviceOutOfMemory", Some(0)),
         ];
@@ -178,8 +236,12 @@ mod tests {
 
     #[test]
     fn a_killed_worker_is_named_with_its_signal_and_its_peers_say_how_far_it_got() {
-        let message = combine(&[untold(3, Ending::Signal(9)), told(0, ExitCode::PeerLost, 8), told(1, ExitCode::PeerLost, 7)]);
-        assert!(["rank 3", "signal 9 (SIGKILL)", "memory limit"].iter().all(|part| message.message.contains(part)), "{message:?}");
+        let message =
+            combine(&[untold(3, Ending::Signal(9)), told(0, ExitCode::PeerLost, 8), told(1, ExitCode::PeerLost, 7)]);
+        assert!(
+            ["rank 3", "signal 9 (SIGKILL)", "memory limit"].iter().all(|part| message.message.contains(part)),
+            "{message:?}"
+        );
         assert_eq!((message.step, message.checkpoint.map(|c| c.step)), (Some(8), Some(8)));
         let bus = combine(&[untold(0, Ending::Signal(7))]);
         assert!(bus.message.contains("SIGBUS") && bus.message.contains("/dev/shm"), "{bus:?}");

@@ -56,7 +56,8 @@ fn launch(options: &Options) -> Result<TerminationMessage> {
 }
 
 fn worker_command(options: &Options, local_rank: u32, report: &Path) -> Result<Command> {
-    let program = std::env::current_exe().map_err(|e| Error::bug(format!("the trainer's own path is not known: {e}")))?;
+    let program =
+        std::env::current_exe().map_err(|e| Error::bug(format!("the trainer's own path is not known: {e}")))?;
     let mut command = Command::new(program);
     command.arg("worker").arg("--config").arg(&options.config).arg("--http-port").arg(options.http_port.to_string());
     command.env(LOCAL_RANK, local_rank.to_string()).env(REPORT_FILE, report);
@@ -78,7 +79,8 @@ fn preflight(config: &Path, environment: &Environment) -> Result<()> {
     Ok(())
 }
 
-const MOUNT_SHM: &str = "GPU workers of one pod exchange data there: mount an emptyDir with `medium: Memory` at /dev/shm";
+const MOUNT_SHM: &str =
+    "GPU workers of one pod exchange data there: mount an emptyDir with `medium: Memory` at /dev/shm";
 
 fn check_shm(bytes: u64) -> Result<()> {
     if bytes >= MIN_SHM_BYTES {
@@ -92,7 +94,9 @@ fn check_volume(volume: &Path) -> Result<()> {
     match std::fs::metadata(volume) {
         Ok(found) if found.is_dir() => Ok(()),
         Ok(_) => Err(Error::config(format!("{} is not a folder; {advice}", volume.display()))),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Err(Error::config(format!("{}: {e}; {advice}", volume.display()))),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            Err(Error::config(format!("{}: {e}; {advice}", volume.display())))
+        }
         Err(e) => Err(Error::storage(volume, e)),
     }
 }
@@ -125,7 +129,10 @@ mod tests {
     fn little_shared_memory_is_refused_with_what_to_mount() {
         assert!(check_shm(MIN_SHM_BYTES).is_ok());
         let error = check_shm(MIN_SHM_BYTES - 1024).unwrap_err();
-        assert!(error.exit.code() == 64 && error.message.contains("65535 KiB") && error.message.contains("emptyDir"), "{error}");
+        assert!(
+            error.exit.code() == 64 && error.message.contains("65535 KiB") && error.message.contains("emptyDir"),
+            "{error}"
+        );
     }
 
     #[test]
@@ -140,7 +147,12 @@ mod tests {
             (file.join("below"), 74, "Not a directory"),
         ] {
             let error = check_volume(&path).unwrap_err();
-            assert!(error.exit.code() == exit && error.message.contains(part) && error.message.contains(path.to_str().unwrap()), "{error}");
+            assert!(
+                error.exit.code() == exit
+                    && error.message.contains(part)
+                    && error.message.contains(path.to_str().unwrap()),
+                "{error}"
+            );
         }
     }
 
@@ -159,7 +171,8 @@ mod tests {
         let command = worker_command(&options, 3, Path::new("/r/3.json")).unwrap();
         let args: Vec<_> = command.get_args().collect();
         assert_eq!(args, ["worker", "--config", "/c.json", "--http-port", "9400"]);
-        let set = |name: &str| command.get_envs().find(|(n, _)| *n == name).and_then(|(_, v)| v?.to_str().map(String::from));
+        let set =
+            |name: &str| command.get_envs().find(|(n, _)| *n == name).and_then(|(_, v)| v?.to_str().map(String::from));
         assert_eq!((set("LOCAL_RANK"), set("RLHF_REPORT_FILE")), (Some("3".into()), Some("/r/3.json".into())));
         assert_eq!(set("OMP_WAIT_POLICY").is_some(), std::env::var_os("OMP_WAIT_POLICY").is_none());
     }

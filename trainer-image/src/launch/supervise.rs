@@ -22,7 +22,10 @@ pub(super) enum Event {
 }
 
 /// Waits for children, in a thread of its own, until there is none.
-pub(super) fn reap(events: Sender<Event>, wait: impl Fn() -> rustix::io::Result<Option<(Pid, WaitStatus)>> + Send + 'static) -> Result<()> {
+pub(super) fn reap(
+    events: Sender<Event>,
+    wait: impl Fn() -> rustix::io::Result<Option<(Pid, WaitStatus)>> + Send + 'static,
+) -> Result<()> {
     let run = move || {
         loop {
             match wait() {
@@ -32,7 +35,11 @@ pub(super) fn reap(events: Sender<Event>, wait: impl Fn() -> rustix::io::Result<
             }
         }
     };
-    std::thread::Builder::new().name("reaper".into()).spawn(run).map(drop).map_err(|e| Error::bug(format!("no thread to wait for workers: {e}")))
+    std::thread::Builder::new()
+        .name("reaper".into())
+        .spawn(run)
+        .map(drop)
+        .map_err(|e| Error::bug(format!("no thread to wait for workers: {e}")))
 }
 
 /// A worker that runs.
@@ -56,14 +63,18 @@ pub(super) struct Gang(BTreeMap<i32, Worker>);
 
 impl Gang {
     pub fn start(&mut self, rank: u32, command: &mut Command, report: PathBuf) -> Result<()> {
-        let child = command.spawn().map_err(|e| Error::bug(format!("the worker of rank {rank} cannot be started: {e}")))?;
+        let child =
+            command.spawn().map_err(|e| Error::bug(format!("the worker of rank {rank} cannot be started: {e}")))?;
         self.0.insert(Pid::from_child(&child).as_raw_pid(), Worker { rank, report });
         Ok(())
     }
 
     fn signal(&self, signal: Signal) {
         // One that has just ended cannot be told any more, and need not be.
-        self.0.keys().filter_map(|pid| Pid::from_raw(*pid)).for_each(|pid| kill_process(pid, signal).unwrap_or_default());
+        self.0
+            .keys()
+            .filter_map(|pid| Pid::from_raw(*pid))
+            .for_each(|pid| kill_process(pid, signal).unwrap_or_default());
     }
 }
 
@@ -184,7 +195,10 @@ mod tests {
     fn all_ends_are_collected_with_their_reports() {
         let report = r#"echo '{"code": 0, "reason": "Done", "message": "", "step": 7}' > $REPORT"#;
         let ends = run(&[report, "exit 3", "kill -SEGV $$"], false, LONG);
-        assert_eq!(by_rank(&ends), [(0, Ending::Code(0), false), (1, Ending::Code(3), false), (2, Ending::Signal(11), false)]);
+        assert_eq!(
+            by_rank(&ends),
+            [(0, Ending::Code(0), false), (1, Ending::Code(3), false), (2, Ending::Signal(11), false)]
+        );
         let first = ends.iter().find(|e| e.rank == 0).unwrap();
         assert_eq!(first.report.as_ref().map(|r: &TerminationMessage| r.step), Some(Some(7)));
         assert!(ends.iter().all(|e| e.rank == 0 || e.report.is_none()));
@@ -207,7 +221,10 @@ mod tests {
     fn peers_that_do_not_notice_are_stopped_and_then_killed() {
         let fails = "while ! ls ${READY%/*}/0.ready ${READY%/*}/1.ready >/dev/null 2>&1; do sleep 0.02; done; exit 65";
         let ends = run(&[SAVES, HANGS, fails], false, SHORT);
-        assert_eq!(told(&ends), [(2, Ending::Code(65), false), (0, Ending::Code(143), true), (1, Ending::Signal(9), true)]);
+        assert_eq!(
+            told(&ends),
+            [(2, Ending::Code(65), false), (0, Ending::Code(143), true), (1, Ending::Signal(9), true)]
+        );
     }
 
     #[test]

@@ -28,7 +28,11 @@ fn volume() -> TempDir {
     write(&model, "config.json", &model_config());
     write_weights(&model.join("model.safetensors"));
     write_tokenizer(&model);
-    for (name, line) in [("sft", r#"{"prompt": "x", "completion": "y"}"#), ("reward", r#"{"prompt": "x", "chosen": "y", "rejected": "z"}"#), ("ppo", r#"{"prompt": "x"}"#)] {
+    for (name, line) in [
+        ("sft", r#"{"prompt": "x", "completion": "y"}"#),
+        ("reward", r#"{"prompt": "x", "chosen": "y", "rejected": "z"}"#),
+        ("ppo", r#"{"prompt": "x"}"#),
+    ] {
         fs::write(dir.path().join(format!("{name}.jsonl")), format!("{line}\n").repeat(3)).unwrap();
     }
     dir
@@ -46,7 +50,11 @@ fn stages() -> [Value; 3] {
         let paths = json!({"baseModel": "models/m", "startModel": "models/m", "output": format!("jobs/j/{name}/model"), "checkpoints": format!("jobs/j/{name}/checkpoints")});
         json!({"job": {"namespace": "n", "name": "j", "uid": "u"}, "stage": name, "kind": kind, "seed": 1, "paths": paths, "collectiveTimeoutSeconds": 60})
     };
-    [stage("sft", json!({"sft": supervised("sft")})), stage("reward", json!({"rewardModel": supervised("reward")})), stage("ppo", json!({"ppo": ppo}))]
+    [
+        stage("sft", json!({"sft": supervised("sft")})),
+        stage("reward", json!({"rewardModel": supervised("reward")})),
+        stage("ppo", json!({"ppo": ppo})),
+    ]
 }
 
 /// Prepares a job whose stages are `change`d.
@@ -61,7 +69,11 @@ fn prepare(volume: &Path, change: impl FnOnce(&mut [Value; 3])) -> Result<Prepar
 fn a_good_job_is_reported_stage_by_stage_and_leaves_only_its_folders() {
     let volume = volume();
     let report = prepare(volume.path(), |_| ()).unwrap();
-    let figures: Vec<_> = report.stages.iter().map(|s| (s.stage.as_str(), s.dataset.records, s.dataset.train + s.dataset.eval, s.dataset.tokens)).collect();
+    let figures: Vec<_> = report
+        .stages
+        .iter()
+        .map(|s| (s.stage.as_str(), s.dataset.records, s.dataset.train + s.dataset.eval, s.dataset.tokens))
+        .collect();
     assert_eq!(figures, [("sft", 3, 3, 9), ("reward", 3, 3, 18), ("ppo", 3, 3, 3)]);
     for stage in ["sft", "reward", "ppo"] {
         let dir = volume.path().join("jobs/j").join(stage);
@@ -85,7 +97,11 @@ fn check(error: &Error, exit: i32, parts: &[&str]) {
 
 #[test]
 fn a_bad_record_is_named_with_stage_file_and_line() {
-    for (stage, line, field) in [("sft", r#"{"prompt": "x"}"#, "completion"), ("reward", r#"{"prompt": "x", "chosen": 1, "rejected": ""}"#, "chosen"), ("ppo", "{}", "prompt")] {
+    for (stage, line, field) in [
+        ("sft", r#"{"prompt": "x"}"#, "completion"),
+        ("reward", r#"{"prompt": "x", "chosen": 1, "rejected": ""}"#, "chosen"),
+        ("ppo", "{}", "prompt"),
+    ] {
         let error = broken(|volume| {
             let path = volume.join(format!("{stage}.jsonl"));
             let good = fs::read_to_string(&path).unwrap();
@@ -93,7 +109,11 @@ fn a_bad_record_is_named_with_stage_file_and_line() {
         });
         check(&error, 65, &[&format!("stage '{stage}': "), &format!("{stage}.jsonl:5: "), &format!("field '{field}'")]);
     }
-    check(&broken(|volume| fs::remove_file(volume.join("ppo.jsonl")).unwrap()), 65, &["stage 'ppo'", "ppo.jsonl", "No such file"]);
+    check(
+        &broken(|volume| fs::remove_file(volume.join("ppo.jsonl")).unwrap()),
+        65,
+        &["stage 'ppo'", "ppo.jsonl", "No such file"],
+    );
     check(&broken(|volume| fs::write(volume.join("reward.jsonl"), "").unwrap()), 65, &["stage 'reward'", "no record"]);
 }
 
@@ -110,7 +130,11 @@ fn a_bad_model_is_named_with_its_file() {
     check(&cut, 65, &["model.safetensors"]);
     let lost_shard = in_model("model.safetensors", |p| {
         fs::rename(p, p.with_file_name("a.safetensors")).unwrap();
-        write(p.parent().unwrap(), "model.safetensors.index.json", &json!({"weight_map": {"t": "a.safetensors", "u": "b.safetensors"}}));
+        write(
+            p.parent().unwrap(),
+            "model.safetensors.index.json",
+            &json!({"weight_map": {"t": "a.safetensors", "u": "b.safetensors"}}),
+        );
     });
     check(&lost_shard, 65, &["b.safetensors"]);
 }
@@ -137,16 +161,25 @@ fn a_tokenizer_with_more_ids_than_the_model_is_refused() {
 #[test]
 fn a_length_beyond_the_models_positions_is_refused_with_the_setting_to_lower() {
     let volume = volume();
-    let with = |stage: usize, kind: &str, setting: &str| prepare(volume.path(), |stages| stages[stage]["kind"][kind][setting] = json!(POSITIONS + 1)).unwrap_err();
+    let with = |stage: usize, kind: &str, setting: &str| {
+        prepare(volume.path(), |stages| stages[stage]["kind"][kind][setting] = json!(POSITIONS + 1)).unwrap_err()
+    };
     check(&with(0, "sft", "maxLength"), 64, &["stage 'sft'", "maxLength 65", "64 positions"]);
     check(&with(1, "rewardModel", "maxLength"), 64, &["stage 'reward'", "maxLength 65", "64 positions"]);
-    check(&with(2, "ppo", "maxPromptLength"), 64, &["stage 'ppo'", "maxPromptLength 65 plus maxNewTokens 4", "64 positions"]);
+    check(
+        &with(2, "ppo", "maxPromptLength"),
+        64,
+        &["stage 'ppo'", "maxPromptLength 65 plus maxNewTokens 4", "64 positions"],
+    );
 }
 
 #[test]
 fn a_source_outside_the_volume_is_refused() {
     let volume = volume();
-    let error = prepare(volume.path(), |stages| stages[0]["kind"]["sft"]["dataset"]["source"] = json!("volume://../etc/passwd")).unwrap_err();
+    let error = prepare(volume.path(), |stages| {
+        stages[0]["kind"]["sft"]["dataset"]["source"] = json!("volume://../etc/passwd")
+    })
+    .unwrap_err();
     check(&error, 64, &["stage 'sft'", "volume://../etc/passwd"]);
 }
 
@@ -156,7 +189,10 @@ fn a_volume_that_cannot_be_written_is_named() {
     let volume = volume();
     fs::create_dir_all(volume.path().join("jobs/j/reward/checkpoints").join(PROBE)).unwrap();
     check(&prepare(volume.path(), |_| ()).unwrap_err(), 74, &["jobs/j/reward/checkpoints/.rlhf-probe"]);
-    let no_stages = PrepareConfig { job: serde_json::from_value(json!({"namespace": "n", "name": "j", "uid": "u"})).unwrap(), stages: vec![] };
+    let no_stages = PrepareConfig {
+        job: serde_json::from_value(json!({"namespace": "n", "name": "j", "uid": "u"})).unwrap(),
+        stages: vec![],
+    };
     check(&run(&no_stages, volume.path()).unwrap_err(), 64, &["no stages"]);
 }
 

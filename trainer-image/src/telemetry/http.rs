@@ -37,7 +37,11 @@ fn serve_on(listener: TcpListener, telemetry: Telemetry) -> Result<()> {
 }
 
 fn router(telemetry: Telemetry) -> Router {
-    Router::new().route("/metrics", get(metrics)).route("/progress", get(progress)).route("/healthz", get(async || "ok")).with_state(telemetry)
+    Router::new()
+        .route("/metrics", get(metrics))
+        .route("/progress", get(progress))
+        .route("/healthz", get(async || "ok"))
+        .with_state(telemetry)
 }
 
 async fn metrics(State(telemetry): State<Telemetry>) -> Response {
@@ -81,11 +85,18 @@ mod tests {
         telemetry.record_step(3, &[(Figure::Loss, 0.5)]);
 
         let (head, body) = fetch(address, "/progress");
-        assert!(head.starts_with("HTTP/1.1 200") && head.to_lowercase().contains("content-type: application/json"), "{head}");
+        assert!(
+            head.starts_with("HTTP/1.1 200") && head.to_lowercase().contains("content-type: application/json"),
+            "{head}"
+        );
         assert_eq!(serde_json::from_str::<Progress>(&body).unwrap(), telemetry.progress());
         let (head, body) = fetch(address, "/metrics");
         assert!(head.starts_with("HTTP/1.1 200") && head.contains("text/plain; version=0.0.4"), "{head}");
-        assert!(body.contains("# TYPE rlhf_loss gauge") && body.lines().any(|l| l.starts_with("rlhf_step{") && l.ends_with("} 3")), "{body}");
+        assert!(
+            body.contains("# TYPE rlhf_loss gauge")
+                && body.lines().any(|l| l.starts_with("rlhf_step{") && l.ends_with("} 3")),
+            "{body}"
+        );
         assert_eq!(fetch(address, "/healthz").1, "ok");
         assert!(fetch(address, "/nothing").0.starts_with("HTTP/1.1 404"));
     }

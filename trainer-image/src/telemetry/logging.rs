@@ -38,14 +38,18 @@ fn format_from(value: Option<&str>) -> Result<LogFormat> {
     match value {
         None | Some("" | "text") => Ok(LogFormat::Text),
         Some("json") => Ok(LogFormat::Json),
-        Some(other) => Err(Error::config(format!("environment variable {LOG_FORMAT}: '{other}' is neither 'text' nor 'json'"))),
+        Some(other) => {
+            Err(Error::config(format!("environment variable {LOG_FORMAT}: '{other}' is neither 'text' nor 'json'")))
+        }
     }
 }
 
 fn filter_from(value: Option<&str>) -> Result<EnvFilter> {
     let builder = EnvFilter::builder().with_default_directive(LevelFilter::INFO.into());
     let text = value.unwrap_or_default();
-    builder.parse(text).map_err(|e| Error::config(format!("environment variable RUST_LOG: '{text}' is not a log filter such as 'info': {e}")))
+    builder.parse(text).map_err(|e| {
+        Error::config(format!("environment variable RUST_LOG: '{text}' is not a log filter such as 'info': {e}"))
+    })
 }
 
 fn subscriber<W>(format: LogFormat, filter: EnvFilter, writer: W, colours: bool) -> Box<dyn Subscriber + Send + Sync>

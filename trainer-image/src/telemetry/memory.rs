@@ -31,7 +31,9 @@ pub(super) fn device(index: usize) -> Option<Memory> {
 
 /// The limit that holds: `max` (v2), or a number beyond the machine (v1), means none.
 fn limit_of(cgroup: &str, meminfo: &str) -> Option<u64> {
-    let total_kib = meminfo.lines().find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+    let total_kib = meminfo
+        .lines()
+        .find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok());
     let limit = cgroup.trim().parse::<u64>().ok();
     limit.into_iter().chain(total_kib.map(|kib| kib * 1024)).min()
 }

@@ -27,7 +27,8 @@ pub enum Phase {
 
 impl Phase {
     /// Every phase.
-    pub const ALL: [Phase; 6] = [Phase::Data, Phase::Rollout, Phase::Score, Phase::Train, Phase::Eval, Phase::Checkpoint];
+    pub const ALL: [Phase; 6] =
+        [Phase::Data, Phase::Rollout, Phase::Score, Phase::Train, Phase::Eval, Phase::Checkpoint];
 
     /// The value of the `phase` label.
     pub const fn label(self) -> &'static str {
@@ -49,12 +50,24 @@ struct Instrument {
     help: &'static str,
 }
 
-const STEP: Instrument = Instrument { name: "rlhf_step", labels: &[], help: "Finished optimizer steps (ppo: iterations)." };
+const STEP: Instrument =
+    Instrument { name: "rlhf_step", labels: &[], help: "Finished optimizer steps (ppo: iterations)." };
 const TOTAL_STEPS: Instrument = Instrument { name: "rlhf_total_steps", labels: &[], help: "Steps of the whole stage." };
-const CHECKPOINT_STEP: Instrument =
-    Instrument { name: "rlhf_checkpoint_step", labels: &[], help: "The step after which the last whole checkpoint was written." };
-const TOKENS: Instrument = Instrument { name: "rlhf_tokens_total", labels: &[], help: "Tokens trained on in this attempt, over all ranks: every rank counts the same." };
-const SAMPLES: Instrument = Instrument { name: "rlhf_samples_total", labels: &[], help: "Samples trained on in this attempt, over all ranks: every rank counts the same." };
+const CHECKPOINT_STEP: Instrument = Instrument {
+    name: "rlhf_checkpoint_step",
+    labels: &[],
+    help: "The step after which the last whole checkpoint was written.",
+};
+const TOKENS: Instrument = Instrument {
+    name: "rlhf_tokens_total",
+    labels: &[],
+    help: "Tokens trained on in this attempt, over all ranks: every rank counts the same.",
+};
+const SAMPLES: Instrument = Instrument {
+    name: "rlhf_samples_total",
+    labels: &[],
+    help: "Samples trained on in this attempt, over all ranks: every rank counts the same.",
+};
 const PHASE_SECONDS: Instrument = Instrument {
     name: "rlhf_phase_seconds_total",
     labels: &["phase"],
@@ -67,8 +80,11 @@ const MEMORY: Instrument = Instrument {
            `kind` (`current`, `peak`, `limit`). The host's limit is the container's, which the pod's workers share, or the \
            machine's memory where there is none.",
 };
-const INFO: Instrument =
-    Instrument { name: "rlhf_info", labels: &["attempt", "world_size", "version"], help: "1; the labels tell the attempt, the ranks and the trainer's version." };
+const INFO: Instrument = Instrument {
+    name: "rlhf_info",
+    labels: &["attempt", "world_size", "version"],
+    help: "1; the labels tell the attempt, the ranks and the trainer's version.",
+};
 
 /// Every metric that is not a figure, with its Prometheus type: what the reference page lists.
 #[cfg(test)]
@@ -84,8 +100,11 @@ const INSTRUMENTS: [(&str, &Instrument); 8] = [
 ];
 
 /// The constant labels of every series.
-const CONST_LABELS: [(&str, &str); 3] =
-    [("rlhf_job", "Name of the RLHFJob."), ("stage", "The stage's name in the job."), ("rank", "The worker's rank among all of the stage's workers.")];
+const CONST_LABELS: [(&str, &str); 3] = [
+    ("rlhf_job", "Name of the RLHFJob."),
+    ("stage", "The stage's name in the job."),
+    ("rank", "The worker's rank among all of the stage's workers."),
+];
 
 /// The registry and its handles.
 pub(super) struct Metrics {
@@ -106,7 +125,8 @@ impl Metrics {
         let values = [job.to_owned(), stage.to_owned(), rank.to_string()];
         let labels = CONST_LABELS.iter().map(|(name, _)| (*name).to_owned()).zip(values).collect();
         let registry = Registry::new_custom(None, Some(labels)).map_err(broken)?;
-        let figures = Figure::ALL.iter().map(|f| gauge(&registry, &Instrument { name: f.metric(), labels: &[], help: f.help() }));
+        let figures =
+            Figure::ALL.iter().map(|f| gauge(&registry, &Instrument { name: f.metric(), labels: &[], help: f.help() }));
         let this = Self {
             figures: figures.collect::<Result<_>>()?,
             step: gauge(&registry, &STEP)?,
@@ -224,7 +244,10 @@ mod tests {
             std::fs::write(&path, reference()).unwrap();
         }
         let committed = std::fs::read_to_string(&path).unwrap_or_default();
-        assert!(committed == reference(), "METRICS.md is out of date: run UPDATE_DOCS=1 cargo test --release -p rlhf-trainer the_reference_page");
+        assert!(
+            committed == reference(),
+            "METRICS.md is out of date: run UPDATE_DOCS=1 cargo test --release -p rlhf-trainer the_reference_page"
+        );
     }
 
     /// Everything that a worker can export, with its type.

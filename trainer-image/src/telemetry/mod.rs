@@ -175,13 +175,29 @@ mod tests {
         telemetry.checkpoint(Checkpoint { step: 5, path: "jobs/x/checkpoints/step-5".into() });
         let progress = telemetry.progress();
         assert_eq!((progress.step, progress.total_steps, progress.percent()), (5, 10, 50));
-        assert_eq!(progress.metrics, [("evalReward", 2.0), ("kl", 0.25), ("reward", 1.5)].map(|(k, v)| (k.to_owned(), v)).into());
+        assert_eq!(
+            progress.metrics,
+            [("evalReward", 2.0), ("kl", 0.25), ("reward", 1.5)].map(|(k, v)| (k.to_owned(), v)).into()
+        );
         assert_eq!(progress.checkpoint.unwrap().step, 5);
-        for (metric, value) in [("rlhf_reward", 1.5), ("rlhf_eval_reward", 2.0), ("rlhf_step", 5.0), ("rlhf_total_steps", 10.0), ("rlhf_checkpoint_step", 5.0)] {
-            assert_eq!(sample(&telemetry, metric, &[("rank", "1"), ("rlhf_job", "helpful"), ("stage", "ppo")]), Some(value), "{metric}");
+        for (metric, value) in [
+            ("rlhf_reward", 1.5),
+            ("rlhf_eval_reward", 2.0),
+            ("rlhf_step", 5.0),
+            ("rlhf_total_steps", 10.0),
+            ("rlhf_checkpoint_step", 5.0),
+        ] {
+            assert_eq!(
+                sample(&telemetry, metric, &[("rank", "1"), ("rlhf_job", "helpful"), ("stage", "ppo")]),
+                Some(value),
+                "{metric}"
+            );
         }
         let version = env!("CARGO_PKG_VERSION");
-        assert_eq!(sample(&telemetry, "rlhf_info", &[("attempt", "2"), ("world_size", "4"), ("version", version)]), Some(1.0));
+        assert_eq!(
+            sample(&telemetry, "rlhf_info", &[("attempt", "2"), ("world_size", "4"), ("version", version)]),
+            Some(1.0)
+        );
     }
 
     #[test]

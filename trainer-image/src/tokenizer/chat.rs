@@ -84,11 +84,19 @@ impl ChatTemplate {
                 format!("{}: the tokenizer has no chat template; add {TEMPLATE_FILE}, or use another dataset format than chat", dir.display())
             }),
         };
-        Self(source.and_then(|text| environment(text).map_err(|e| format!("{}: the chat template cannot be used: {}", dir.display(), reason(&e)))))
+        Self(source.and_then(|text| {
+            environment(text)
+                .map_err(|e| format!("{}: the chat template cannot be used: {}", dir.display(), reason(&e)))
+        }))
     }
 
     /// Renders a dialogue.
-    pub(super) fn render(&self, messages: &[Message], add_generation_prompt: bool, texts: &BTreeMap<String, String>) -> Result<String> {
+    pub(super) fn render(
+        &self,
+        messages: &[Message],
+        add_generation_prompt: bool,
+        texts: &BTreeMap<String, String>,
+    ) -> Result<String> {
         let environment = self.0.as_ref().map_err(Error::input)?;
         let run = || {
             let given = context! { messages, add_generation_prompt, tools => (), documents => () };
@@ -98,7 +106,11 @@ impl ChatTemplate {
     }
 
     /// The rendered dialogue and the bytes in it that are the assistant's turns.
-    pub(super) fn assistant_spans(&self, messages: &[Message], texts: &BTreeMap<String, String>) -> Result<(String, Vec<Range<usize>>)> {
+    pub(super) fn assistant_spans(
+        &self,
+        messages: &[Message],
+        texts: &BTreeMap<String, String>,
+    ) -> Result<(String, Vec<Range<usize>>)> {
         let whole = self.render(messages, false, texts)?;
         let mut spans = Vec::new();
         for (i, message) in messages.iter().enumerate().filter(|(_, m)| m.is_assistant()) {
@@ -120,7 +132,8 @@ impl ChatTemplate {
 
 /// A template as such, or the one named `default` in a list of named ones.
 fn default_template(value: &Value) -> Option<&str> {
-    let named = |list: &'_ Vec<Value>| list.iter().position(|t| t.get("name").and_then(Value::as_str) == Some("default"));
+    let named =
+        |list: &'_ Vec<Value>| list.iter().position(|t| t.get("name").and_then(Value::as_str) == Some("default"));
     match value {
         Value::Array(list) => list.get(named(list)?)?.get("template")?.as_str(),
         other => other.as_str(),
@@ -135,9 +148,12 @@ fn environment(template: String) -> std::result::Result<Environment<'static>, mi
     environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
     // None can be iterated here, but not in Python.
     environment.add_test("iterable", |value: &minijinja::Value| !value.is_none() && value.try_iter().is_ok());
-    environment.add_function("raise_exception", |message: String| -> std::result::Result<minijinja::Value, minijinja::Error> {
-        Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
-    });
+    environment.add_function(
+        "raise_exception",
+        |message: String| -> std::result::Result<minijinja::Value, minijinja::Error> {
+            Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
+        },
+    );
     environment.add_function("strftime_now", |format: String| {
         let invalid = |e: jiff::Error| minijinja::Error::new(ErrorKind::InvalidOperation, e.to_string());
         jiff::fmt::strtime::format(format, STAND_IN_DATE).map_err(invalid)

@@ -30,7 +30,12 @@ pub(crate) const TEMPLATE: &str = "{% for m in messages %}\n{{ '<turn>' + m.role
 
 /// `tokenizer.json`.
 pub(crate) fn tokenizer_json() -> Value {
-    let texts = SPECIAL.into_iter().map(str::to_string).chain(["\n".to_string()]).chain((' '..='~').map(String::from)).chain(["ab".into(), "abc".into()]);
+    let texts = SPECIAL
+        .into_iter()
+        .map(str::to_string)
+        .chain(["\n".to_string()])
+        .chain((' '..='~').map(String::from))
+        .chain(["ab".into(), "abc".into()]);
     let vocab: Map<String, Value> = texts.enumerate().map(|(id, text)| (text, json!(id))).collect();
     let added = |(id, text): (usize, &str)| json!({"id": id, "content": text, "special": true, "normalized": false, "single_word": false, "lstrip": false, "rstrip": false});
     json!({

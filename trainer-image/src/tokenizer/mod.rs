@@ -63,7 +63,9 @@ impl Tokenizer {
         let inner = read_tokenizer(&model_dir.join(TOKENIZER))?;
         let (special, config) = special::read(model_dir, &inner)?;
         let begin = match config.get("add_bos_token").and_then(serde_json::Value::as_bool) {
-            Some(true) => vec![special.bos.ok_or_else(|| Error::input(format!("{}: add_bos_token is true, but no bos_token is named", model_dir.display())))?],
+            Some(true) => vec![special.bos.ok_or_else(|| {
+                Error::input(format!("{}: add_bos_token is true, but no bos_token is named", model_dir.display()))
+            })?],
             Some(false) => Vec::new(),
             None => post_processor_prefix(&inner)?,
         };
@@ -98,7 +100,8 @@ impl Tokenizer {
     /// If an id is negative or has more than 32 bits, or the decoder fails.
     pub fn decode(&self, tokens: &[i64]) -> Result<String> {
         let ids: std::result::Result<Vec<u32>, _> = tokens.iter().map(|&id| u32::try_from(id)).collect();
-        let ids = ids.map_err(|_| Error::bug(format!("token ids must be 0 to {}, but some are not: {tokens:?}", u32::MAX)))?;
+        let ids =
+            ids.map_err(|_| Error::bug(format!("token ids must be 0 to {}, but some are not: {tokens:?}", u32::MAX)))?;
         self.inner.decode(&ids, true).map_err(|e| Error::bug(format!("cannot decode token ids: {e}")))
     }
 
@@ -183,7 +186,10 @@ fn unencodable(error: tokenizers::Error) -> Error {
 /// Reads `tokenizer.json`. Cutting and padding that it may ask for are switched off: both are the data loaders' work.
 fn read_tokenizer(path: &Path) -> Result<tokenizers::Tokenizer> {
     let wrong = |e: &dyn std::fmt::Display| {
-        Error::input(format!("{}: {e}; a model folder holds the tokenizer as tokenizer.json (save_pretrained of a fast tokenizer in transformers writes it)", path.display()))
+        Error::input(format!(
+            "{}: {e}; a model folder holds the tokenizer as tokenizer.json (save_pretrained of a fast tokenizer in transformers writes it)",
+            path.display()
+        ))
     };
     let bytes = std::fs::read(path).map_err(|e| wrong(&e))?;
     let mut inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| wrong(&e))?;

@@ -45,7 +45,10 @@ pub(super) fn read(dir: &Path, inner: &tokenizers::Tokenizer) -> Result<(Special
     let (bos, eos, pad) = (find("bos")?, find("eos")?, find("pad")?);
     find("unk")?;
     let eos = eos.ok_or_else(|| {
-        Error::input(format!("{}: the tokenizer has no end-of-sequence token; name it as eos_token in tokenizer_config.json", dir.display()))
+        Error::input(format!(
+            "{}: the tokenizer has no end-of-sequence token; name it as eos_token in tokenizer_config.json",
+            dir.display()
+        ))
     })?;
     let config = names.into_iter().next().map(|f| f.fields).unwrap_or_default();
     Ok((SpecialTokens { bos, eos, pad: pad.unwrap_or(eos), texts }, config))
@@ -59,7 +62,9 @@ fn by_name(files: &[File<'_>], which: &str, inner: &tokenizers::Tokenizer) -> Fo
     for file in files {
         let value = file.fields.get(&field);
         let Some(text) = value.and_then(|v| v.get("content").unwrap_or(v).as_str()) else { continue };
-        let id = inner.token_to_id(text).ok_or_else(|| format!("{}: {field} is '{text}', which tokenizer.json does not have", file.name))?;
+        let id = inner
+            .token_to_id(text)
+            .ok_or_else(|| format!("{}: {field} is '{text}', which tokenizer.json does not have", file.name))?;
         return Ok(Some((id.into(), text.to_string())));
     }
     Ok(None)

@@ -89,9 +89,15 @@ fn a_wrong_tokenizer_is_an_error_that_names_file_and_field() {
         (Tokenizer::load(missing.path()), vec!["tokenizer.json", "No such file"]),
         (changed(|tokenizer, _| *tokenizer = json!({"model": 1})).1, vec!["tokenizer.json"]),
         (changed(|_, config| *config = json!([])).1, vec!["tokenizer_config.json", "not a JSON object"]),
-        (changed(|_, config| config["eos_token"] = json!("<end>")).1, vec!["tokenizer_config.json", "eos_token", "'<end>'"]),
+        (
+            changed(|_, config| config["eos_token"] = json!("<end>")).1,
+            vec!["tokenizer_config.json", "eos_token", "'<end>'"],
+        ),
         (changed(|_, config| config["eos_token"] = Value::Null).1, vec!["end-of-sequence", "eos_token"]),
-        (changed(|_, config| (config["bos_token"], config["add_bos_token"]) = (Value::Null, json!(true))).1, vec!["add_bos_token", "bos_token"]),
+        (
+            changed(|_, config| (config["bos_token"], config["add_bos_token"]) = (Value::Null, json!(true))).1,
+            vec!["add_bos_token", "bos_token"],
+        ),
     ];
     for (result, names) in cases {
         let error = result.unwrap_err();
@@ -114,19 +120,26 @@ fn a_template_renders_as_in_transformers() {
         "{% if messages[0]['role'] == 'system' and not messages[0].content.startswith('no') %}\n    {{ bos_token + messages[0]['content'].upper() }}\n{% endif %}\n",
         "{% for m in messages[1:] %}\n{{- loop.index ~ say(m) -}}\n{% endfor %}\n{{ ns.last }}"
     ));
-    assert_eq!(idioms.render_chat(&chat(&[("system", "<b>"), ("user", "x| y"), ("assistant", "z")]), false).unwrap(), "    <bos><B>\n1y2z1");
+    assert_eq!(
+        idioms.render_chat(&chat(&[("system", "<b>"), ("user", "x| y"), ("assistant", "z")]), false).unwrap(),
+        "    <bos><B>\n1y2z1"
+    );
 }
 
 #[test]
 fn a_templates_date_never_changes_and_generation_tags_have_no_effect() {
-    let tokenizer = template("{{ strftime_now('%d %b %Y') }}{% for m in messages %}\n{%- generation -%}\n {{ m.content }}\n{% endgeneration %}\n{% endfor %}");
+    let tokenizer = template(
+        "{{ strftime_now('%d %b %Y') }}{% for m in messages %}\n{%- generation -%}\n {{ m.content }}\n{% endgeneration %}\n{% endfor %}",
+    );
     assert_eq!(tokenizer.render_chat(&chat(&[("user", "x")]), false).unwrap(), "26 Jul 2024x\n");
     assert!(template("{{ strftime_now('%') }}").render_chat(&[], false).unwrap_err().message.contains("refuses"));
 }
 
 #[test]
 fn the_template_is_taken_from_its_own_file_or_from_a_list() {
-    let (dir, _) = changed(|_, config| config["chat_template"] = json!([{"name": "tools", "template": "no"}, {"name": "default", "template": "list"}]));
+    let (dir, _) = changed(|_, config| {
+        config["chat_template"] = json!([{"name": "tools", "template": "no"}, {"name": "default", "template": "list"}])
+    });
     assert_eq!(Tokenizer::load(dir.path()).unwrap().render_chat(&[], false).unwrap(), "list");
     std::fs::write(dir.path().join("chat_template.jinja"), "file").unwrap();
     assert_eq!(Tokenizer::load(dir.path()).unwrap().render_chat(&[], false).unwrap(), "file");
@@ -136,11 +149,20 @@ fn the_template_is_taken_from_its_own_file_or_from_a_list() {
 fn a_template_that_fails_says_why() {
     let hi = chat(&[("user", "hi"), ("assistant", "x")]);
     for (tokenizer, names) in [
-        (template("{{ raise_exception('roles must alternate') }}"), vec!["refuses this dialogue", "roles must alternate"]),
+        (
+            template("{{ raise_exception('roles must alternate') }}"),
+            vec!["refuses this dialogue", "roles must alternate"],
+        ),
         (template("{% if %}"), vec!["cannot be used", "line 1"]),
-        (changed(|_, config| config["chat_template"] = Value::Null).1.unwrap(), vec!["no chat template", "chat_template.jinja"]),
+        (
+            changed(|_, config| config["chat_template"] = Value::Null).1.unwrap(),
+            vec!["no chat template", "chat_template.jinja"],
+        ),
         (template("{{ messages.nothing.at_all }}"), vec!["refuses this dialogue"]),
-        (template("{% for m in messages %}{{ m.content }}{% if loop.last %}!{% endif %}{% endfor %}"), vec!["at message 2, assistant", "beginning of its rendering"]),
+        (
+            template("{% for m in messages %}{{ m.content }}{% if loop.last %}!{% endif %}{% endfor %}"),
+            vec!["at message 2, assistant", "beginning of its rendering"],
+        ),
     ] {
         let error = tokenizer.encode_chat(&hi).unwrap_err();
         assert!(names.iter().all(|n| error.message.contains(n)), "{error}");
@@ -164,7 +186,9 @@ fn only_what_the_assistant_says_and_its_end_are_targets() {
 
 #[test]
 fn a_dialogue_without_eos_gets_one_if_the_assistant_ends_it() {
-    let tokenizer = template("{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}");
+    let tokenizer = template(
+        "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}",
+    );
     let sample = tokenizer.encode_chat(&chat(&[("user", "x"), ("assistant", "y")])).unwrap();
     assert_eq!(targets(&sample), [id('y'), id(';'), EOS]);
     let sample = tokenizer.encode_chat(&chat(&[("assistant", "y"), ("user", "x")])).unwrap();
@@ -173,7 +197,9 @@ fn a_dialogue_without_eos_gets_one_if_the_assistant_ends_it() {
 
 #[test]
 fn a_token_that_begins_before_the_turn_belongs_to_the_prompt() {
-    let tokenizer = template("{% for m in messages %}{{ 'U' if m.role == 'user' else 'a' }}{{ m.content }}{% endfor %}{% if add_generation_prompt %}a{% endif %}");
+    let tokenizer = template(
+        "{% for m in messages %}{{ 'U' if m.role == 'user' else 'a' }}{{ m.content }}{% endfor %}{% if add_generation_prompt %}a{% endif %}",
+    );
     let sample = tokenizer.encode_chat(&chat(&[("user", "x"), ("assistant", "bz")])).unwrap();
     assert_eq!(sample.tokens, [id('U'), id('x'), AB, id('z'), EOS]);
     assert_eq!(targets(&sample), [id('z'), EOS]);
@@ -187,7 +213,8 @@ fn a_trained_model_gets_the_tokenizers_files() {
     let to = tempfile::tempdir().unwrap();
     let tokenizer = tokenizer.unwrap();
     tokenizer.copy_files(to.path()).unwrap();
-    let mut names: Vec<String> = std::fs::read_dir(to.path()).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    let mut names: Vec<String> =
+        std::fs::read_dir(to.path()).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
     names.sort();
     assert_eq!(names, ["generation_config.json", "tokenizer.json", "tokenizer_config.json"]);
     assert_eq!(Tokenizer::load(to.path()).unwrap().encode("abc", Begin::Yes).unwrap(), [ABC]);
