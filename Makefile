@@ -18,6 +18,7 @@ check: ## the static checks, cheapest first
 	tests/check.sh
 
 generate: ## writes the custom resource definition anew, from crds/src/job.rs
+	mkdir -p target
 	cargo run --release --locked --quiet --bin crdgen > target/rlhfjob.yaml
 	cp target/rlhfjob.yaml crds/rlhfjob.yaml
 	cp target/rlhfjob.yaml charts/rlhf-operator/files/rlhfjob.yaml

@@ -33,6 +33,7 @@ tests/cluster/kubebox.sh
 .cache/bin/helm lint --strict --quiet charts/rlhf-operator
 
 step "generated files"
+mkdir -p target
 cargo run --release --locked --quiet --bin crdgen > target/rlhfjob.yaml
 same target/rlhfjob.yaml crds/rlhfjob.yaml
 same target/rlhfjob.yaml charts/rlhf-operator/files/rlhfjob.yaml
