@@ -197,7 +197,8 @@ pub async fn check_crd(client: &Client, namespace: Option<&str>) -> Result<(), S
     let api: Api<Guarded> = scoped(client, namespace);
     match api.list_metadata(&kube::api::ListParams::default().limit(1)).await {
         Ok(_) => Ok(()),
-        Err(kube::Error::Api(s)) if s.is_not_found() => Err(format!(
+        // By the code: an unknown group is answered in plain text, without a reason.
+        Err(kube::Error::Api(s)) if s.code == 404 => Err(format!(
             "the cluster does not know {}/{} RLHFJob: install the chart with crds.enabled=true, or apply crds/rlhfjob.yaml",
             names::GROUP,
             RLHFJob::version(&())
@@ -315,4 +316,36 @@ pub fn phases(store: &Store<Guarded>) -> Vec<Phase> {
         .filter_map(|g| g.0.as_ref().ok())
         .map(|j| j.status.as_ref().map(|s| s.phase).unwrap_or_default())
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use http::{Request, Response};
+    use kube::client::Body;
+
+    /// A client whose API server gives every request the same answer.
+    fn client(code: u16, body: &'static str) -> Client {
+        let service = tower::service_fn(move |_: Request<Body>| async move {
+            Ok::<_, tower::BoxError>(
+                Response::builder().status(code).body(Body::from(body.as_bytes().to_vec())).unwrap(),
+            )
+        });
+        Client::new(service, "team")
+    }
+
+    #[tokio::test]
+    async fn what_is_missing_at_the_start_is_named() {
+        const FORBIDDEN: &str =
+            r#"{"kind":"Status","status":"Failure","reason":"Forbidden","code":403,"message":"cannot list resource"}"#;
+        for (code, body, start, end) in [
+            (404, "404 page not found\n", "the cluster does not know rlhf.dev/v1alpha1 RLHFJob: ", "crds/rlhfjob.yaml"),
+            (403, FORBIDDEN, "the operator may not list RLHFJobs", "cannot list resource"),
+            (500, "{}", "the API server cannot be asked for RLHFJobs: ", ""),
+        ] {
+            let error = check_crd(&client(code, body), None).await.unwrap_err();
+            assert!(error.starts_with(start) && error.ends_with(end), "{code}: {error}");
+        }
+        assert_eq!(check_crd(&client(200, r#"{"metadata":{},"items":[]}"#), None).await, Ok(()));
+    }
 }

@@ -6,7 +6,7 @@
 
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::batch::v1::Job;
-use k8s_openapi::api::core::v1::{ContainerState, ContainerStatus, Pod, PodCondition};
+use k8s_openapi::api::core::v1::{ContainerState, ContainerStateTerminated, ContainerStatus, Pod, PodCondition};
 use kube::ResourceExt;
 use rlhf_api::names;
 use rlhf_api::report::{Progress, TerminationMessage};
@@ -233,7 +233,7 @@ fn state(pod: &Pod) -> PodState {
         return PodState::Ended(End {
             code: Some(t.exit_code),
             oom_killed: t.reason.as_deref() == Some("OOMKilled") && t.exit_code != 0,
-            text: if word.is_some() { None } else { t.message.clone().or_else(|| t.reason.clone()) },
+            text: if word.is_some() { None } else { text(t) },
             word,
             at: t.finished_at.as_ref().map(|t| t.0),
         });
@@ -249,6 +249,12 @@ fn state(pod: &Pod) -> PodState {
         Some("Running") => PodState::Running,
         _ => PodState::Waiting(waiting_reason(pod, container)),
     }
+}
+
+/// What an ended container left in place of a document. The reason `Error` only says that the code is not 0.
+fn text(ended: &ContainerStateTerminated) -> Option<String> {
+    let message = ended.message.clone().filter(|m| !m.is_empty());
+    message.or_else(|| ended.reason.clone().filter(|r| r != "Error"))
 }
 
 /// Why a pod does not start, if it is not just starting. Without the kubelet's changing details, so that the
@@ -314,6 +320,8 @@ mod tests {
         let view = pod(terminated(1, "Error", "no such file"));
         assert_eq!(view.ended().unwrap().text.as_deref(), Some("no such file"));
         assert_eq!(view.ended().unwrap().word, None);
+        assert_eq!(pod(terminated(1, "Error", "")).ended().unwrap().text, None, "`Error` says nothing");
+        assert_eq!(pod(terminated(128, "StartError", "")).ended().unwrap().text.as_deref(), Some("StartError"));
     }
 
     #[test]

@@ -119,14 +119,29 @@ impl Scene {
         api.create(&PostParams::default(), &object).await.unwrap_or_else(|e| panic!("{}: {e}", object.name_any()));
     }
 
-    /// Takes the namespace and the volume away, waiting until nothing of them runs.
-    pub(crate) async fn clear(&self) {
+    /// Takes away what an earlier run left.
+    async fn clear(&self) {
         let namespaces = Api::<Namespace>::all(self.client.clone());
         let volumes = Api::<PersistentVolume>::all(self.client.clone());
         delete(&namespaces, &self.namespace).await;
         self.await_object(&namespaces, &self.namespace, 180, |n: Option<&Namespace>| n.is_none()).await;
         delete(&volumes, &self.namespace).await;
         self.await_object(&volumes, &self.namespace, SOON_SECONDS, |v: Option<&PersistentVolume>| v.is_none()).await;
+    }
+
+    /// Takes everything away. It waits for the pods, which the next test must not meet, but not for the namespace:
+    /// Kubernetes looks only now and then whether one is empty.
+    pub(crate) async fn leave(self) {
+        let all = ListParams::default();
+        match self.api::<RLHFJob>().delete_collection(&DeleteParams::default(), &all).await {
+            Err(kube::Error::Api(status)) if status.code == 404 => {} // the definition is gone, and so are the jobs
+            deleted => drop(deleted.unwrap_or_else(|e| panic!("the RLHFJobs of {}: {e}", self.namespace))),
+        }
+        let pods = self.api::<Pod>();
+        eventually("the end of the pods", 180, async || pods.list(&all).await.is_ok_and(|p| p.items.is_empty())).await;
+        delete(&Api::<Namespace>::all(self.client.clone()), &self.namespace).await;
+        delete(&Api::<PersistentVolume>::all(self.client.clone()), &self.namespace).await;
+        self.volume.remove();
     }
 
     /// Lets other tests run their trainers: this one runs no more and only watches.

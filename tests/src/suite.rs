@@ -68,8 +68,7 @@ async fn play<F: AsyncFnOnce(&Scene)>(name: &str, cores: Option<MutexGuard<'stat
     if result.is_err() {
         scene.report().await;
     }
-    scene.clear().await;
-    scene.volume.remove();
+    scene.leave().await;
     if let Err(panic) = result {
         resume_unwind(panic);
     }
@@ -135,10 +134,10 @@ pub async fn install(keep_crds: bool) {
     let run = format!("podAnnotations.tests=run-{now}");
     let mut args = vec!["upgrade", "--install", RELEASE, &chart, "--namespace", SYSTEM, "--wait", "--timeout", "1m"];
     args.extend(values.iter().flat_map(|v| ["--set", v]).chain(["--set-string", &run]));
-    let Answer { ok, text } = helm(&args).await;
+    let Answer { ok, errors, .. } = helm(&args).await;
     if !ok {
         let pods = kubectl(&["describe", "pods", "--namespace", SYSTEM]).await;
-        panic!("the operator cannot be installed: {text}\n{}", pods.text);
+        panic!("the operator cannot be installed: {errors}\n{}", pods.output);
     }
 }
 
@@ -146,7 +145,7 @@ pub async fn install(keep_crds: bool) {
 async fn no_other_jobs() {
     let columns = "custom-columns=NAMESPACE:.metadata.namespace,NAME:.metadata.name";
     let jobs = kubectl(&["get", "rlhfjobs", "--all-namespaces", "--no-headers", "--output", columns]).await;
-    let demo = jobs.text.lines().find(|line| jobs.ok && line.starts_with("demo "));
+    let demo = jobs.output.lines().find(|line| jobs.ok && line.starts_with("demo "));
     assert!(demo.is_none(), "the cluster runs the demo, which these tests would delete: `make demo-down` first");
 }
 
@@ -174,11 +173,11 @@ pub async fn uninstall() -> Uninstalled {
 /// Objects of every kind that match a selector, as kind and name.
 pub async fn labelled(selector: &str) -> Vec<String> {
     let kinds = kubectl(&["api-resources", "--verbs=list", "--output", "name"]).await.good();
-    let kinds: Vec<&str> = kinds.lines().filter(|kind| !kind.starts_with("componentstatuses")).collect();
+    let kinds: Vec<&str> = kinds.lines().collect();
     let found = kubectl(&["get", &kinds.join(","), "--all-namespaces", "--selector", selector, "--output", "name"])
         .await
         .good();
-    found.lines().filter(|line| line.contains('/')).map(str::to_owned).collect()
+    found.lines().map(str::to_owned).collect()
 }
 
 /// The operator's pods.

@@ -24,15 +24,17 @@ pub fn kubeconfig() -> PathBuf {
 pub struct Answer {
     /// Whether it ended well.
     pub ok: bool,
-    /// What it wrote, standard output first.
-    pub text: String,
+    /// Its standard output.
+    pub output: String,
+    /// Its standard error: warnings, and why it failed.
+    pub errors: String,
 }
 
 impl Answer {
-    /// The text of an answer that must be good.
+    /// The output of a program that must end well.
     pub fn good(self) -> String {
-        assert!(self.ok, "{}", self.text);
-        self.text
+        assert!(self.ok, "{}", self.errors);
+        self.output
     }
 }
 
@@ -66,7 +68,8 @@ async fn run(program: &str, args: &[&str], input: Option<String>) -> Answer {
     stdin.write_all(input.unwrap_or_default().as_bytes()).await.unwrap_or_else(|e| panic!("{program}: {e}"));
     drop(stdin);
     let Output { status, stdout, stderr } = child.wait_with_output().await.unwrap_or_else(|e| panic!("{program}: {e}"));
-    Answer { ok: status.success(), text: String::from_utf8_lossy(&[stdout, stderr].concat()).into_owned() }
+    let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
+    Answer { ok: status.success(), output: text(&stdout), errors: text(&stderr) }
 }
 
 /// The one row of a table that `kubectl get` printed, by column. Cells stand under their heads, so an empty one shows.

@@ -37,10 +37,10 @@ fn each_wrong_manifest_is_refused_with_the_message_of_its_rule() {
             let answer = ask(scene, &case).await;
             let as_expected = match &case.refused {
                 None => answer.ok,
-                Some(message) => !answer.ok && answer.text.contains(message),
+                Some(message) => !answer.ok && answer.errors.contains(message),
             };
             if !as_expected {
-                wrong.push(format!("{}: expected {:?}, got: {}", case.path.display(), case.refused, answer.text));
+                wrong.push(format!("{}: expected {:?}, got: {}", case.path.display(), case.refused, answer.errors));
             }
         }
         assert!(wrong.is_empty(), "{}", wrong.join("\n"));
@@ -54,7 +54,7 @@ fn each_example_is_accepted_without_a_warning() {
         assert!(examples.len() > 1, "the examples are gone");
         for (path, manifest) in examples {
             let answer = apply(scene, &manifest, false).await;
-            assert!(answer.ok && !answer.text.contains("Warning"), "{path}: {}", answer.text);
+            assert!(answer.ok && !answer.errors.contains("Warning"), "{path}: {}", answer.errors);
         }
     });
 }

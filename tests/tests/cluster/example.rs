@@ -15,6 +15,9 @@ use std::process::{Child, Command};
 use std::time::Duration;
 
 const STAGES: [&str; 3] = ["sft", "reward", "ppo"];
+/// Each stage runs some ten seconds: Prometheus looks for new pods every five.
+const SFT_STEPS: u64 = 45;
+const REWARD_STEPS: u64 = 150;
 const PPO_ITERATIONS: u64 = 8;
 /// Status, children and events of one attempt; above it something writes without need.
 const MOST_WRITES: usize = 12;
@@ -26,7 +29,11 @@ const QUIET: Duration = Duration::from_secs(60);
 #[test]
 fn the_example_succeeds_as_people_and_prometheus_see_it_then_rests() {
     on_the_cluster(async |scene| {
-        let manifest = example();
+        let manifest = example()
+            .stage("sft", "sft/epochs", json!(10))
+            .stage("sft", "sft/maxSteps", json!(SFT_STEPS))
+            .stage("reward", "rewardModel/epochs", json!(10))
+            .stage("reward", "rewardModel/maxSteps", json!(REWARD_STEPS));
         let dashboard = Dashboard::watch(&scene.namespace);
         scene.apply(manifest.clone()).await;
         let ppo_reports = |j: &RLHFJob| stage(j, "ppo").progress.is_some_and(|p| p.step > 0);
@@ -154,7 +161,7 @@ fn trained(model: &SavedModel, base: &SavedModel) {
 }
 
 fn learning_curves_and_samples_are_there(scene: &Scene, job: &RLHFJob) {
-    for (name, last) in [("sft", 15), ("reward", 15), ("ppo", PPO_ITERATIONS)] {
+    for (name, last) in [("sft", SFT_STEPS), ("reward", REWARD_STEPS), ("ppo", PPO_ITERATIONS)] {
         let steps = scene.volume.steps(job, name);
         assert!(steps.iter().all(|s| s.attempt == 1), "{steps:?}");
         assert_eq!(steps.iter().map(|s| s.step).collect::<Vec<_>>(), (1..=last).collect::<Vec<_>>(), "{name}");

@@ -26,7 +26,7 @@ fn a_deleted_job_leaves_no_child() {
 }
 
 #[test]
-fn an_uninstalled_chart_leaves_only_the_definition_and_only_where_it_is_to_be_kept() {
+fn an_uninstalled_chart_leaves_the_definition_only_where_kept() {
     on_the_cluster_alone(async |scene| {
         install(true).await;
         // Its claim does not exist, so it stays where it is.

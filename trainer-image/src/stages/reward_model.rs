@@ -18,7 +18,8 @@ use tch::{Kind, Tensor};
 const REFERENCE_RECORDS: usize = 256;
 
 struct PairwiseLogistic<'a> {
-    rankings: &'a [Ranking],
+    train: &'a [Ranking],
+    held_out: &'a [Ranking],
     micro_size: usize,
     centering: f64,
 }
@@ -57,7 +58,7 @@ fn agreement(scores: &[f64]) -> (f64, f64) {
 impl Objective for PairwiseLogistic<'_> {
     fn backward(&self, context: &Context, model: &mut Model, global_batch: &[usize]) -> Result<Vec<f64>> {
         let rankings = global_batch.len() as f64;
-        let share: Vec<&Ranking> = context.group.share(global_batch).into_iter().map(|&i| &self.rankings[i]).collect();
+        let share: Vec<&Ranking> = context.group.share(global_batch).into_iter().map(|&i| &self.train[i]).collect();
         let mut sums = vec![0.0; 4];
         let micro_batches = share.chunks(self.micro_size);
         let last = micro_batches.len();
@@ -88,6 +89,22 @@ impl Objective for PairwiseLogistic<'_> {
     fn figures(&self, sums: &[f64]) -> Vec<(Figure, f64)> {
         vec![(Figure::Loss, sums[1]), (Figure::Accuracy, sums[2]), (Figure::Margin, sums[3])]
     }
+
+    /// Accuracy and loss, the latter without centering.
+    fn evaluate(&self, context: &Context, model: &Model) -> Result<Vec<(Figure, f64)>> {
+        if self.held_out.is_empty() {
+            return Ok(vec![]);
+        }
+        let mut sums = [0.0; 2];
+        for row in scores(context, model, self.held_out, self.micro_size)? {
+            let (right, _) = agreement(&row);
+            sums[0] += right;
+            sums[1] += ranking_loss(&Tensor::from_slice(&row), 0.0)?.f_double_value(&[])?;
+        }
+        context.group.sum(&mut sums)?;
+        let n = self.held_out.len() as f64;
+        Ok(vec![(Figure::EvalAccuracy, sums[0] / n), (Figure::EvalLoss, sums[1] / n)])
+    }
 }
 
 /// Each ranking's scores, for this rank's share of some rankings.
@@ -99,22 +116,6 @@ fn scores(context: &Context, model: &Model, rankings: &[Ranking], micro_size: us
         all.extend(spans.into_iter().map(|s| flat[s].to_vec()));
     }
     Ok(all)
-}
-
-/// Held-out accuracy, margin and loss.
-fn evaluate(context: &Context, model: &Model, rankings: &[Ranking], micro_size: usize) -> Result<Vec<(Figure, f64)>> {
-    if rankings.is_empty() {
-        return Ok(vec![]);
-    }
-    let mut sums = [0.0; 2];
-    for row in scores(context, model, rankings, micro_size)? {
-        let (right, _) = agreement(&row);
-        sums[0] += right;
-        sums[1] += ranking_loss(&Tensor::from_slice(&row), 0.0)?.f_double_value(&[])?;
-    }
-    context.group.sum(&mut sums)?;
-    let n = rankings.len() as f64;
-    Ok(vec![(Figure::EvalAccuracy, sums[0] / n), (Figure::EvalLoss, sums[1] / n)])
 }
 
 /// Mean and standard deviation of the scores of reference responses: held-out ones, or the first trained ones
@@ -157,13 +158,11 @@ pub(super) fn run(context: &Context, settings: &RewardModel) -> Result<Output> {
         batch: &settings.batch,
         seed: context.config.seed,
     };
-    let objective = PairwiseLogistic { rankings: &data.train, micro_size, centering: settings.centering_coefficient };
-    supervised::train(context, &schedule, &settings.optimizer, &mut model, &objective)?;
-    let (figures, score) = context.telemetry.phase(Phase::Eval, || {
-        let figures = evaluate(context, &model, &data.eval, micro_size)?;
-        Ok::<_, crate::error::Error>((figures, normalisation(context, &model, &data.train, &data.eval, micro_size)?))
-    })?;
-    context.report_evaluation(schedule.total_steps(), &figures)?;
+    let centering = settings.centering_coefficient;
+    let objective = PairwiseLogistic { train: &data.train, held_out: &data.eval, micro_size, centering };
+    let figures = supervised::train(context, &schedule, &settings.optimizer, &mut model, &objective)?;
+    let score =
+        context.telemetry.phase(Phase::Eval, || normalisation(context, &model, &data.train, &data.eval, micro_size))?;
     let score = ScoreNormalisation { mean: score.mean - scalar_bias(&model)?, ..score };
     context.export(&model, &source, Some(score), keyed(&figures))
 }

@@ -13,7 +13,8 @@ use rlhf_api::stage::Sft;
 use tch::{Reduction, Tensor};
 
 struct CrossEntropy<'a> {
-    samples: &'a [SftSample],
+    train: &'a [SftSample],
+    held_out: &'a [SftSample],
     micro_size: usize,
 }
 
@@ -42,8 +43,8 @@ fn summed_loss(logits: &Tensor, targets: &[i64]) -> Result<Tensor> {
 
 impl Objective for CrossEntropy<'_> {
     fn backward(&self, context: &Context, model: &mut Model, global_batch: &[usize]) -> Result<Vec<f64>> {
-        let valid = target_count(global_batch.iter().map(|&i| &self.samples[i])).max(1) as f64;
-        let share: Vec<&SftSample> = context.group.share(global_batch).into_iter().map(|&i| &self.samples[i]).collect();
+        let valid = target_count(global_batch.iter().map(|&i| &self.train[i])).max(1) as f64;
+        let share: Vec<&SftSample> = context.group.share(global_batch).into_iter().map(|&i| &self.train[i]).collect();
         let (mut loss, mut tokens) = (0.0, 0);
         let micro_batches = share.chunks(self.micro_size);
         let last = micro_batches.len();
@@ -65,25 +66,25 @@ impl Objective for CrossEntropy<'_> {
     fn figures(&self, sums: &[f64]) -> Vec<(Figure, f64)> {
         vec![(Figure::Loss, sums[1]), (Figure::Perplexity, sums[1].exp())]
     }
-}
 
-/// Mean cross entropy and perplexity over held-out samples.
-fn evaluate(context: &Context, model: &Model, samples: &[SftSample], micro_size: usize) -> Result<Vec<(Figure, f64)>> {
-    if samples.is_empty() {
-        return Ok(vec![]);
+    /// Mean cross entropy and perplexity.
+    fn evaluate(&self, context: &Context, model: &Model) -> Result<Vec<(Figure, f64)>> {
+        if self.held_out.is_empty() {
+            return Ok(vec![]);
+        }
+        let share = context.group.share(self.held_out);
+        let mut sums = [0.0, target_count(share.iter().copied()) as f64];
+        for micro_batch in share.chunks(self.micro_size) {
+            let (batch, positions, targets) = collate(micro_batch, model.device());
+            model.visit_head(&model.hidden(&batch)?, &positions, |logits, range| {
+                sums[0] += summed_loss(logits, &targets[range])?.f_double_value(&[])?;
+                Ok(())
+            })?;
+        }
+        context.group.sum(&mut sums)?;
+        let loss = sums[0] / sums[1].max(1.0);
+        Ok(vec![(Figure::EvalLoss, loss), (Figure::EvalPerplexity, loss.exp())])
     }
-    let share = context.group.share(samples);
-    let mut sums = [0.0, target_count(share.iter().copied()) as f64];
-    for micro_batch in share.chunks(micro_size) {
-        let (batch, positions, targets) = collate(micro_batch, model.device());
-        model.visit_head(&model.hidden(&batch)?, &positions, |logits, range| {
-            sums[0] += summed_loss(logits, &targets[range])?.f_double_value(&[])?;
-            Ok(())
-        })?;
-    }
-    context.group.sum(&mut sums)?;
-    let loss = sums[0] / sums[1].max(1.0);
-    Ok(vec![(Figure::EvalLoss, loss), (Figure::EvalPerplexity, loss.exp())])
 }
 
 pub(super) fn run(context: &Context, settings: &Sft) -> Result<Output> {
@@ -103,14 +104,7 @@ pub(super) fn run(context: &Context, settings: &Sft) -> Result<Output> {
         batch: &settings.batch,
         seed: context.config.seed,
     };
-    supervised::train(
-        context,
-        &schedule,
-        &settings.optimizer,
-        &mut model,
-        &CrossEntropy { samples: &data.train, micro_size },
-    )?;
-    let figures = context.telemetry.phase(Phase::Eval, || evaluate(context, &model, &data.eval, micro_size))?;
-    context.report_evaluation(schedule.total_steps(), &figures)?;
+    let objective = CrossEntropy { train: &data.train, held_out: &data.eval, micro_size };
+    let figures = supervised::train(context, &schedule, &settings.optimizer, &mut model, &objective)?;
     context.export(&model, &source, None, keyed(&figures))
 }

@@ -51,20 +51,26 @@ pub(super) trait Objective {
 
     /// The step's figures from the sums over all ranks.
     fn figures(&self, sums: &[f64]) -> Vec<(Figure, f64)>;
+
+    /// Figures over the held-out records, over all ranks; none where nothing is held out.
+    fn evaluate(&self, context: &Context, model: &Model) -> Result<Vec<(Figure, f64)>>;
 }
 
-/// Trains from where the last checkpoint left off to the last step, saving on the way.
+/// Trains from where the last checkpoint left off to the last step, saving on the way; the held-out figures at the end.
+/// They are taken before the first step too: the process ends soon after the last, before anybody could scrape them.
 pub(super) fn train(
     context: &Context,
     schedule: &Schedule<'_>,
     optimizer: &Optimizer,
     model: &mut Model,
     objective: &impl Objective,
-) -> Result<()> {
+) -> Result<Vec<(Figure, f64)>> {
     let total = schedule.total_steps();
     let restored = context.restore(total, &mut [("model", model)])?;
+    let first = restored.map_or(0, |r| r.step);
+    evaluate(context, model, objective, first)?;
     let mut order = None;
-    for step in restored.map_or(0, |r| r.step)..total {
+    for step in first..total {
         let started = Instant::now();
         let global_batch = schedule.global_batch(step, &mut order);
         let rate = learning_rate(optimizer, step, total);
@@ -86,7 +92,13 @@ pub(super) fn train(
         context.report(step + 1, &figures)?;
         context.step_edge(step + 1, total, stop, &[("model", model)], &Value::Null)?;
     }
-    Ok(())
+    evaluate(context, model, objective, total)
+}
+
+fn evaluate(context: &Context, model: &Model, objective: &impl Objective, step: u64) -> Result<Vec<(Figure, f64)>> {
+    let figures = context.telemetry.phase(Phase::Eval, || objective.evaluate(context, model))?;
+    context.report_evaluation(step, &figures)?;
+    Ok(figures)
 }
 
 #[cfg(test)]
