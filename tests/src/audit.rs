@@ -43,7 +43,8 @@ impl Write {
     }
 }
 
-/// The writes to a namespace, in the order of their answers.
+/// The writes to a namespace since it was last made, in the order of their answers: an earlier run on the same cluster may
+/// have had one of the same name.
 pub fn writes(namespace: &str) -> Vec<Write> {
     let path = cache().join("cluster/log/audit.log");
     let log = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
@@ -53,7 +54,10 @@ pub fn writes(namespace: &str) -> Vec<Write> {
         |line: &str| serde_json::from_str::<Write>(line).unwrap_or_else(|e| panic!("{}: {e}: {line}", path.display()));
     let all =
         whole.lines().filter(|line| line.contains(namespace)).map(parse).filter(|w| w.stage == "ResponseComplete");
-    all.filter(|w| w.object_ref.as_ref().is_some_and(|o| o.namespace == namespace)).collect()
+    let mut writes: Vec<Write> =
+        all.filter(|w| w.object_ref.as_ref().is_some_and(|o| o.namespace == namespace)).collect();
+    let made = writes.iter().rposition(|w| w.kind() == "create namespaces").unwrap_or(0);
+    writes.split_off(made)
 }
 
 /// The operator's writes to a namespace.
