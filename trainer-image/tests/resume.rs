@@ -46,8 +46,7 @@ fn a_resumed_run_ends_bit_for_bit_as_one_that_was_never_stopped() {
         if stage == "ppo" {
             assert_eq!(volume.curve("ppo", "klCoefficient"), whole.curve("ppo", "klCoefficient"));
         }
-        let resumed: Vec<u64> =
-            volume.history(&stage).iter().filter(|l| l["attempt"] == 2).filter_map(|l| l["step"].as_u64()).collect();
+        let resumed = volume.trained(&stage, 2);
         assert_eq!(resumed.first(), Some(&(step + 1)), "{stage}: goes on after the checkpoint");
     }
 }
@@ -91,8 +90,7 @@ fn a_checkpoint_of_another_job_is_not_resumed_from() {
     other.config["job"]["uid"] = json!("another");
     let end = volume.succeed(&other);
     assert!(end.log.contains("belongs to stage 'sft' of the job with UID u"), "{}", end.log);
-    let first = volume.history("sft").into_iter().find(|l| l["attempt"] == 2).unwrap();
-    assert_eq!(first["step"], 1);
+    assert_eq!(volume.trained("sft", 2).first(), Some(&1));
 }
 
 #[test]
@@ -115,11 +113,10 @@ fn sigterm_saves_at_the_next_step_and_the_next_attempt_goes_on() {
     assert!(volume.path(end.message["checkpoint"]["path"].as_str().unwrap()).join("manifest.json").exists());
 
     let running = volume.start(&endless.attempt(2));
-    wait_until("a step of the second attempt", || volume.history("sft").iter().any(|l| l["attempt"] == 2));
+    wait_until("a step of the second attempt", || !volume.trained("sft", 2).is_empty());
     assert!(Command::new("kill").args(["-TERM", &running.child.id().to_string()]).status().unwrap().success());
     running.wait();
-    let next = volume.history("sft").into_iter().find(|l| l["attempt"] == 2).unwrap();
-    assert_eq!(next["step"].as_u64(), Some(step + 1));
+    assert_eq!(volume.trained("sft", 2).first(), Some(&(step + 1)));
 }
 
 #[test]

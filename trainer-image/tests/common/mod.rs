@@ -132,6 +132,12 @@ impl Volume {
         text.lines().filter_map(|l| serde_json::from_str(l).ok()).collect()
     }
 
+    /// The steps that an attempt trained, in order; evaluations are no steps.
+    pub fn trained(&self, stage: &str, attempt: u64) -> Vec<u64> {
+        let lines = self.history(stage).into_iter().filter(|l| l["attempt"] == attempt && !l["gradNorm"].is_null());
+        lines.filter_map(|l| l["step"].as_u64()).collect()
+    }
+
     /// The bytes of a stage's trained weights.
     pub fn weights(&self, stage: &str) -> Vec<u8> {
         fs::read(self.path(&format!("jobs/j/{stage}/model/model.safetensors"))).unwrap()
