@@ -2,7 +2,7 @@
 
 use crate::checkpoint::{Checkpoints, Restored};
 use crate::data::dataset_path;
-use crate::engine::{Group, HEAD_SLICE_BYTES, Model, Placement};
+use crate::engine::{Group, HEAD_SLICE_BYTES, Model, Placement, ScalarInit};
 use crate::environment::Environment;
 use crate::error::{Error, Result};
 use crate::files;
@@ -110,6 +110,21 @@ impl Context {
             recompute: self.config.strategy.recompute,
             head_slice_bytes: HEAD_SLICE_BYTES,
         }
+    }
+
+    /// The model from which the stage starts, as it lies on disk, and loaded to be trained with this head.
+    ///
+    /// # Errors
+    /// Names the file or tensor that is wrong, or says that the device has no room.
+    pub fn start_model(&self, head: HeadKind) -> Result<(Source, Model)> {
+        let source = Source::open(&self.path(&self.config.paths.start_model))?;
+        let model = Model::load(&source, head, self.scalar_init(), self.placement(true))?;
+        Ok((source, model))
+    }
+
+    /// What a scalar head starts from where a checkpoint has none.
+    pub fn scalar_init(&self) -> ScalarInit {
+        ScalarInit { seed: self.config.seed }
     }
 
     /// The stage's checkpoints.

@@ -5,9 +5,9 @@ use super::context::{Context, keyed};
 use super::math::ranking_loss;
 use super::supervised::{self, Objective, Schedule};
 use crate::data::{Ranking, load_rankings};
-use crate::engine::{Model, ScalarInit};
+use crate::engine::Model;
 use crate::error::Result;
-use crate::model::{Batch, HeadKind, ScoreNormalisation, Source};
+use crate::model::{Batch, HeadKind, ScoreNormalisation};
 use crate::telemetry::{Figure, Phase};
 use rlhf_api::report::Output;
 use rlhf_api::stage::RewardModel;
@@ -147,9 +147,7 @@ pub(super) fn run(context: &Context, settings: &RewardModel) -> Result<Output> {
     })?;
     let responses = data.train.iter().chain(&data.eval).flat_map(|r| &r.responses);
     context.agree_on_data(responses.map(Vec::as_slice))?;
-    let source = Source::open(&context.path(&context.config.paths.start_model))?;
-    let mut model =
-        Model::load(&source, HeadKind::Scalar, ScalarInit { seed: context.config.seed }, context.placement(true))?;
+    let (source, mut model) = context.start_model(HeadKind::Scalar)?;
     let micro_size = settings.batch.micro_size as usize;
     let schedule = Schedule {
         records: data.train.len(),

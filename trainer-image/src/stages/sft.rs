@@ -4,9 +4,9 @@
 use super::context::{Context, keyed};
 use super::supervised::{self, Objective, Schedule};
 use crate::data::{SftSample, load_sft};
-use crate::engine::{Model, ScalarInit};
+use crate::engine::Model;
 use crate::error::Result;
-use crate::model::{Batch, HeadKind, Source};
+use crate::model::{Batch, HeadKind};
 use crate::telemetry::{Figure, Phase};
 use rlhf_api::report::Output;
 use rlhf_api::stage::Sft;
@@ -93,9 +93,7 @@ pub(super) fn run(context: &Context, settings: &Sft) -> Result<Output> {
         load_sft(&context.dataset(&settings.dataset)?, settings, &tokenizer, context.config.seed)
     })?;
     context.agree_on_data(data.train.iter().chain(&data.eval).map(|s| s.tokens.as_slice()))?;
-    let source = Source::open(&context.path(&context.config.paths.start_model))?;
-    let mut model =
-        Model::load(&source, HeadKind::Lm, ScalarInit { seed: context.config.seed }, context.placement(true))?;
+    let (source, mut model) = context.start_model(HeadKind::Lm)?;
     let micro_size = settings.batch.micro_size as usize;
     let schedule = Schedule {
         records: data.train.len(),

@@ -68,7 +68,9 @@ pub(super) fn train(
     let total = schedule.total_steps();
     let restored = context.restore(total, &mut [("model", model)])?;
     let first = restored.map_or(0, |r| r.step);
-    evaluate(context, model, objective, first)?;
+    if first < total {
+        evaluate(context, model, objective, first)?;
+    }
     let mut order = None;
     for step in first..total {
         let started = Instant::now();

@@ -12,7 +12,7 @@ use super::context::{Context, keyed};
 use super::math::{adapted_kl_coefficient, explained_variance};
 use crate::data::order::permutation;
 use crate::data::{Prompt, load_prompts};
-use crate::engine::{Model, ScalarInit};
+use crate::engine::Model;
 use crate::error::{Error, Result};
 use crate::model::{HeadKind, ScoreNormalisation, Source};
 use crate::optim::learning_rate;
@@ -94,7 +94,7 @@ impl Models {
             .ok_or_else(|| Error::config("paths.rewardModel is missing: a PPO stage needs a reward model"))?;
         let reward = Source::open(&context.path(reward_path))?;
         let score = reward.score.unwrap_or(ScoreNormalisation { mean: 0.0, std: 1.0 });
-        let init = ScalarInit { seed: context.config.seed };
+        let init = context.scalar_init();
         if reward.spec.vocab != actor.spec.vocab {
             return Err(Error::input(format!(
                 "the reward model has {} tokens and the actor {}: both must come from the job's model",
