@@ -4,7 +4,7 @@ use crate::apply::{self, Blocked, apply};
 use crate::build::Settings;
 use crate::decide::{Decision, Trouble, decide};
 use crate::listed::{Listed, Watch};
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, Reason};
 use crate::observe::{self, ProgressReader, observe, still_holds};
 use crate::retries::Retries;
 use futures::future::BoxFuture;
@@ -85,12 +85,12 @@ pub enum Error {
 
 impl Error {
     /// The value of the metric's label.
-    fn reason(&self) -> &'static str {
+    fn reason(&self) -> Reason {
         match self {
-            Error::Observe(_) => "Observe",
-            Error::Apply(apply::Error::Stale) => "Stale",
-            Error::Apply(_) => "Apply",
-            Error::TimedOut => "TimedOut",
+            Error::Observe(_) => Reason::Observe,
+            Error::Apply(apply::Error::Stale) => Reason::Stale,
+            Error::Apply(_) => Reason::Apply,
+            Error::TimedOut => Reason::TimedOut,
         }
     }
 }
@@ -101,7 +101,7 @@ pub async fn reconcile(guarded: Arc<Guarded>, ctx: Arc<Context>) -> Result<Actio
     match &guarded.0 {
         Ok(job) => tokio::time::timeout(PASS_LIMIT, pass(job, &ctx)).await.map_err(|_| Error::TimedOut)?,
         Err(invalid) => {
-            ctx.metrics.failed("Undecodable");
+            ctx.metrics.failed(Reason::Undecodable);
             let error = &invalid.error;
             tracing::warn!(
                 job = guarded.name_any(),
@@ -145,7 +145,7 @@ fn whole_seconds(time: Timestamp) -> Timestamp {
 /// Keeps what was refused for the next pass, which follows at once and tells it in status.
 fn remember(job: &RLHFJob, decision: &Decision, blocked: Blocked, now: Timestamp, ctx: &Context) -> Action {
     let Blocked { stage, error } = blocked;
-    ctx.metrics.failed("Blocked");
+    ctx.metrics.failed(Reason::Blocked);
     let status = &decision.status;
     let attempt = status.prepare.iter().chain(&status.stages).find(|s| s.name == stage).map_or(0, |s| s.attempt);
     let trouble =

@@ -14,6 +14,38 @@ pub struct Metrics {
     requests: IntCounterVec,
 }
 
+/// Why a pass failed, or did less than it set out to: the values of the error counter's label.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reason {
+    /// A read failed.
+    Observe,
+    /// A write failed.
+    Apply,
+    /// What the pass decided on had changed meanwhile.
+    Stale,
+    /// The API server did not answer in time.
+    TimedOut,
+    /// The API server refused a child.
+    Blocked,
+    /// The object cannot be read as an RLHFJob.
+    Undecodable,
+}
+
+impl Reason {
+    const ALL: [Self; 6] = [Self::Observe, Self::Apply, Self::Stale, Self::TimedOut, Self::Blocked, Self::Undecodable];
+
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Observe => "Observe",
+            Self::Apply => "Apply",
+            Self::Stale => "Stale",
+            Self::TimedOut => "TimedOut",
+            Self::Blocked => "Blocked",
+            Self::Undecodable => "Undecodable",
+        }
+    }
+}
+
 const PHASES: [(Phase, &str); 6] = [
     (Phase::Pending, "Pending"),
     (Phase::Preparing, "Preparing"),
@@ -59,6 +91,10 @@ impl Metrics {
         for outcome in Outcome::ALL {
             attempts.with_label_values(&[outcome.as_str()]);
         }
+        // A counter that first appears with its first error has no rate of it, and a panel of it no data until then.
+        for reason in Reason::ALL {
+            errors.with_label_values(&[reason.as_str()]);
+        }
         Ok(metrics)
     }
 
@@ -68,8 +104,8 @@ impl Metrics {
     }
 
     /// Counts a failed pass.
-    pub fn failed(&self, reason: &'static str) {
-        self.errors.with_label_values(&[reason]).inc();
+    pub fn failed(&self, reason: Reason) {
+        self.errors.with_label_values(&[reason.as_str()]).inc();
     }
 
     /// Counts an attempt whose end is in status.
@@ -126,14 +162,15 @@ mod tests {
     fn passes_attempts_errors_and_requests_are_counted() {
         let metrics = Metrics::new().unwrap();
         drop(metrics.pass());
-        metrics.failed("Api");
+        metrics.failed(Reason::Apply);
         metrics.attempt_ended(Outcome::Disrupted);
         let refused = kube::core::Status::failure("no", "Forbidden").with_code(403).boxed();
         assert!(metrics.api::<()>("create", Err(kube::Error::Api(refused))).is_err());
         let text = metrics.render(std::iter::empty()).unwrap();
         for line in [
             "rlhf_operator_reconcile_duration_seconds_count 1",
-            "rlhf_operator_reconcile_errors_total{reason=\"Api\"} 1",
+            "rlhf_operator_reconcile_errors_total{reason=\"Apply\"} 1",
+            "rlhf_operator_reconcile_errors_total{reason=\"Observe\"} 0",
             "rlhf_operator_attempts_total{outcome=\"disrupted\"} 1",
             "rlhf_operator_attempts_total{outcome=\"failed\"} 0",
             "rlhf_operator_api_requests_total{code=\"403\",verb=\"create\"} 1",
