@@ -1,6 +1,6 @@
 # Short names for what the scripts do; `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-down test check generate images cluster-up cluster-down
+.PHONY: help demo demo-down test test-law check generate images cluster-up cluster-down
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -13,6 +13,9 @@ demo-down: ## leaves nothing of the demo running
 
 test: ## builds all and runs every test, those on a cluster too
 	tests/run.sh
+
+test-law: ## every strategy, split and family against the plain run; hours on two cores
+	tests/law.sh
 
 check: ## the static checks, cheapest first
 	tests/check.sh

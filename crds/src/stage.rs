@@ -365,16 +365,35 @@ impl StageKind {
 }
 
 /// How parameters, gradients and optimizer state are spread over the ranks.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub enum Sharding {
     /// Every rank holds everything; gradients are summed by all-reduce.
     #[default]
     Ddp,
+    /// Each rank holds its part of the optimizer state and updates its part of the parameters (ZeRO, Rajbhandari 2020).
+    Zero1,
+    /// As zero1, and each rank keeps only its part of the gradients, reduced after every micro-batch.
+    Zero2,
+    /// As zero2, and each rank keeps only its part of the parameters; a segment is gathered while it runs.
+    Zero3,
+}
+
+/// What lives in host memory and comes to the device only while it is used.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub enum Offload {
+    /// Nothing.
+    #[default]
+    None,
+    /// Gradients and optimizer state; the optimizer runs on the CPU (ZeRO-Offload, Ren 2021).
+    Optimizer,
+    /// These and the parameters, which are streamed a segment at a time.
+    Parameters,
 }
 
 /// What is kept of the forward pass for the backward pass.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub enum Recompute {
     /// Everything.
@@ -384,16 +403,36 @@ pub enum Recompute {
     Block,
 }
 
-/// How a model is placed and run.
+/// The number format that models compute in. Optimizers always keep parameters and moments in fp32 (Micikevicius 2018).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub enum Precision {
+    /// 32 bits.
+    #[default]
+    Fp32,
+    /// 16 bits with the range of fp32.
+    Bf16,
+    /// 16 bits with a small range, so the loss is scaled, and a step whose gradients overflow is skipped.
+    Fp16,
+}
+
+/// How a model is placed and run. These settings change memory and speed, never what is learnt (beyond a number format's
+/// rounding).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Strategy {
     /// How parameters, gradients and optimizer state are spread over the ranks.
     #[serde(default)]
     pub sharding: Sharding,
+    /// What lives in host memory.
+    #[serde(default)]
+    pub offload: Offload,
     /// What is kept of the forward pass for the backward pass.
     #[serde(default)]
     pub recompute: Recompute,
+    /// The number format that models compute in.
+    #[serde(default)]
+    pub precision: Precision,
 }
 
 /// When a checkpoint is written and how many are kept.

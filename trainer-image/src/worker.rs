@@ -15,6 +15,7 @@ use rlhf_api::config::StageConfig;
 use rlhf_api::report::{ExitCode, Output, TerminationMessage};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, ToSocketAddrs, UdpSocket};
 use std::path::PathBuf;
+use std::rc::Rc;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 use tch::Device;
@@ -75,7 +76,7 @@ fn train(options: &Options, environment: Environment, shown: &OnceLock<Telemetry
     }
     serve(options.http_port, environment.local_rank, &telemetry)?;
     let peers = meet(&environment, &config.value, &config.digest, device)?;
-    let group = Group::new(peers, rank, world_size, device);
+    let group = Rc::new(Group::new(peers, rank, world_size, device));
     let shutdown = Shutdown::install()?;
     tracing::info!(
         attempt = environment.attempt,

@@ -1,26 +1,78 @@
-//! The law that holds the engine up: however a run is split over processes, micro-batches and recomputation, its first
-//! twenty losses and its final parameters are those of the plain run, within the rounding of fp32.
+//! The law that holds the engine up: however a run is spread over processes, micro-batches and memory, its first twenty
+//! losses and its final parameters are those of the plain run, within the rounding of fp32.
+//!
+//! By default a cross section of all settings runs, in which each strategy meets each kind of split. With `LAW=all` in the
+//! environment (`make test-law`) every combination does.
 
 #![allow(clippy::unwrap_used, clippy::panic)] // helpers of tests
 
 mod common;
 
 use common::{FAMILIES, Launch, Volume, ppo, relative_gap, reward, sft};
-use serde_json::json;
+use serde_json::{Value, json};
 
 /// Over twenty steps of fp32. Relative for parameters and figures above one; figures below are sums of terms of the order
 /// of one that nearly cancel, so for them it is absolute.
 const TOLERANCE: f64 = 1e-5;
 
-/// The ways to split a run, by name.
-fn settings(plain: Launch) -> Vec<(&'static str, Launch)> {
-    vec![
-        ("2 processes", plain.clone().processes(2)),
-        ("4 processes, micro-batches of 1", plain.clone().processes(4).micro(1)),
-        ("micro-batches of 4", plain.clone().micro(4)),
-        ("recompute", plain.clone().recompute("block")),
-        ("2 processes, micro-batches of 2, recompute", plain.processes(2).micro(2).recompute("block")),
-    ]
+/// A way to run a stage.
+#[derive(Clone, Copy, Debug)]
+struct Setting {
+    sharding: &'static str,
+    offload: &'static str,
+    recompute: &'static str,
+    processes: u32,
+    micro: u32,
+}
+
+impl Setting {
+    /// Every combination.
+    fn all() -> Vec<Self> {
+        let mut all = Vec::new();
+        for sharding in ["ddp", "zero1", "zero2", "zero3"] {
+            for offload in ["none", "optimizer", "parameters"] {
+                for recompute in ["none", "block"] {
+                    for processes in [1, 2, 4] {
+                        for micro in [6, 2, 1] {
+                            all.push(Self { sharding, offload, recompute, processes, micro });
+                        }
+                    }
+                }
+            }
+        }
+        all
+    }
+
+    /// Every combination, or a cross section of them that is spread over the families: each strategy with two processes, one
+    /// in four of them with one or with four too, and the other settings in turn.
+    fn chosen(family: &str) -> Vec<Self> {
+        let all = Self::all();
+        if std::env::var("LAW").is_ok_and(|l| l == "all") {
+            return all;
+        }
+        let family = FAMILIES.iter().position(|f| *f == family).unwrap();
+        let section = |(i, s): (usize, &Self)| {
+            let strategy = i / 18;
+            if strategy % FAMILIES.len() != family {
+                return None;
+            }
+            let (recompute, micro) = (["none", "block"][strategy % 2], [2, 1, 6, 2, 1][strategy % 5]);
+            let processes =
+                s.processes == 2 || (s.processes == 1 && strategy % 4 == 1) || (s.processes == 4 && strategy % 4 == 3);
+            (s.recompute == recompute && s.micro == micro && processes).then_some(*s)
+        };
+        all.iter().enumerate().filter_map(section).collect()
+    }
+
+    fn name(&self) -> String {
+        let Self { sharding, offload, recompute, processes, micro } = self;
+        format!("{sharding}, offload {offload}, recompute {recompute}, {processes} processes, micro-batches of {micro}")
+    }
+
+    fn apply(&self, launch: Launch) -> Launch {
+        let strategy = json!({"sharding": self.sharding, "offload": self.offload, "recompute": self.recompute});
+        launch.strategy(strategy).processes(self.processes).micro(self.micro)
+    }
 }
 
 fn close(what: &str, actual: &[f64], expected: &[f64]) {
@@ -40,9 +92,9 @@ fn holds(family: &str, plain: &Launch, figures: &[&str], prepare: impl Fn(&Volum
         volume
     };
     let expected = run(plain);
-    for (name, launch) in settings(plain.clone()) {
-        let what = format!("{stage}, {family}, {name}");
-        let actual = run(&launch);
+    for setting in Setting::chosen(family) {
+        let what = format!("{stage}, {family}, {}", setting.name());
+        let actual = run(&setting.apply(plain.clone()));
         for figure in figures {
             let curve = expected.curve(&stage, figure);
             assert!(!curve.is_empty(), "{stage} tells no {figure}");
@@ -89,6 +141,33 @@ fn ppo_with_every_option_does_not_depend_on_how_it_is_split() {
         .with("/clipReward", json!(2.0))
         .with("/sampling", json!({"temperature": 0.8, "topK": 20, "topP": 0.9}));
     holds("gpt2", &options, &["reward", "kl", "policyLoss", "approxKl"], |volume| volume.copy_job(&trained));
+}
+
+/// 16 bits round, so their runs cannot equal those of fp32; they must stay beside them, under the plainest and under the most
+/// frugal strategy. In fp16 the loss scale finds its place in the first steps, of which it skips some: later steps lag.
+#[test]
+fn sixteen_bits_learn_what_thirty_two_do() {
+    for family in FAMILIES {
+        let curve = |strategy: Value, processes| {
+            let volume = Volume::new(family);
+            volume.succeed(&sft().strategy(strategy).processes(processes).micro(2));
+            volume.curve("sft", "loss")
+        };
+        let expected = curve(json!({}), 1);
+        for (precision, tolerance) in [("bf16", 0.02), ("fp16", 0.1)] {
+            let frugal =
+                json!({"precision": precision, "sharding": "zero3", "offload": "parameters", "recompute": "block"});
+            for (strategy, processes) in [(json!({"precision": precision}), 1), (frugal, 2)] {
+                let actual = curve(strategy.clone(), processes);
+                let gap = actual.iter().zip(&expected).map(|(a, e)| (a - e).abs() / e).fold(0.0, f64::max);
+                println!("{family}, {strategy}: losses within {gap:.1e}");
+                assert!(
+                    actual.len() == expected.len() && gap < tolerance,
+                    "{family}, {strategy}: {actual:?}, fp32 {expected:?}"
+                );
+            }
+        }
+    }
 }
 
 /// At learning rate 0 nothing may move: not with another temperature, micro-batch, process count or estimator.

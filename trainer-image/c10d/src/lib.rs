@@ -25,7 +25,7 @@ mod store;
 pub use autograd::grad;
 pub use cuda::{DeviceMemory, device_memory, has_cuda, init};
 pub use error::{Error, Result};
-pub use memory::{from_mmap, host_bytes, map_file, peak_host_bytes, resize_storage, storage_bytes};
+pub use memory::{from_mmap, host_bytes, map_file, on_host, peak_host_bytes, resize_storage, storage_bytes};
 pub use optim::AdamW;
 pub use process_group::{ProcessGroup, ReduceOp, Work};
 pub use rendezvous::Rendezvous;

@@ -7,6 +7,7 @@
 //! **Gloo aborts the process when ranks pass different sizes** (it throws in a thread of its own). So all ranks first
 //! [`ProcessGroup::agree`] on a digest of everything that decides sizes.
 
+use std::cell::Cell;
 use std::fmt::Write as _;
 use std::ptr::{NonNull, null_mut};
 use std::time::Duration;
@@ -51,6 +52,7 @@ pub struct ProcessGroup {
     world_size: u32,
     /// Where tensors of collectives lie.
     device: Device,
+    sent: Cell<u64>,
 }
 
 // SAFETY: the handle is an owned intrusive pointer with an atomic count, and nothing in it is bound to a thread. (It is
@@ -82,7 +84,7 @@ impl ProcessGroup {
 
     fn from_raw(raw: *mut ffi::CGroup, rank: u32, world_size: u32, device: Device) -> Result<Self> {
         let handle = NonNull::new(raw).ok_or_else(|| Error::Torch("no process group was made".into()))?;
-        Ok(ProcessGroup { handle, rank, world_size, device })
+        Ok(ProcessGroup { handle, rank, world_size, device, sent: Cell::new(0) })
     }
 
     /// This process's place in the group, from 0.
@@ -95,9 +97,23 @@ impl ProcessGroup {
         self.world_size
     }
 
+    /// Bytes that this rank has sent in collectives on tensors, as their standard algorithms count them: of a tensor of n
+    /// bytes over w ranks, n (w - 1) / w for all-gather, reduce-scatter and all-to-all, twice that for all-reduce.
+    pub fn bytes_sent(&self) -> u64 {
+        self.sent.get()
+    }
+
+    /// Counts a collective over a tensor that is `whole` on every rank, of which each part goes round `times` times.
+    fn count(&self, whole: &Tensor, times: u64) {
+        let bytes = (whole.numel() * whole.kind().elt_size_in_bytes()) as u64;
+        let world = u64::from(self.world_size);
+        self.sent.set(self.sent.get() + times * bytes * (world - 1) / world);
+    }
+
     /// Replaces `tensor` by the reduction of all ranks' tensors. The result is the same, bit for bit, on all ranks.
     pub fn all_reduce(&self, tensor: &Tensor, op: ReduceOp) -> Result<Work> {
         let tensor = self.flat(tensor, "all_reduce")?;
+        self.count(&tensor, 2);
         // SAFETY: group and tensor live through the call; the work keeps the tensor until it ends.
         self.start(|out| unsafe { ffi::c10d_group_all_reduce(self.raw(), ptr(&tensor), op.code(), out) }, [&tensor])
     }
@@ -106,6 +122,7 @@ impl ProcessGroup {
     pub fn all_gather(&self, output: &Tensor, input: &Tensor) -> Result<Work> {
         self.expect_sizes("all_gather", output.numel(), input.numel() * self.size())?;
         let (output, input) = (self.flat(output, "all_gather")?, self.flat(input, "all_gather")?);
+        self.count(&output, 1);
         // SAFETY: group and tensors live through the call; the work keeps the tensors until it ends.
         let start = |out| unsafe { ffi::c10d_group_all_gather(self.raw(), ptr(&output), ptr(&input), out) };
         self.start(start, [&output, &input])
@@ -116,6 +133,7 @@ impl ProcessGroup {
     pub fn reduce_scatter(&self, output: &Tensor, input: &Tensor, op: ReduceOp) -> Result<Work> {
         self.expect_sizes("reduce_scatter", input.numel(), output.numel() * self.size())?;
         let (output, input) = (self.flat(output, "reduce_scatter")?, self.flat(input, "reduce_scatter")?);
+        self.count(&input, 1);
         // SAFETY: group and tensors live through the call; the work keeps the tensors until it ends.
         let start =
             |out| unsafe { ffi::c10d_group_reduce_scatter(self.raw(), ptr(&output), ptr(&input), op.code(), out) };
@@ -127,6 +145,7 @@ impl ProcessGroup {
     pub fn all_to_all(&self, output: &Tensor, input: &Tensor) -> Result<Work> {
         self.expect_sizes("all_to_all", output.numel(), input.numel() / self.size() * self.size())?;
         let (output, input) = (self.flat(output, "all_to_all")?, self.flat(input, "all_to_all")?);
+        self.count(&input, 1);
         // SAFETY: group and tensors live through the call; the work keeps the tensors until it ends.
         let start = |out| unsafe { ffi::c10d_group_all_to_all(self.raw(), ptr(&output), ptr(&input), out) };
         self.start(start, [&output, &input])

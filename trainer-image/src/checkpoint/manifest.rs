@@ -1,5 +1,6 @@
 //! What a checkpoint says of itself.
 
+use crate::engine::LossScale;
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -11,7 +12,7 @@ use std::path::Path;
 /// The manifest's file name.
 pub(super) const MANIFEST: &str = "manifest.json";
 /// The version of the layout.
-pub(super) const FORMAT: u32 = 1;
+pub(super) const FORMAT: u32 = 2;
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -27,11 +28,13 @@ pub(super) struct Manifest {
     pub files: Vec<FileEntry>,
 }
 
-/// A model's optimizer steps, and the elements of each of its chunks.
+/// A model's optimizer steps, its loss scale where it is trained in fp16, and the elements of each of its chunks.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(super) struct ModelEntry {
     pub updates: i64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss_scale: Option<LossScale>,
     pub chunks: Vec<i64>,
 }
 

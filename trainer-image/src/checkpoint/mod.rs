@@ -8,7 +8,7 @@
 mod manifest;
 mod shard_file;
 
-use crate::engine::{Group, Model};
+use crate::engine::{Chunk, Group, Model};
 use crate::environment::Environment;
 use crate::error::{Error, Result};
 use crate::files;
@@ -92,7 +92,8 @@ impl Checkpoints {
     fn manifest(&self, step: u64, models: &[(&str, &Model)], state: &Value, digests: &[[u8; 32]]) -> Manifest {
         let entry = |model: &Model| ModelEntry {
             updates: model.updates(),
-            chunks: model.chunks().iter().map(|c| c.flat().size()[0]).collect(),
+            loss_scale: model.loss_scale(),
+            chunks: model.chunks().iter().map(Chunk::numel).collect(),
         };
         Manifest {
             format: manifest::FORMAT,
@@ -156,12 +157,12 @@ impl Checkpoints {
         for (name, model) in models.iter_mut() {
             let entry =
                 manifest.models.get(*name).ok_or_else(|| self.mismatch(step, format!("it has no model '{name}'")))?;
-            let chunks: Vec<i64> = model.chunks().iter().map(|c| c.flat().size()[0]).collect();
+            let chunks: Vec<i64> = model.chunks().iter().map(Chunk::numel).collect();
             if entry.chunks != chunks {
                 return Err(self.mismatch(step, format!("its model '{name}' has another shape")));
             }
             shard_file::read(&self.path(step), &manifest.files, name, model)?;
-            model.set_updates(entry.updates);
+            model.restored(entry.updates, entry.loss_scale)?;
         }
         Ok(Some(Restored { step, state: manifest.state, checkpoint: self.describe(step) }))
     }

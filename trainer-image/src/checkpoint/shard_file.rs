@@ -1,7 +1,7 @@
 //! One rank's file of a checkpoint: its range of every chunk of every model.
 
 use super::manifest::{self, FileEntry};
-use crate::engine::{Chunk, Group, Model, shard};
+use crate::engine::{Chunk, Group, Model, part};
 use crate::error::{Error, Result};
 use crate::model::Outgoing;
 use safetensors::tensor::{Dtype, SafeTensors};
@@ -16,14 +16,6 @@ pub(super) fn name(rank: u32) -> String {
     format!("rank-{rank:05}.safetensors")
 }
 
-/// A chunk's flat tensors, by the names under which they are saved.
-fn parts(chunk: &Chunk) -> Vec<(&'static str, &Tensor)> {
-    let state = chunk.optimizer_state();
-    std::iter::once(("parameters", chunk.flat()))
-        .chain(state.into_iter().flat_map(|s| [("first-moment", &s.first), ("second-moment", &s.second)]))
-        .collect()
-}
-
 fn key(model: &str, chunk: usize, part: &str) -> String {
     format!("{model}.{chunk}.{part}")
 }
@@ -33,9 +25,7 @@ pub(super) fn write(dir: &Path, group: &Group, models: &[(&str, &Model)]) -> Res
     let mut outgoing = Vec::new();
     for (model_name, model) in models {
         for (i, chunk) in model.chunks().iter().enumerate() {
-            for (part, flat) in parts(chunk) {
-                let range = shard(flat.size()[0], group.rank(), group.world_size());
-                let piece = flat.f_narrow(0, range.start, range.end - range.start)?;
+            for (part, piece) in chunk.saved()? {
                 outgoing.push((key(model_name, i, part), Outgoing::new(&piece)?));
             }
         }
@@ -47,16 +37,16 @@ pub(super) fn write(dir: &Path, group: &Group, models: &[(&str, &Model)]) -> Res
 }
 
 /// Fills a model's chunks from the ranges in all ranks' files, whatever world size wrote them.
-pub(super) fn read(dir: &Path, files: &[FileEntry], model_name: &str, model: &Model) -> Result<()> {
+pub(super) fn read(dir: &Path, files: &[FileEntry], model_name: &str, model: &mut Model) -> Result<()> {
     let world_size = files.len() as u32;
     for (rank, file) in (0u32..).zip(files) {
         let path = dir.join(&file.name);
         let pieces = Pieces::open(&path)?;
-        for (i, chunk) in model.chunks().iter().enumerate() {
-            for (part, flat) in parts(chunk) {
-                let range = shard(flat.size()[0], rank, world_size);
-                let piece = pieces.tensor(&key(model_name, i, part), range.end - range.start)?;
-                tch::no_grad(|| flat.f_narrow(0, range.start, range.end - range.start)?.f_copy_(&piece))?;
+        for (i, chunk) in model.chunks_mut().iter_mut().enumerate() {
+            let range = part(chunk.numel(), rank, world_size);
+            for name in Chunk::SAVED {
+                let piece = pieces.tensor(&key(model_name, i, name), range.end - range.start)?;
+                chunk.restore(name, range.start, &piece)?;
             }
         }
     }

@@ -1,148 +1,341 @@
-//! One segment's parameters as a flat buffer, and what training adds to it.
+//! One segment's parameters as a flat buffer: where it rests, how it comes to the device, and how it is updated.
 //!
-//! A chunk is the unit of reducing, optimising and checkpointing. Under data parallelism every rank holds it
-//! whole; gradients of the micro-batches are summed here and reduced over the ranks once a step.
+//! A chunk is the unit of gathering, reducing, offloading, optimising and checkpointing. At rest its working copy is whole
+//! or this rank's part (`zero3`), on the device or on the host; to be used it is fetched, whole, onto the device. The
+//! optimizer works on fp32 values (Micikevicius 2018) of the part that this rank updates. Where that is the working copy
+//! itself, there is no second one.
 
-use super::group::Group;
-use super::layout::ChunkLayout;
+use super::gradient::Gradient;
+use super::group::{Gather, Group};
+use super::layout::{ChunkLayout, part, part_size};
+use super::placement::Placement;
 use crate::error::{Error, Result};
+use crate::model::ParamSpec;
 use crate::model::transformer::Params;
-use c10d::{AdamW, Work};
+use c10d::AdamW;
+use std::ops::Range;
+use std::rc::Rc;
 use tch::{Device, Kind, Tensor};
 
-/// Flat parameters `[numel]` in fp32, seen as one tensor a parameter.
+/// A segment's parameters, and what training adds to them.
 pub struct Chunk {
     layout: ChunkLayout,
-    flat: Tensor,
-    params: Params,
+    placement: Placement,
+    group: Rc<Group>,
+    /// The working copy at rest: `[padded]`, or this rank's part.
+    home: Tensor,
+    /// The parameters, where the chunk rests whole on the device.
+    resident: Option<Rc<Params>>,
     training: Option<Training>,
 }
 
 struct Training {
-    gradient: Tensor,
-    gradient_views: Vec<Tensor>,
+    /// The elements of the padded chunk that this rank updates.
+    own: Range<i64>,
+    /// Their fp32 values.
+    master: Tensor,
     state: OptimizerState,
-    reduction: Option<Work>,
+    gradient: Gradient,
 }
 
-/// AdamW's two moments, flat like the parameters.
-pub struct OptimizerState {
-    /// Mean of gradients.
-    pub first: Tensor,
-    /// Mean of squared gradients.
-    pub second: Tensor,
+/// AdamW's two moments of the elements that this rank updates.
+struct OptimizerState {
+    first: Tensor,
+    second: Tensor,
 }
 
-impl Chunk {
-    /// A chunk that holds these values, in the layout's order. A trainable one has a gradient and optimizer state beside it.
-    ///
-    /// # Errors
-    /// Where the device has no room or a value has the wrong shape.
-    pub fn new(layout: ChunkLayout, values: &[Tensor], device: Device, trainable: bool) -> Result<Self> {
-        let zeros = || Tensor::f_zeros([layout.numel], (Kind::Float, device));
-        let flat = zeros()?;
-        let views = layout.views(&flat)?;
-        if !views.iter().map(Tensor::size).eq(values.iter().map(Tensor::size)) {
-            return Err(Error::bug("a chunk was given values of other shapes than its layout's"));
-        }
-        for (view, value) in views.iter().zip(values) {
-            view.shallow_clone().f_copy_(value)?;
-        }
-        let leaves =
-            views.into_iter().map(|v| Ok(v.f_detach()?.f_set_requires_grad(trainable)?)).collect::<Result<Vec<_>>>()?;
-        let specs: Vec<_> = layout.slots.iter().map(|(s, _)| s.clone()).collect();
-        let params = Params::new(&specs, leaves);
-        let training = if trainable {
-            let gradient = zeros()?;
-            let gradient_views = layout.views(&gradient)?;
-            Some(Training {
-                gradient,
-                gradient_views,
-                state: OptimizerState { first: zeros()?, second: zeros()? },
-                reduction: None,
-            })
-        } else {
-            None
-        };
-        Ok(Self { layout, flat, params, training })
-    }
+/// A chunk's whole parameters on the device, for as long as this lives.
+pub(super) struct Held {
+    params: Rc<Params>,
+    /// The memory that came for this use; `None` where the chunk rests on the device.
+    flat: Option<Tensor>,
+}
 
-    /// The parameters, as views into the chunk.
-    pub fn params(&self) -> &Params {
+impl Held {
+    /// The parameters.
+    pub(super) fn params(&self) -> &Params {
         &self.params
     }
 
-    /// The flat parameters `[numel]`.
-    pub fn flat(&self) -> &Tensor {
-        &self.flat
+    /// Gives the memory back while a graph still refers to it; [`Chunk::fetch_again`] fills it anew.
+    pub(super) fn park(&self) -> Result<()> {
+        self.flat.as_ref().map_or(Ok(()), |flat| Ok(c10d::resize_storage(flat, 0)?))
+    }
+}
+
+/// Parameters on their way to the device.
+#[must_use = "the parameters are there only after ready()"]
+pub(super) struct Fetch {
+    held: Held,
+    gather: Option<Gather>,
+}
+
+impl Fetch {
+    /// Waits until the parameters are there.
+    pub(super) fn ready(self) -> Result<Held> {
+        self.gather.map(Gather::finish).transpose()?;
+        Ok(self.held)
+    }
+}
+
+impl From<Held> for Fetch {
+    fn from(held: Held) -> Self {
+        Self { held, gather: None }
+    }
+}
+
+impl Chunk {
+    /// The names of what a checkpoint keeps of a trained chunk.
+    pub const SAVED: [&'static str; 3] = ["parameters", "first-moment", "second-moment"];
+
+    /// A chunk that holds these values, in the layout's order. `many` says that one micro-batch adds to its gradient many
+    /// times.
+    ///
+    /// # Errors
+    /// Where the device or the host has no room or a value has the wrong shape.
+    pub fn new(
+        layout: ChunkLayout,
+        values: &[Tensor],
+        many: bool,
+        placement: Placement,
+        group: &Rc<Group>,
+    ) -> Result<Self> {
+        let (rank, world) = (group.rank(), group.world_size());
+        let size = part_size(layout.numel, world);
+        let (padded, part) = (size * i64::from(world), i64::from(rank) * size..(i64::from(rank) + 1) * size);
+        let whole = layout.join(values, padded)?;
+        let rests = if placement.shards_parameters() { part.clone() } else { 0..padded };
+        let mut home = placement.home_zeros(rests.end - rests.start)?;
+        home.f_copy_(&whole.f_narrow(0, rests.start, rests.end - rests.start)?)?;
+        let training = if placement.trainable {
+            let own = if placement.shards_state() { part } else { 0..padded };
+            let len = own.end - own.start;
+            let master = if placement.master_is_home() {
+                home.f_narrow(0, own.start - rests.start, len)?
+            } else {
+                let mut master = placement.state_zeros(len)?;
+                master.f_copy_(&whole.f_narrow(0, own.start, len)?)?;
+                master
+            };
+            let state = OptimizerState { first: placement.state_zeros(len)?, second: placement.state_zeros(len)? };
+            let gradient = Gradient::new(&layout, own.clone(), many, &placement, world)?;
+            Some(Training { own, master, state, gradient })
+        } else {
+            None
+        };
+        let mut chunk = Self { layout, placement, group: group.clone(), home, resident: None, training };
+        if !placement.shards_parameters() && !placement.streams() {
+            chunk.resident = Some(Rc::new(chunk.leaves(&chunk.home)?));
+        }
+        Ok(chunk)
     }
 
-    /// The optimizer's moments, where the chunk is trained.
-    pub fn optimizer_state(&self) -> Option<&OptimizerState> {
-        self.training.as_ref().map(|t| &t.state)
+    /// Elements of the chunk, without padding for the ranks.
+    pub fn numel(&self) -> i64 {
+        self.layout.numel
     }
 
-    /// The gradient accumulated since the last step, one tensor a parameter, where the chunk is trained.
-    pub fn gradients(&self) -> Option<&[Tensor]> {
-        self.training.as_ref().map(|t| t.gradient_views.as_slice())
+    fn padded(&self) -> i64 {
+        part_size(self.layout.numel, self.group.world_size()) * i64::from(self.group.world_size())
+    }
+
+    /// Parameters over a flat buffer, as leaves of autograd's graph. They have a version counter of their own, so that a
+    /// buffer that is filled again with the same values does not count as changed.
+    fn leaves(&self, flat: &Tensor) -> Result<Params> {
+        let trainable = self.placement.trainable;
+        let views = self.layout.views(&flat.f_data()?)?;
+        let leaves =
+            views.into_iter().map(|v| Ok(v.f_detach()?.f_set_requires_grad(trainable)?)).collect::<Result<Vec<_>>>()?;
+        Ok(Params::new(self.layout.slots.iter().map(|(spec, _)| spec.param), leaves))
+    }
+
+    /// Starts bringing the whole chunk to the device.
+    pub(super) fn fetch(&self) -> Result<Fetch> {
+        if let Some(params) = &self.resident {
+            return Ok(Held { params: params.clone(), flat: None }.into());
+        }
+        let flat = Tensor::f_empty([self.padded()], (self.placement.kind(), self.placement.device))?;
+        let params = Rc::new(self.leaves(&flat)?);
+        self.fill(Held { params, flat: Some(flat) })
+    }
+
+    /// Starts bringing the chunk back into memory that was parked.
+    pub(super) fn fetch_again(&self, held: Held) -> Result<Fetch> {
+        match &held.flat {
+            None => Ok(held.into()),
+            Some(flat) => {
+                let bytes = flat.numel() * self.placement.kind().elt_size_in_bytes();
+                c10d::resize_storage(flat, bytes)?;
+                self.fill(held)
+            }
+        }
+    }
+
+    fn fill(&self, held: Held) -> Result<Fetch> {
+        let Some(flat) = &held.flat else { return Ok(held.into()) };
+        let gather = if self.placement.shards_parameters() {
+            Some(self.group.start_gather(flat, &self.home)?)
+        } else {
+            flat.shallow_clone().f_copy_(&self.home)?;
+            None
+        };
+        Ok(Fetch { held, gather })
     }
 
     /// Adds gradients, one a parameter in order; `None` stands for zero.
-    pub(super) fn accumulate<'a>(&mut self, gradients: impl IntoIterator<Item = &'a Option<Tensor>>) -> Result<()> {
+    pub(super) fn accumulate<'g>(&mut self, gradients: impl IntoIterator<Item = &'g Option<Tensor>>) -> Result<()> {
         let Some(training) = &mut self.training else { return Ok(()) };
-        for (view, gradient) in training.gradient_views.iter_mut().zip(gradients) {
+        for (view, gradient) in training.gradient.views(&self.layout, &self.placement)?.iter().zip(gradients) {
             if let Some(gradient) = gradient {
-                let _ = view.f_add_(gradient)?;
+                let _ = view.shallow_clone().f_add_(gradient)?;
             }
         }
         Ok(())
     }
 
-    /// Starts summing the gradient over the ranks; it is in flight until [`Chunk::finish_reduction`].
-    pub(super) fn start_reduction(&mut self, group: &Group) -> Result<()> {
+    /// Adds `rows` `[n, h]` to the rows at `indices` `[n]` of the gradient of the parameter in place `slot`.
+    pub(super) fn accumulate_rows(&mut self, slot: usize, indices: &Tensor, rows: &Tensor) -> Result<()> {
         let Some(training) = &mut self.training else { return Ok(()) };
-        training.reduction = group.start_sum(&training.gradient)?;
+        let views = training.gradient.views(&self.layout, &self.placement)?;
+        let view = views.get(slot).ok_or_else(|| Error::bug(format!("the chunk has no parameter {slot}")))?;
+        let _ = view.shallow_clone().f_index_add_(0, indices, &rows.f_to_kind(view.kind())?)?;
         Ok(())
     }
 
-    /// Waits for the reduction and returns the gradient's squared L2 norm as a tensor `[]`.
-    pub(super) fn finish_reduction(&mut self) -> Result<Option<Tensor>> {
-        let Some(training) = &mut self.training else { return Ok(None) };
-        if let Some(work) = training.reduction.take() {
-            work.wait()?;
-        }
-        Ok(Some(training.gradient.f_dot(&training.gradient)?))
+    /// The parameters' order.
+    pub(super) fn specs(&self) -> impl Iterator<Item = &ParamSpec> {
+        self.layout.slots.iter().map(|(spec, _)| spec)
     }
 
-    /// One AdamW step with the gradient times `scale`; the gradient is zero afterwards. `step` counts from 1.
+    /// Starts reducing what a micro-batch (the `last` of its step or not) brought, where that is due.
+    pub(super) fn start_reduction(&mut self, last: bool) -> Result<()> {
+        let Self { layout, placement, group, training, .. } = self;
+        training.as_mut().map_or(Ok(()), |t| t.gradient.start_reduction(layout, placement, group, last))
+    }
+
+    /// Waits for the reduction in flight, if there is one.
+    pub(super) fn finish_reduction(&mut self) -> Result<()> {
+        let Self { placement, training, .. } = self;
+        training.as_mut().map_or(Ok(()), |t| t.gradient.finish_reduction(placement))
+    }
+
+    /// The squared L2 norm of the gradient's part that this rank updates, as a tensor `[]` on the CPU.
+    pub(super) fn squared_norm(&self) -> Result<Option<Tensor>> {
+        let Some(training) = &self.training else { return Ok(None) };
+        let own = training.gradient.own()?;
+        Ok(Some(own.f_dot(&own)?))
+    }
+
+    /// One AdamW step of this rank's part with the gradient times `scale`; `step` counts from 1. The working copy follows
+    /// with [`Chunk::publish`].
     pub(super) fn optimize(&mut self, adamw: &AdamW, weight_decay: f64, scale: f64, step: i64) -> Result<()> {
-        let Some(training) = &mut self.training else { return Ok(()) };
+        let Some(Training { own, master, state, gradient }) = &mut self.training else { return Ok(()) };
+        let mut values = gradient.own()?;
         if scale != 1.0 {
-            let _ = training.gradient.f_mul_scalar_(scale)?;
+            let _ = values.f_mul_scalar_(scale)?;
         }
-        let (decayed, numel) = (self.layout.decayed, self.layout.numel);
-        for (start, end, decay) in [(0, decayed, weight_decay), (decayed, numel, 0.0)] {
+        let boundary = self.layout.decayed.clamp(own.start, own.end) - own.start;
+        for (start, end, decay) in [(0, boundary, weight_decay), (boundary, own.end - own.start, 0.0)] {
             if start < end {
                 let part = |t: &Tensor| t.f_narrow(0, start, end - start);
                 let adamw = AdamW { weight_decay: decay, ..*adamw };
-                adamw.step(
-                    &part(&self.flat)?,
-                    &part(&training.gradient)?,
-                    &part(&training.state.first)?,
-                    &part(&training.state.second)?,
-                    step,
-                )?;
+                adamw.step(&part(master)?, &part(&values)?, &part(&state.first)?, &part(&state.second)?, step)?;
             }
         }
-        let _ = training.gradient.f_zero_()?;
+        gradient.clear()
+    }
+
+    /// Forgets the gradient.
+    pub(super) fn skip(&mut self) -> Result<()> {
+        self.training.as_mut().map_or(Ok(()), |t| t.gradient.clear())
+    }
+
+    /// Brings the updated values into the working copy at rest, and starts exchanging them where every rank rests the whole.
+    pub(super) fn publish(&mut self) -> Result<Option<Gather>> {
+        let Some(training) = &self.training else { return Ok(None) };
+        let own = &training.own;
+        let start = if self.placement.shards_parameters() { 0 } else { own.start };
+        let mut resting = self.home.f_narrow(0, start, own.end - own.start)?;
+        if !self.placement.master_is_home() {
+            resting.f_copy_(&training.master)?;
+        }
+        let exchange = self.placement.shards_state() && !self.placement.shards_parameters();
+        exchange.then(|| self.group.start_gather(&self.home, &resting)).transpose()
+    }
+
+    /// The parameters' fp32 values on the CPU, one tensor a parameter, from all ranks, every one of which must call it.
+    pub(super) fn values(&self) -> Result<Vec<Tensor>> {
+        let (held, sharded) = match &self.training {
+            Some(training) => (&training.master, self.placement.shards_state()),
+            None => (&self.home, self.placement.shards_parameters()),
+        };
+        let flat = if sharded {
+            let whole = Tensor::f_empty([self.padded()], (held.kind(), held.device()))?;
+            self.group.start_gather(&whole, held)?.finish()?;
+            whole
+        } else {
+            held.shallow_clone()
+        };
+        self.layout.views(&flat.f_detach()?.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?)
+    }
+
+    /// The gradient accumulated since the last step, one tensor a parameter, where the chunk is trained.
+    ///
+    /// # Errors
+    /// Where libtorch fails.
+    pub fn gradients(&mut self) -> Result<&[Tensor]> {
+        let Self { layout, placement, training, .. } = self;
+        training.as_mut().map_or(Ok(&[]), |t| t.gradient.views(layout, placement))
+    }
+
+    /// What a checkpoint keeps of a trained chunk on this rank, by the names of [`Chunk::SAVED`]: the fp32 values of the
+    /// elements that [`part`] gives it, whatever the strategy.
+    ///
+    /// # Errors
+    /// Where libtorch fails.
+    pub fn saved(&self) -> Result<Vec<(&'static str, Tensor)>> {
+        let Some(training) = &self.training else { return Ok(vec![]) };
+        let range = part(self.layout.numel, self.group.rank(), self.group.world_size());
+        let start = (range.start - training.own.start).max(0);
+        let piece = |t: &Tensor| t.f_narrow(0, start, range.end - range.start);
+        Self::SAVED.into_iter().zip(training.parts()).map(|(name, t)| Ok((name, piece(t)?))).collect()
+    }
+
+    /// Takes from the piece of a checkpoint that begins at element `start` what this rank keeps.
+    ///
+    /// # Errors
+    /// Where there is no such part, or libtorch fails.
+    pub fn restore(&mut self, name: &str, start: i64, piece: &Tensor) -> Result<()> {
+        let Some(training) = &self.training else { return Ok(()) };
+        let overlap = start.max(training.own.start)..(start + piece.size()[0]).min(training.own.end);
+        if overlap.is_empty() {
+            return Ok(());
+        }
+        let parts = Self::SAVED.into_iter().zip(training.parts()).find(|(part, _)| *part == name);
+        let (_, target) = parts.ok_or_else(|| Error::bug(format!("a chunk has no part '{name}'")))?;
+        let len = overlap.end - overlap.start;
+        target.f_narrow(0, overlap.start - training.own.start, len)?.f_copy_(&piece.f_narrow(
+            0,
+            overlap.start - start,
+            len,
+        )?)?;
         Ok(())
+    }
+}
+
+impl Training {
+    /// In the order of [`Chunk::SAVED`].
+    fn parts(&self) -> [&Tensor; 3] {
+        [&self.master, &self.state.first, &self.state.second]
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{Param, ParamSpec};
+    use crate::engine::HEAD_SLICE_BYTES;
+    use crate::model::Param;
+    use rlhf_api::stage::{Offload, Sharding, Strategy};
     use serde_json::Value;
 
     fn numbers(json: &Value) -> Vec<f64> {
@@ -153,14 +346,25 @@ mod tests {
     #[test]
     fn five_clipped_steps_with_decay_equal_those_of_torch() {
         let golden: Value = serde_json::from_str(include_str!("../../../tests/golden/adamw.json")).unwrap();
+        for sharding in [Sharding::Ddp, Sharding::Zero1, Sharding::Zero2, Sharding::Zero3] {
+            for offload in [Offload::None, Offload::Optimizer, Offload::Parameters] {
+                five_steps(&golden, Strategy { sharding, offload, ..Strategy::default() });
+            }
+        }
+    }
+
+    fn five_steps(golden: &Value, strategy: Strategy) {
         let number = |field: &str| golden[field].as_f64().unwrap();
         let tensor = |json: &Value, shape: &[i64]| Tensor::from_slice(&numbers(json)).to_kind(Kind::Float).view(shape);
-        let specs = vec![
+        let layout = ChunkLayout::new(vec![
             ParamSpec { param: Param::QueryWeight, shape: vec![2, 3] },
             ParamSpec { param: Param::QueryBias, shape: vec![3] },
-        ];
+        ]);
         let of = |json: &Value| [tensor(&json["weight"], &[2, 3]), tensor(&json["bias"], &[3])];
-        let mut chunk = Chunk::new(ChunkLayout::new(specs), &of(&golden["start"]), Device::Cpu, true).unwrap();
+        let placement =
+            Placement { device: Device::Cpu, trainable: true, strategy, head_slice_bytes: HEAD_SLICE_BYTES };
+        let group = Rc::new(Group::alone());
+        let mut chunk = Chunk::new(layout, &of(&golden["start"]), false, placement, &group).unwrap();
         let adamw = AdamW {
             lr: number("learning_rate"),
             beta1: number("beta1"),
@@ -170,16 +374,17 @@ mod tests {
         };
         for (step, expected) in (1..).zip(golden["steps"].as_array().unwrap()) {
             chunk.accumulate(&of(&expected["gradient"]).map(Some)).unwrap();
-            let norm = chunk.finish_reduction().unwrap().unwrap().sqrt().double_value(&[]);
+            chunk.start_reduction(true).unwrap();
+            chunk.finish_reduction().unwrap();
+            let norm = chunk.squared_norm().unwrap().unwrap().sqrt().double_value(&[]);
             let scale = (number("max_grad_norm") / (norm + 1e-6)).min(1.0);
             chunk.optimize(&adamw, number("weight_decay"), scale, step).unwrap();
-            for (name, actual) in ["weight", "bias"].iter().zip(chunk.params().tensors()) {
-                let gap = (actual.flatten(0, -1).to_kind(Kind::Double)
-                    - Tensor::from_slice(&numbers(&expected[*name])))
-                .abs()
-                .max()
-                .double_value(&[]);
-                assert!(gap < 1e-6, "step {step}, {name}: off by {gap}");
+            assert!(chunk.publish().unwrap().is_none_or(|g| g.finish().is_ok()));
+            let held = chunk.fetch().unwrap().ready().unwrap();
+            for (name, actual) in ["weight", "bias"].iter().zip(held.params().tensors()) {
+                let expected = Tensor::from_slice(&numbers(&expected[*name]));
+                let gap = (actual.flatten(0, -1).to_kind(Kind::Double) - expected).abs().max().double_value(&[]);
+                assert!(gap < 1e-6, "{strategy:?}, step {step}, {name}: off by {gap}");
             }
         }
     }

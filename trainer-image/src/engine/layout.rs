@@ -1,8 +1,8 @@
 //! Where each parameter of a segment lies in its flat chunk.
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::ParamSpec;
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 
 /// Each tensor starts at a multiple of this many elements (64 bytes in fp32, a cache line and a vector register).
 const ALIGN: i64 = 16;
@@ -33,6 +33,22 @@ impl ChunkLayout {
         Self { slots, decayed, numel }
     }
 
+    /// The values, in the layout's order, as one flat fp32 tensor on the CPU, padded to `[padded]`.
+    ///
+    /// # Errors
+    /// Where a value has another shape than the layout's.
+    pub fn join(&self, values: &[Tensor], padded: i64) -> Result<Tensor> {
+        let flat = Tensor::f_zeros([padded], (Kind::Float, Device::Cpu))?;
+        let views = self.views(&flat)?;
+        if !views.iter().map(Tensor::size).eq(values.iter().map(Tensor::size)) {
+            return Err(Error::bug("a chunk was given values of other shapes than its layout's"));
+        }
+        for (mut view, value) in views.into_iter().zip(values) {
+            view.f_copy_(value)?;
+        }
+        Ok(flat)
+    }
+
     /// Views of `flat` `[numel]`, one a parameter.
     ///
     /// # Errors
@@ -45,12 +61,16 @@ impl ChunkLayout {
     }
 }
 
-/// The contiguous part of `numel` elements that `rank` of `world_size` ranks keeps: the first ranks get one more.
-pub fn shard(numel: i64, rank: u32, world_size: u32) -> std::ops::Range<i64> {
-    let (rank, world) = (i64::from(rank), i64::from(world_size));
-    let (each, extra) = (numel / world, numel % world);
-    let start = rank * each + rank.min(extra);
-    start..start + each + i64::from(rank < extra)
+/// Elements that each of `world_size` ranks keeps of a chunk of `numel`: equal parts, the last of them padded.
+pub fn part_size(numel: i64, world_size: u32) -> i64 {
+    numel.div_euclid(i64::from(world_size)) + i64::from(numel % i64::from(world_size) != 0)
+}
+
+/// The elements of a chunk of `numel` that `rank` of `world_size` ranks keeps, without the padding of the last part.
+pub fn part(numel: i64, rank: u32, world_size: u32) -> std::ops::Range<i64> {
+    let size = part_size(numel, world_size);
+    let start = (i64::from(rank) * size).min(numel);
+    start..(start + size).min(numel)
 }
 
 #[cfg(test)]
@@ -73,11 +93,12 @@ mod tests {
 
     proptest! {
         #[test]
-        fn shards_cover_a_chunk_once(numel in 0i64..10_000, world in 1u32..40) {
+        fn parts_cover_a_chunk_once_and_none_is_larger_than_its_room(numel in 0i64..10_000, world in 1u32..40) {
             let mut next = 0;
             for rank in 0..world {
-                let part = shard(numel, rank, world);
+                let part = part(numel, rank, world);
                 prop_assert_eq!(part.start, next);
+                prop_assert!(part.end - part.start <= part_size(numel, world));
                 next = part.end;
             }
             prop_assert_eq!(next, numel);

@@ -1,17 +1,24 @@
-//! The engine trains a model segment by segment.
+//! The engine trains a model that may not fit: segment by segment, spread over ranks and between device and host.
 //!
-//! A model is a chain of segments; each segment's parameters are one flat [`chunk::Chunk`]. Forward keeps each
-//! block's input (and, without recomputation, its graph); backward goes from the head to the embedding, asks
-//! autograd for the gradients of one segment at a time, and starts that chunk's reduction over the ranks while
-//! the next segment's backward runs. The head runs over slices of tokens, so logits `[b, t, v]` are never whole
-//! in memory. Stages see none of this: they hand over a batch, the positions of interest and a loss.
+//! A model is a chain of segments; each segment's parameters are one flat [`Chunk`]. A chunk rests where the strategy says
+//! and is fetched to the device for the time in which its segment runs, the next one while the one before runs. Strategies
+//! (`ddp` and the three stages of ZeRO, Rajbhandari 2020; offloading, Ren 2021) are settings of this one mechanism. The head
+//! runs over slices of tokens, so logits `[b, t, v]` are never whole in memory. Stages see none of this: they hand over a
+//! batch, the positions of interest and a loss.
 
 mod chunk;
+mod gradient;
 mod group;
 mod layout;
+mod loss_scale;
 mod model;
+mod placement;
+mod train;
 
-pub use chunk::{Chunk, OptimizerState};
+pub use chunk::Chunk;
 pub use group::Group;
-pub use layout::{ChunkLayout, shard};
-pub use model::{HEAD_SLICE_BYTES, Model, Placement, ScalarInit};
+pub use layout::{ChunkLayout, part};
+pub use loss_scale::LossScale;
+pub use model::{Model, ScalarInit};
+pub use placement::{HEAD_SLICE_BYTES, Placement};
+pub use train::Step;

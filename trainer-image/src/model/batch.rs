@@ -21,7 +21,8 @@ pub struct Batch {
 }
 
 impl Batch {
-    /// Rows padded at their ends. The causal rule alone hides the pads from every real token.
+    /// Rows padded at their ends. The causal rule alone hides the pads from every real token. Without rows it is a batch of
+    /// nothing, for a rank that takes part in a pass it has no data for: one pad, as kernels want elements.
     pub fn right_padded(rows: &[&[i64]], device: Device) -> Self {
         Self::padded(rows, false, device)
     }
@@ -32,14 +33,15 @@ impl Batch {
     }
 
     fn padded(rows: &[&[i64]], left: bool, device: Device) -> Self {
-        let time = rows.iter().map(|r| r.len()).max().unwrap_or(0);
-        let (mut tokens, mut positions) = (vec![0i64; rows.len() * time], vec![0i64; rows.len() * time]);
+        let time = rows.iter().map(|r| r.len()).max().unwrap_or(1);
+        let count = rows.len().max(1);
+        let (mut tokens, mut positions) = (vec![0i64; count * time], vec![0i64; count * time]);
         for (i, row) in rows.iter().enumerate() {
             let start = i * time + if left { time - row.len() } else { 0 };
             tokens[start..start + row.len()].copy_from_slice(row);
             positions[start..start + row.len()].iter_mut().enumerate().for_each(|(p, slot)| *slot = p as i64);
         }
-        let shape = [rows.len() as i64, time as i64];
+        let shape = [count as i64, time as i64];
         let tensor = |data: &[i64]| Tensor::from_slice(data).view(shape).to_device(device);
         let lengths: Vec<i64> = rows.iter().map(|r| r.len() as i64).collect();
         let needs_mask = left && lengths.iter().any(|&n| n != time as i64);
@@ -47,9 +49,9 @@ impl Batch {
         Self { tokens: tensor(&tokens), positions: tensor(&positions), mask, lengths, time: time as i64, left }
     }
 
-    /// Rows.
+    /// Rows of the tensors.
     pub fn rows(&self) -> i64 {
-        self.lengths.len() as i64
+        self.tokens.size()[0]
     }
 
     /// Columns.
@@ -93,5 +95,7 @@ mod tests {
         let mask = left.mask.as_ref().map(|m| ids(&m.to_kind(Kind::Int64))).unwrap();
         assert_eq!(mask[..9], [1, 0, 0, 1, 1, 0, 1, 1, 1]);
         assert_eq!(mask[9..], [0, 0, 0, 0, 0, 0, 0, 0, 1]);
+        let nothing = Batch::right_padded(&[], Device::Cpu);
+        assert_eq!((nothing.rows(), nothing.time(), nothing.lengths.len()), (1, 1, 0));
     }
 }

@@ -1,6 +1,6 @@
 //! The mathematics of each segment, over views of its parameters. Nothing here knows of ranks or shards.
 
-use super::spec::{Mlp, ModelSpec, Norm, Param, ParamSpec, Positions};
+use super::spec::{Mlp, ModelSpec, Norm, Param, Positions};
 use crate::error::{Error, Result};
 use tch::{Device, Kind, Tensor};
 
@@ -11,9 +11,9 @@ pub struct Params {
 }
 
 impl Params {
-    /// Pairs parameter specs with their tensors, in order.
-    pub fn new(specs: &[ParamSpec], tensors: Vec<Tensor>) -> Self {
-        Self { list: specs.iter().map(|s| s.param).zip(tensors).collect() }
+    /// Pairs parameters with their tensors, in order.
+    pub fn new(params: impl Iterator<Item = Param>, tensors: Vec<Tensor>) -> Self {
+        Self { list: params.zip(tensors).collect() }
     }
 
     /// The parameter in this role.
@@ -61,13 +61,13 @@ pub struct LayerCache {
 }
 
 impl LayerCache {
-    /// An empty cache for `rows` rows of up to `capacity` tokens.
+    /// An empty cache for `rows` rows of up to `capacity` tokens, in the model's number format.
     ///
     /// # Errors
     /// Where the device has no room.
-    pub fn new(spec: &ModelSpec, rows: i64, capacity: i64, device: Device) -> Result<Self> {
+    pub fn new(spec: &ModelSpec, rows: i64, capacity: i64, kind: Kind, device: Device) -> Result<Self> {
         let shape = [rows, spec.kv_heads, capacity, spec.head_dim];
-        let make = || Tensor::f_zeros(shape, (Kind::Float, device));
+        let make = || Tensor::f_zeros(shape, (kind, device));
         Ok(Self { keys: make()?, values: make()?, filled: 0 })
     }
 
@@ -103,13 +103,13 @@ impl AttentionContext {
     /// The context of a pass over tokens at `positions` `[b, t]`.
     ///
     /// With a `mask` `[b, 1, t, keys]` (true: may see) it alone decides; without, the causal rule does,
-    /// which for a single query over a cache means that it sees everything.
+    /// which for a single query over a cache means that it sees everything. `kind` is the model's number format.
     ///
     /// # Errors
     /// Where libtorch fails.
-    pub fn new(spec: &ModelSpec, positions: &Tensor, mask: Option<&Tensor>) -> Result<Self> {
+    pub fn new(spec: &ModelSpec, positions: &Tensor, mask: Option<&Tensor>, kind: Kind) -> Result<Self> {
         let rotary = match spec.positions {
-            Positions::Rotary { theta } => Some(rotary_tables(positions, spec.head_dim, theta)?),
+            Positions::Rotary { theta } => Some(rotary_tables(positions, spec.head_dim, theta, kind)?),
             Positions::Learned => None,
         };
         let causal = mask.is_none() && positions.size()[1] > 1;
@@ -117,14 +117,14 @@ impl AttentionContext {
     }
 }
 
-/// Cosine and sine `[b, 1, t, d]` for each position.
-fn rotary_tables(positions: &Tensor, head_dim: i64, theta: f64) -> Result<(Tensor, Tensor)> {
+/// Cosine and sine `[b, 1, t, d]` for each position, computed in fp32.
+fn rotary_tables(positions: &Tensor, head_dim: i64, theta: f64, kind: Kind) -> Result<(Tensor, Tensor)> {
     let exponents = Tensor::f_arange_start_step(0, head_dim, 2, (Kind::Float, positions.device()))? / head_dim as f64;
     let frequencies =
         Tensor::from(theta).to_kind(Kind::Float).f_pow(&exponents)?.f_reciprocal()?.to_device(positions.device());
     let angles = positions.to_kind(Kind::Float).f_unsqueeze(-1)?.f_mul(&frequencies)?.f_unsqueeze(1)?;
     let angles = Tensor::f_cat(&[&angles, &angles], -1)?;
-    Ok((angles.f_cos()?, angles.f_sin()?))
+    Ok((angles.f_cos()?.f_to_kind(kind)?, angles.f_sin()?.f_to_kind(kind)?))
 }
 
 /// Rotates the two halves of each head of `x` `[b, n, t, d]`.
@@ -215,9 +215,11 @@ fn mlp(spec: &ModelSpec, params: &Params, x: &Tensor) -> Result<Tensor> {
 /// Where libtorch fails.
 pub fn head(spec: &ModelSpec, params: &Params, tied: Option<&Tensor>, x: &Tensor) -> Result<Tensor> {
     let normed = params.norm(spec, x, Param::FinalNormWeight, Param::FinalNormBias)?;
-    if params.find(Param::ScalarHeadWeight).is_some() {
-        let scalars = params.linear(&normed, Param::ScalarHeadWeight, Param::ScalarHeadBias)?;
-        return Ok(scalars.f_squeeze_dim(-1)?.to_kind(Kind::Float));
+    if let Some(weight) = params.find(Param::ScalarHeadWeight) {
+        // In fp32: a score's rounding goes straight into a loss, and this costs next to nothing.
+        let fp32 = |t: &Tensor| t.f_to_kind(Kind::Float);
+        let bias = params.find(Param::ScalarHeadBias).map(fp32).transpose()?;
+        return Ok(fp32(&normed)?.f_linear(&fp32(weight)?, bias.as_ref())?.f_squeeze_dim(-1)?);
     }
     let weight = match tied {
         Some(weight) => weight,

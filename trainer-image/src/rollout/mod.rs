@@ -47,10 +47,32 @@ pub fn generate(
     max_new_tokens: usize,
 ) -> Result<Vec<Response>> {
     let mut responses = Vec::with_capacity(requests.len());
-    for part in requests.chunks(ROWS) {
-        responses.extend(Generation::start(model, part, max_new_tokens)?.run(decoding, eos, max_new_tokens)?);
+    let mut parts = requests.chunks(ROWS);
+    loop {
+        let part = parts.next();
+        if !any_rank(model, part.is_some())? {
+            return Ok(responses);
+        }
+        match part {
+            Some(part) => {
+                responses.extend(Generation::start(model, part, max_new_tokens)?.run(decoding, eos, max_new_tokens)?);
+            }
+            None => keep_step(model, decoding, eos, max_new_tokens)?,
+        }
     }
-    Ok(responses)
+}
+
+/// Whether any of the ranks that must run the model together says so; on a rank that runs it alone, whether it does.
+fn any_rank(model: &Model, here: bool) -> Result<bool> {
+    if model.runs_in_step() { model.group().any(here) } else { Ok(here) }
+}
+
+/// Runs the model as often as the other ranks do, over a row that nobody asked for.
+fn keep_step(model: &Model, decoding: &Decoding, eos: i64, max_new_tokens: usize) -> Result<()> {
+    let mut generation = Generation::start(model, &[Request { prompt: &[0], id: 0 }], max_new_tokens)?;
+    generation.responses[0].ended = true;
+    generation.run(decoding, eos, max_new_tokens)?;
+    Ok(())
 }
 
 /// Rows that are generated together. `active[i]` says which request row `i` of the tensors answers: rows that
@@ -81,7 +103,7 @@ impl<'a> Generation<'a> {
             )));
         }
         let mut caches = (0..model.spec().layers)
-            .map(|_| LayerCache::new(model.spec(), batch.rows(), capacity, model.device()))
+            .map(|_| LayerCache::new(model.spec(), batch.rows(), capacity, model.kind(), model.device()))
             .collect::<Result<Vec<_>>>()?;
         let hidden = model.hidden_cached(&batch.tokens, &batch.positions, batch.mask.as_ref(), &mut caches)?;
         let visible = batch.mask.as_ref().map(|mask| columns_seen(mask, capacity)).transpose()?;
@@ -109,7 +131,7 @@ impl<'a> Generation<'a> {
                 }
             }
             let going = self.active.iter().filter(|&&r| !self.responses[r].ended).count();
-            if going == 0 || step + 1 == max_new_tokens {
+            if !any_rank(self.model, going > 0)? || step + 1 == max_new_tokens {
                 break;
             }
             let next = self.drop_ended(next, going)?;
@@ -132,10 +154,14 @@ impl<'a> Generation<'a> {
 
     /// Drops ended rows from the tensors where they are at least half; returns the tokens of the rows that are left.
     fn drop_ended(&mut self, next: Vec<i64>, going: usize) -> Result<Vec<i64>> {
-        if going * 2 > self.active.len() {
+        if going * 2 > self.active.len() || self.active.len() == 1 {
             return Ok(next);
         }
-        let keep: Vec<usize> = (0..self.active.len()).filter(|&i| !self.responses[self.active[i]].ended).collect();
+        let mut keep: Vec<usize> = (0..self.active.len()).filter(|&i| !self.responses[self.active[i]].ended).collect();
+        if keep.is_empty() {
+            // Other ranks go on, and this one with them.
+            keep.push(0);
+        }
         let rows =
             Tensor::from_slice(&keep.iter().map(|&i| i as i64).collect::<Vec<_>>()).to_device(self.model.device());
         self.caches.iter_mut().try_for_each(|c| c.keep_rows(&rows))?;

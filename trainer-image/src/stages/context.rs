@@ -18,6 +18,7 @@ use sha2::{Digest, Sha256};
 use std::cell::OnceCell;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::rc::Rc;
 use tch::Device;
 
 /// A file beside the stage's model with one JSON line for each step: the stage's learning curves.
@@ -30,7 +31,7 @@ pub struct Context {
     /// This process's place.
     pub environment: Environment,
     /// The ranks that train together.
-    pub group: Group,
+    pub group: Rc<Group>,
     /// Whom to tell about progress.
     pub telemetry: Telemetry,
     /// Whether the process was asked to stop.
@@ -46,7 +47,7 @@ impl Context {
     pub fn new(
         config: StageConfig,
         environment: Environment,
-        group: Group,
+        group: Rc<Group>,
         telemetry: Telemetry,
         shutdown: Shutdown,
         device: Device,
@@ -102,14 +103,21 @@ impl Context {
         Tokenizer::load(&self.path(&self.config.paths.base_model))
     }
 
-    /// Where a model of this stage is placed.
-    pub fn placement(&self, trainable: bool) -> Placement {
-        Placement {
-            device: self.device,
-            trainable,
-            recompute: self.config.strategy.recompute,
-            head_slice_bytes: HEAD_SLICE_BYTES,
-        }
+    /// Loads a model as the stage's strategy places it. `fold` is folded into a scalar head.
+    ///
+    /// # Errors
+    /// Names the file or tensor that is wrong, or says that the device has no room.
+    pub fn load(
+        &self,
+        source: &Source,
+        head: HeadKind,
+        trainable: bool,
+        fold: Option<ScoreNormalisation>,
+    ) -> Result<Model> {
+        let init = ScalarInit { seed: self.config.seed, fold };
+        let strategy = self.config.strategy;
+        let placement = Placement { device: self.device, trainable, strategy, head_slice_bytes: HEAD_SLICE_BYTES };
+        Model::load(source, head, init, placement, &self.group)
     }
 
     /// The model from which the stage starts, as it lies on disk, and loaded to be trained with this head.
@@ -118,13 +126,8 @@ impl Context {
     /// Names the file or tensor that is wrong, or says that the device has no room.
     pub fn start_model(&self, head: HeadKind) -> Result<(Source, Model)> {
         let source = Source::open(&self.path(&self.config.paths.start_model))?;
-        let model = Model::load(&source, head, self.scalar_init(), self.placement(true))?;
+        let model = self.load(&source, head, true, None)?;
         Ok((source, model))
-    }
-
-    /// What a scalar head starts from where a checkpoint has none.
-    pub fn scalar_init(&self) -> ScalarInit {
-        ScalarInit { seed: self.config.seed }
     }
 
     /// The stage's checkpoints.
@@ -226,7 +229,7 @@ impl Context {
         score: Option<ScoreNormalisation>,
         metrics: BTreeMap<String, f64>,
     ) -> Result<Output> {
-        let (path, head, parameters) = (self.path(&self.config.paths.output), model.head_kind(), model.parameters());
+        let (path, head, parameters) = (self.path(&self.config.paths.output), model.head_kind(), model.parameters()?);
         let base_model = self.path(&self.config.paths.base_model);
         self.group.while_first(move || {
             let tokenizer = Tokenizer::load(&base_model)?;

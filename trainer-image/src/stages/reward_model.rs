@@ -3,7 +3,7 @@
 
 use super::context::{Context, keyed};
 use super::math::ranking_loss;
-use super::supervised::{self, Objective, Schedule};
+use super::supervised::{self, Objective, Schedule, part};
 use crate::data::{Ranking, load_rankings};
 use crate::engine::Model;
 use crate::error::Result;
@@ -60,12 +60,11 @@ impl Objective for PairwiseLogistic<'_> {
         let rankings = global_batch.len() as f64;
         let share: Vec<&Ranking> = context.group.share(global_batch).into_iter().map(|&i| &self.train[i]).collect();
         let mut sums = vec![0.0; 4];
-        let micro_batches = share.chunks(self.micro_size);
-        let last = micro_batches.len();
-        for (i, micro_batch) in micro_batches.enumerate() {
-            let (batch, ends, spans) = collate(micro_batch, model.device());
+        let rounds = context.group.rounds(global_batch.len(), self.micro_size);
+        for i in 0..rounds {
+            let (batch, ends, spans) = collate(part(&share, i, self.micro_size), model.device());
             sums[0] += batch.lengths.iter().sum::<i64>() as f64;
-            model.backward(&context.group, &batch, &ends, i + 1 == last, |scores, _| {
+            model.backward(&batch, &ends, i + 1 == rounds, |scores, _| {
                 let losses = spans
                     .iter()
                     .map(|s| ranking_loss(&scores.f_narrow(0, s.start as i64, s.len() as i64)?, self.centering))
@@ -79,9 +78,6 @@ impl Objective for PairwiseLogistic<'_> {
                 }
                 Ok(loss)
             })?;
-        }
-        if last == 0 {
-            model.backward_nothing(&context.group)?;
         }
         Ok(sums)
     }
@@ -110,8 +106,9 @@ impl Objective for PairwiseLogistic<'_> {
 /// Each ranking's scores, for this rank's share of some rankings.
 fn scores(context: &Context, model: &Model, rankings: &[Ranking], micro_size: usize) -> Result<Vec<Vec<f64>>> {
     let mut all = Vec::new();
-    for micro_batch in context.group.share(rankings).chunks(micro_size) {
-        let (batch, ends, spans) = collate(micro_batch, model.device());
+    let share: Vec<&Ranking> = context.group.share(rankings);
+    for i in 0..context.group.rounds(rankings.len(), micro_size) {
+        let (batch, ends, spans) = collate(part(&share, i, micro_size), model.device());
         let flat = model.scalars(&batch, &ends)?;
         all.extend(spans.into_iter().map(|s| flat[s].to_vec()));
     }
@@ -161,12 +158,7 @@ pub(super) fn run(context: &Context, settings: &RewardModel) -> Result<Output> {
     let figures = supervised::train(context, &schedule, &settings.optimizer, &mut model, &objective)?;
     let score =
         context.telemetry.phase(Phase::Eval, || normalisation(context, &model, &data.train, &data.eval, micro_size))?;
-    let score = ScoreNormalisation { mean: score.mean - scalar_bias(&model)?, ..score };
+    // The exported layout has no place for the head's bias, so it moves into the normalisation's mean.
+    let score = ScoreNormalisation { mean: score.mean - model.scalar_bias()?, ..score };
     context.export(&model, &source, Some(score), keyed(&figures))
-}
-
-/// The head's bias. The exported layout has no place for it, so it moves into the normalisation's mean.
-fn scalar_bias(model: &Model) -> Result<f64> {
-    let bias = model.chunks().last().and_then(|c| c.params().find(crate::model::Param::ScalarHeadBias));
-    bias.map_or(Ok(0.0), |b| Ok(b.f_double_value(&[0])?))
 }

@@ -2,7 +2,7 @@
 //! global batch (InstructGPT, section 3.5).
 
 use super::context::{Context, keyed};
-use super::supervised::{self, Objective, Schedule};
+use super::supervised::{self, Objective, Schedule, part};
 use crate::data::{SftSample, load_sft};
 use crate::engine::Model;
 use crate::error::Result;
@@ -46,19 +46,15 @@ impl Objective for CrossEntropy<'_> {
         let valid = target_count(global_batch.iter().map(|&i| &self.train[i])).max(1) as f64;
         let share: Vec<&SftSample> = context.group.share(global_batch).into_iter().map(|&i| &self.train[i]).collect();
         let (mut loss, mut tokens) = (0.0, 0);
-        let micro_batches = share.chunks(self.micro_size);
-        let last = micro_batches.len();
-        for (i, micro_batch) in micro_batches.enumerate() {
-            let (batch, positions, targets) = collate(micro_batch, model.device());
+        let rounds = context.group.rounds(global_batch.len(), self.micro_size);
+        for i in 0..rounds {
+            let (batch, positions, targets) = collate(part(&share, i, self.micro_size), model.device());
             tokens += batch.lengths.iter().sum::<i64>();
-            model.backward(&context.group, &batch, &positions, i + 1 == last, |logits, range| {
+            model.backward(&batch, &positions, i + 1 == rounds, |logits, range| {
                 let slice = summed_loss(logits, &targets[range])? / valid;
                 loss += slice.f_double_value(&[])?;
                 Ok(slice)
             })?;
-        }
-        if last == 0 {
-            model.backward_nothing(&context.group)?;
         }
         Ok(vec![tokens as f64, loss])
     }
@@ -74,8 +70,8 @@ impl Objective for CrossEntropy<'_> {
         }
         let share = context.group.share(self.held_out);
         let mut sums = [0.0, target_count(share.iter().copied()) as f64];
-        for micro_batch in share.chunks(self.micro_size) {
-            let (batch, positions, targets) = collate(micro_batch, model.device());
+        for i in 0..context.group.rounds(self.held_out.len(), self.micro_size) {
+            let (batch, positions, targets) = collate(part(&share, i, self.micro_size), model.device());
             model.visit_head(&model.hidden(&batch)?, &positions, |logits, range| {
                 sums[0] += summed_loss(logits, &targets[range])?.f_double_value(&[])?;
                 Ok(())

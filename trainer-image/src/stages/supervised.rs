@@ -3,7 +3,7 @@
 
 use super::context::Context;
 use crate::data::order::permutation;
-use crate::engine::Model;
+use crate::engine::{Model, Step};
 use crate::error::Result;
 use crate::optim::learning_rate;
 use crate::telemetry::{Figure, Phase};
@@ -56,6 +56,11 @@ pub(super) trait Objective {
     fn evaluate(&self, context: &Context, model: &Model) -> Result<Vec<(Figure, f64)>>;
 }
 
+/// The `i`-th run of `size` of this rank's records; empty where it has fewer than others.
+pub(super) fn part<T>(records: &[T], i: usize, size: usize) -> &[T] {
+    records.chunks(size).nth(i).unwrap_or_default()
+}
+
 /// Trains from where the last checkpoint left off to the last step, saving on the way; the held-out figures at the end.
 /// They are taken before the first step too: the process ends soon after the last, before anybody could scrape them.
 pub(super) fn train(
@@ -76,12 +81,12 @@ pub(super) fn train(
         let started = Instant::now();
         let global_batch = schedule.global_batch(step, &mut order);
         let rate = learning_rate(optimizer, step, total);
-        let (mut sums, norm) = context.telemetry.phase(Phase::Train, || {
+        let (mut sums, made) = context.telemetry.phase(Phase::Train, || {
             let sums = objective.backward(context, model, &global_batch)?;
-            let norm = model
+            let made = model
                 .step(optimizer, rate)
                 .map_err(|e| e.context(format!("step {}, records {global_batch:?}", step + 1)))?;
-            Ok::<_, crate::error::Error>((sums, norm))
+            Ok::<_, crate::error::Error>((sums, made))
         })?;
         sums.push(f64::from(u8::from(context.shutdown.requested())));
         context.group.sum(&mut sums)?;
@@ -90,7 +95,11 @@ pub(super) fn train(
         context.telemetry.add_samples(global_batch.len() as u64);
         let mut figures = objective.figures(&sums);
         let speed = sums[0] / started.elapsed().as_secs_f64();
-        figures.extend([(Figure::LearningRate, rate), (Figure::GradNorm, norm), (Figure::TokensPerSecond, speed)]);
+        figures.extend([(Figure::LearningRate, rate), (Figure::TokensPerSecond, speed)]);
+        match made {
+            Step::Made(norm) => figures.push((Figure::GradNorm, norm)),
+            Step::Skipped => context.telemetry.skipped_step("model"),
+        }
         context.report(step + 1, &figures)?;
         context.step_edge(step + 1, total, stop, &[("model", model)], &Value::Null)?;
     }

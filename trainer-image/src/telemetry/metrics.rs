@@ -68,6 +68,11 @@ const SAMPLES: Instrument = Instrument {
     labels: &[],
     help: "Samples trained on in this attempt, over all ranks: every rank counts the same.",
 };
+const SKIPPED_STEPS: Instrument = Instrument {
+    name: "rlhf_skipped_steps_total",
+    labels: &[],
+    help: "Optimizer steps skipped in this attempt because a gradient overflowed fp16 (`precision: fp16`).",
+};
 const PHASE_SECONDS: Instrument = Instrument {
     name: "rlhf_phase_seconds_total",
     labels: &["phase"],
@@ -88,12 +93,13 @@ const INFO: Instrument = Instrument {
 
 /// Every metric that is not a figure, with its Prometheus type: what the reference page lists.
 #[cfg(test)]
-const INSTRUMENTS: [(&str, &Instrument); 8] = [
+const INSTRUMENTS: [(&str, &Instrument); 9] = [
     ("gauge", &STEP),
     ("gauge", &TOTAL_STEPS),
     ("gauge", &CHECKPOINT_STEP),
     ("counter", &TOKENS),
     ("counter", &SAMPLES),
+    ("counter", &SKIPPED_STEPS),
     ("counter", &PHASE_SECONDS),
     ("gauge", &MEMORY),
     ("gauge", &INFO),
@@ -115,6 +121,7 @@ pub(super) struct Metrics {
     pub checkpoint_step: GaugeVec,
     pub tokens: CounterVec,
     pub samples: CounterVec,
+    pub skipped_steps: CounterVec,
     phase_seconds: CounterVec,
     memory: GaugeVec,
 }
@@ -134,6 +141,7 @@ impl Metrics {
             checkpoint_step: gauge(&registry, &CHECKPOINT_STEP)?,
             tokens: counter(&registry, &TOKENS)?,
             samples: counter(&registry, &SAMPLES)?,
+            skipped_steps: counter(&registry, &SKIPPED_STEPS)?,
             phase_seconds: counter(&registry, &PHASE_SECONDS)?,
             memory: gauge(&registry, &MEMORY)?,
             registry,
@@ -145,6 +153,7 @@ impl Metrics {
     fn start_counters(&self) {
         add(&self.tokens, 0);
         add(&self.samples, 0);
+        add(&self.skipped_steps, 0);
         for phase in Phase::ALL {
             self.add_seconds(phase, 0.0);
         }

@@ -107,6 +107,12 @@ impl Telemetry {
         metrics::add(&self.0.metrics.samples, n);
     }
 
+    /// Counts an optimizer step of `model` that was skipped because its gradient overflowed fp16.
+    pub fn skipped_step(&self, model: &str) {
+        metrics::add(&self.0.metrics.skipped_steps, 1);
+        tracing::info!(model, "a step was skipped, as its gradient overflowed fp16; the loss scale is halved");
+    }
+
     /// Reports a checkpoint that is whole.
     pub fn checkpoint(&self, checkpoint: Checkpoint) {
         metrics::set(&self.0.metrics.checkpoint_step, checkpoint.step as f64);

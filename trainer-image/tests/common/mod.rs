@@ -271,8 +271,9 @@ impl Launch {
         self
     }
 
-    pub fn recompute(mut self, recompute: &str) -> Self {
-        self.config["strategy"] = json!({"recompute": recompute});
+    /// Changes the strategy: `{"sharding": …, "offload": …, "recompute": …, "precision": …}`, each of them optional.
+    pub fn strategy(mut self, strategy: Value) -> Self {
+        self.config["strategy"] = strategy;
         self
     }
 

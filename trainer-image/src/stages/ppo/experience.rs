@@ -82,7 +82,10 @@ impl Run<'_> {
         let mut mine = self.context.telemetry.phase(phases[0], || self.answer(&share, &decoding))?;
         let seconds = started.elapsed().as_secs_f64();
         self.context.telemetry.phase(phases[1], || {
-            mine.chunks_mut(self.settings.batch.micro_size as usize).try_for_each(|part| self.score(part))
+            let size = self.settings.batch.micro_size as usize;
+            let mut parts = mine.chunks_mut(size);
+            (0..self.context.group.rounds(prompts.len(), size))
+                .try_for_each(|_| self.score(parts.next().unwrap_or_default()))
         })?;
         let columns = self.settings.max_prompt_length as usize + self.settings.max_new_tokens as usize;
         let all = gather(&self.context.group, &mine, prompts.len(), columns, self.settings.max_new_tokens as usize)?;

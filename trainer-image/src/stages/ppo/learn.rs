@@ -3,11 +3,12 @@
 use super::Models;
 use super::experience::{Experience, states};
 use crate::data::order::permutation;
-use crate::engine::Model;
+use crate::engine::{Model, Step};
 use crate::error::{Error, Result};
 use crate::model::Batch;
 use crate::stages::Context;
 use crate::stages::math::{entropy, log_probabilities, policy_loss, value_loss};
+use crate::stages::supervised::part;
 use crate::telemetry::Figure;
 use rlhf_api::stage::Ppo;
 use std::ops::Range;
@@ -44,6 +45,26 @@ impl Sums {
     }
 }
 
+/// Gradient norms of the steps that were made.
+#[derive(Clone, Copy, Debug, Default)]
+struct Norms {
+    sum: f64,
+    steps: f64,
+}
+
+impl Norms {
+    fn count(&mut self, context: &Context, model: &str, step: Step) {
+        match step {
+            Step::Made(norm) => *self = Self { sum: self.sum + norm, steps: self.steps + 1.0 },
+            Step::Skipped => context.telemetry.skipped_step(model),
+        }
+    }
+
+    fn mean(&self) -> f64 {
+        self.sum / self.steps.max(1.0)
+    }
+}
+
 /// Learns from a rollout; returns the iteration's figures, means over all response tokens of all passes.
 pub(super) fn learn(
     context: &Context,
@@ -54,8 +75,7 @@ pub(super) fn learn(
     rates: [f64; 2],
 ) -> Result<Vec<(Figure, f64)>> {
     let mut total = Sums::default();
-    let mut norms = [0.0, 0.0];
-    let mut steps = 0.0;
+    let mut norms = [Norms::default(), Norms::default()];
     'passes: for pass in 0..settings.epochs {
         let order = permutation(
             experience.len(),
@@ -67,9 +87,10 @@ pub(super) fn learn(
             let mut sums = run_mini_batch(context, settings, models, &rows)?;
             let place =
                 |model| move |e: Error| e.context(format!("{model}, iteration {}, pass {}", iteration + 1, pass + 1));
-            norms[0] += models.actor.step(&settings.actor_optimizer, rates[0]).map_err(place("actor"))?;
-            norms[1] += models.critic.step(&settings.critic_optimizer, rates[1]).map_err(place("critic"))?;
-            steps += 1.0;
+            let actor = models.actor.step(&settings.actor_optimizer, rates[0]).map_err(place("actor"))?;
+            let critic = models.critic.step(&settings.critic_optimizer, rates[1]).map_err(place("critic"))?;
+            norms[0].count(context, "actor", actor);
+            norms[1].count(context, "critic", critic);
             if let Some(target) = settings.target_kl {
                 sums = sums.over_ranks(context)?;
                 total.add(&sums);
@@ -84,10 +105,10 @@ pub(super) fn learn(
     if settings.target_kl.is_none() {
         total = total.over_ranks(context)?;
     }
-    Ok(figures(&total, norms, steps))
+    Ok(figures(&total, &norms))
 }
 
-fn figures(total: &Sums, norms: [f64; 2], steps: f64) -> Vec<(Figure, f64)> {
+fn figures(total: &Sums, norms: &[Norms; 2]) -> Vec<(Figure, f64)> {
     let mean = |sum: f64| sum / total.tokens.max(1.0);
     vec![
         (Figure::PolicyLoss, mean(total.policy_loss)),
@@ -95,8 +116,8 @@ fn figures(total: &Sums, norms: [f64; 2], steps: f64) -> Vec<(Figure, f64)> {
         (Figure::Ratio, mean(total.ratio)),
         (Figure::ClipFraction, mean(total.clipped)),
         (Figure::ApproxKl, mean(total.approx_kl)),
-        (Figure::GradNorm, norms[0] / steps),
-        (Figure::CriticGradNorm, norms[1] / steps),
+        (Figure::GradNorm, norms[0].mean()),
+        (Figure::CriticGradNorm, norms[1].mean()),
     ]
 }
 
@@ -104,17 +125,13 @@ fn figures(total: &Sums, norms: [f64; 2], steps: f64) -> Vec<(Figure, f64)> {
 fn run_mini_batch(context: &Context, settings: &Ppo, models: &mut Models, rows: &[&Experience]) -> Result<Sums> {
     let tokens = rows.iter().map(|e| e.response_len()).sum::<usize>().max(1) as f64;
     let share: Vec<&Experience> = context.group.share(rows).into_iter().copied().collect();
-    let micro_batches = share.chunks(settings.batch.micro_size as usize);
-    let last = micro_batches.len();
+    let size = settings.batch.micro_size as usize;
+    let rounds = context.group.rounds(rows.len(), size);
     let mut sums = Sums::default();
-    for (i, rows) in micro_batches.enumerate() {
-        let micro_batch = MicroBatch::new(rows, &models.actor, settings, tokens);
-        micro_batch.run_actor(context, &mut models.actor, i + 1 == last, &mut sums)?;
-        micro_batch.run_critic(context, &mut models.critic, i + 1 == last, &mut sums)?;
-    }
-    if last == 0 {
-        models.actor.backward_nothing(&context.group)?;
-        models.critic.backward_nothing(&context.group)?;
+    for i in 0..rounds {
+        let micro_batch = MicroBatch::new(part(&share, i, size), &models.actor, settings, tokens);
+        micro_batch.run_actor(&mut models.actor, i + 1 == rounds, &mut sums)?;
+        micro_batch.run_critic(&mut models.critic, i + 1 == rounds, &mut sums)?;
     }
     Ok(sums)
 }
@@ -156,8 +173,8 @@ impl<'a> MicroBatch<'a> {
         }
     }
 
-    fn run_actor(&self, context: &Context, actor: &mut Model, last: bool, sums: &mut Sums) -> Result<()> {
-        actor.backward(&context.group, &self.batch, &self.states, last, |logits, range| {
+    fn run_actor(&self, actor: &mut Model, last: bool, sums: &mut Sums) -> Result<()> {
+        actor.backward(&self.batch, &self.states, last, |logits, range| {
             let part = |t: &Tensor| slice(t, &range);
             let (log_p, all) = log_probabilities(logits, &part(&self.targets)?, self.settings.sampling.temperature)?;
             let (losses, log_ratio) =
@@ -184,8 +201,8 @@ impl<'a> MicroBatch<'a> {
         Ok(())
     }
 
-    fn run_critic(&self, context: &Context, critic: &mut Model, last: bool, sums: &mut Sums) -> Result<()> {
-        critic.backward(&context.group, &self.batch, &self.states, last, |values, range| {
+    fn run_critic(&self, critic: &mut Model, last: bool, sums: &mut Sums) -> Result<()> {
+        critic.backward(&self.batch, &self.states, last, |values, range| {
             let part = |t: &Tensor| slice(t, &range);
             let loss = value_loss(values, &part(&self.values)?, &part(&self.returns)?, self.settings.clip_value)?
                 .f_sum(Kind::Float)?;

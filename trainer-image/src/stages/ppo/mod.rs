@@ -94,7 +94,6 @@ impl Models {
             .ok_or_else(|| Error::config("paths.rewardModel is missing: a PPO stage needs a reward model"))?;
         let reward = Source::open(&context.path(reward_path))?;
         let score = reward.score.unwrap_or(ScoreNormalisation { mean: 0.0, std: 1.0 });
-        let init = context.scalar_init();
         if reward.spec.vocab != actor.spec.vocab {
             return Err(Error::input(format!(
                 "the reward model has {} tokens and the actor {}: both must come from the job's model",
@@ -107,13 +106,11 @@ impl Models {
                 reward.dir.display()
             )));
         }
-        let mut critic = Model::load(&reward, HeadKind::Scalar, init, context.placement(true))?;
-        critic.fold_normalisation(score.mean, score.std)?;
         Ok(Self {
-            actor: Model::load(actor, HeadKind::Lm, init, context.placement(true))?,
-            critic,
-            reference: Model::load(actor, HeadKind::Lm, init, context.placement(false))?,
-            reward: Model::load(&reward, HeadKind::Scalar, init, context.placement(false))?,
+            actor: context.load(actor, HeadKind::Lm, true, None)?,
+            critic: context.load(&reward, HeadKind::Scalar, true, Some(score))?,
+            reference: context.load(actor, HeadKind::Lm, false, None)?,
+            reward: context.load(&reward, HeadKind::Scalar, false, None)?,
             score,
         })
     }

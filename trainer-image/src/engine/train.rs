@@ -1,0 +1,252 @@
+//! Training of a model: segment-wise backward, and optimizer steps.
+//!
+//! Forward keeps each block's input and, without recomputation, its graph (Chen 2016 is the other way). Backward goes from
+//! the head to the embedding, asks autograd for the gradients of one segment at a time, and starts that chunk's reduction
+//! over the ranks while the next segment's backward runs. No hooks are needed, and every segment's memory is free as early
+//! as it can be.
+
+use super::chunk::{Chunk, Fetch, Held};
+use super::loss_scale::LossScale;
+use super::model::{HeldHead, Model};
+use crate::error::{Error, Result};
+use crate::model::transformer::{self, AttentionContext};
+use crate::model::{Batch, Param};
+use c10d::AdamW;
+use rlhf_api::report::ExitCode;
+use rlhf_api::stage::{Optimizer, Recompute};
+use std::ops::Range;
+use tch::{Kind, Tensor};
+
+/// What forward keeps of one block for its backward.
+struct Kept {
+    input: Tensor,
+    output: Option<Tensor>,
+    /// The block's parameters: those that a graph refers to, and those of the last block, whose backward follows at once.
+    held: Option<Held>,
+    parked: bool,
+}
+
+/// What an optimizer step did.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Step {
+    /// It was made; the gradient's global norm before clipping.
+    Made(f64),
+    /// The gradient overflowed fp16 and the step was skipped; the parameters are as they were.
+    Skipped,
+}
+
+impl Model {
+    /// Forward and backward over one micro-batch: adds the gradients of the sum of `loss` over slices of `rows`.
+    ///
+    /// `loss` gets the head's output for a slice and which of `rows` it is, and returns a scalar tensor. With `last`
+    /// (the step's last micro-batch on this rank) gradients that were kept whole until now are reduced. A rank that has
+    /// fewer micro-batches than others runs [`Batch::nothing`] with no rows instead.
+    ///
+    /// # Errors
+    /// Where libtorch or `loss` fails, or a peer was lost.
+    pub fn backward(
+        &mut self,
+        batch: &Batch,
+        rows: &[i64],
+        last: bool,
+        loss: impl FnMut(&Tensor, Range<usize>) -> Result<Tensor>,
+    ) -> Result<()> {
+        let context = self.attention(&batch.positions, batch.mask.as_ref())?;
+        let (mut kept, output) = self.forward_kept(batch, &context)?;
+        let mut upstream = self.head_backward(&output, rows, loss)?;
+        drop(output);
+        self.reduce(self.spec.layers + 1, last)?;
+        let mut coming = self.fetch_kept(&mut kept)?;
+        while let (Some(segment), Some(fetch)) = (kept.pop(), coming.take()) {
+            coming = self.fetch_kept(&mut kept)?;
+            let i = kept.len();
+            upstream = self.block_backward(i, segment, fetch.ready()?, &upstream, &context)?;
+            self.reduce(i + 1, last)?;
+        }
+        self.embed_backward(batch, &upstream)?;
+        self.reduce(0, last)?;
+        self.finish_reductions()
+    }
+
+    /// Starts a chunk's reduction and ends the one before it, so that one is in flight while a segment's backward runs.
+    fn reduce(&mut self, chunk: usize, last: bool) -> Result<()> {
+        self.chunks[chunk].start_reduction(last)?;
+        match self.reducing.replace(chunk) {
+            Some(before) => self.chunks[before].finish_reduction(),
+            None => Ok(()),
+        }
+    }
+
+    fn finish_reductions(&mut self) -> Result<()> {
+        self.reducing.take().map_or(Ok(()), |chunk| self.chunks[chunk].finish_reduction())
+    }
+
+    fn forward_kept(&self, batch: &Batch, context: &AttentionContext) -> Result<(Vec<Kept>, Tensor)> {
+        let layers = self.spec.layers;
+        let mut kept = Vec::with_capacity(layers);
+        let embed = self.chunks[0].fetch()?;
+        let mut coming = Some(self.chunks[1].fetch()?);
+        let mut x = tch::no_grad(|| transformer::embed(embed.ready()?.params(), &batch.tokens, &batch.positions))?;
+        for i in 0..layers {
+            let Some(held) = coming.take().map(Fetch::ready).transpose()? else { break };
+            coming = (i + 1 < layers).then(|| self.chunks[i + 2].fetch()).transpose()?;
+            let input = x.f_detach()?.f_set_requires_grad(true)?;
+            let run = || transformer::block(&self.spec, held.params(), &input, context, None);
+            let (output, graph) = match self.placement.strategy.recompute {
+                Recompute::Block => (tch::no_grad(run)?, false),
+                Recompute::None => (run()?, true),
+            };
+            x = output.f_detach()?;
+            let parked = i + 1 < layers;
+            if parked {
+                held.park()?;
+            }
+            let held = (graph || !parked).then_some(held);
+            kept.push(Kept { input, output: graph.then_some(output), held, parked });
+        }
+        Ok((kept, x))
+    }
+
+    /// Starts fetching the parameters of the last of `kept`.
+    fn fetch_kept(&self, kept: &mut [Kept]) -> Result<Option<Fetch>> {
+        let chunk = &self.chunks[kept.len()];
+        let Some(segment) = kept.last_mut() else { return Ok(None) };
+        Ok(Some(match segment.held.take() {
+            Some(held) if segment.parked => chunk.fetch_again(held)?,
+            Some(held) => held.into(),
+            None => chunk.fetch()?,
+        }))
+    }
+
+    /// The gradient with regard to `hidden` `[b, t, h]`; those of the head (and of a tied embedding) are accumulated.
+    fn head_backward(
+        &mut self,
+        hidden: &Tensor,
+        rows: &[i64],
+        mut loss: impl FnMut(&Tensor, Range<usize>) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        let head = self.hold_head()?;
+        let flat = hidden.f_reshape([-1, self.spec.hidden])?;
+        let mut upstream = flat.f_zeros_like()?;
+        for range in self.slices(rows.len()) {
+            let indices = self.indices(&rows[range.clone()]);
+            let x = flat.f_index_select(0, &indices)?.f_set_requires_grad(true)?;
+            let value = loss(&head.run(&self.spec, &x)?, range)?;
+            if let Some(gradient) = self.head_slice_backward(&head, &x, &value)? {
+                let _ = upstream.f_index_add_(0, &indices, &gradient)?;
+            }
+        }
+        Ok(upstream.f_view_as(hidden)?)
+    }
+
+    /// The gradient of a slice's loss `value` with regard to its input `x`.
+    fn head_slice_backward(&mut self, head: &HeldHead, x: &Tensor, value: &Tensor) -> Result<Option<Tensor>> {
+        let tied = head.tied()?;
+        let inputs: Vec<&Tensor> = std::iter::once(x).chain(head.own()).chain(tied).collect();
+        let scale = self.loss_scale.map_or(1.0, |s| s.scale);
+        let mut gradients = c10d::grad(&[value], &[&value.f_full_like(scale)?], &inputs, false)?;
+        let of_tied = tied.is_some().then(|| gradients.pop()).flatten();
+        self.chunks[self.spec.layers + 1].accumulate(&gradients[1..])?;
+        self.chunks[0].accumulate(&of_tied)?;
+        Ok(gradients[0].take())
+    }
+
+    fn block_backward(
+        &mut self,
+        i: usize,
+        kept: Kept,
+        held: Held,
+        upstream: &Tensor,
+        context: &AttentionContext,
+    ) -> Result<Tensor> {
+        let output = match kept.output {
+            Some(output) => output,
+            None => transformer::block(&self.spec, held.params(), &kept.input, context, None)?,
+        };
+        let inputs: Vec<&Tensor> = std::iter::once(&kept.input).chain(held.params().tensors()).collect();
+        let mut gradients = c10d::grad(&[&output], &[upstream], &inputs, false)?;
+        self.chunks[i + 1].accumulate(&gradients[1..])?;
+        gradients[0].take().ok_or_else(|| Error::bug("a block's output does not depend on its input"))
+    }
+
+    /// An embedding's gradient needs no parameters: it is `upstream`, added up by token and by position.
+    fn embed_backward(&mut self, batch: &Batch, upstream: &Tensor) -> Result<()> {
+        let chunk = &mut self.chunks[0];
+        let rows = upstream.f_reshape([-1, self.spec.hidden])?;
+        let params: Vec<Param> = chunk.specs().map(|s| s.param).collect();
+        for (slot, param) in params.into_iter().enumerate() {
+            let indices = if param == Param::PositionEmbedding { &batch.positions } else { &batch.tokens };
+            chunk.accumulate_rows(slot, &indices.f_flatten(0, -1)?, &rows)?;
+        }
+        Ok(())
+    }
+
+    /// Clips by the global norm and makes one AdamW step.
+    ///
+    /// # Errors
+    /// Where a peer was lost, or the gradient is not finite (the parameters are then as they were).
+    pub fn step(&mut self, settings: &Optimizer, learning_rate: f64) -> Result<Step> {
+        let scale = self.loss_scale.map_or(1.0, |s| s.scale);
+        let norm = self.gradient_norm()? / scale;
+        if !norm.is_finite() {
+            return self.skip(norm);
+        }
+        // As torch.nn.utils.clip_grad_norm_.
+        let clip = (settings.max_grad_norm / (norm + 1e-6)).min(1.0);
+        let adamw = AdamW {
+            lr: learning_rate,
+            beta1: settings.beta1,
+            beta2: settings.beta2,
+            epsilon: settings.epsilon,
+            weight_decay: 0.0,
+        };
+        self.updates += 1;
+        for chunk in &mut self.chunks {
+            chunk.optimize(&adamw, settings.weight_decay, clip / scale, self.updates)?;
+        }
+        self.publish()?;
+        if let Some(scale) = &mut self.loss_scale {
+            scale.grow();
+        }
+        Ok(Step::Made(norm))
+    }
+
+    /// The L2 norm of the whole gradient, over all ranks.
+    fn gradient_norm(&self) -> Result<f64> {
+        let squares = self.chunks.iter().map(Chunk::squared_norm).collect::<Result<Vec<_>>>()?;
+        let squares: Vec<Tensor> = squares.into_iter().flatten().collect();
+        let mut sum = [Tensor::f_stack(&squares, 0)?.f_sum(Kind::Double)?.f_double_value(&[])?];
+        if self.placement.shards_state() {
+            self.group.sum(&mut sum)?;
+        }
+        Ok(sum[0].sqrt())
+    }
+
+    fn skip(&mut self, norm: f64) -> Result<Step> {
+        let step = self.updates + 1;
+        let Some(scale) = &mut self.loss_scale else {
+            let message = format!("the gradient's norm is {norm} at optimizer step {step}");
+            return Err(Error::new(ExitCode::NotFinite, message));
+        };
+        scale.shrink().map_err(|e| e.context(format!("optimizer step {step}")))?;
+        self.chunks.iter_mut().try_for_each(Chunk::skip)?;
+        Ok(Step::Skipped)
+    }
+
+    fn publish(&mut self) -> Result<()> {
+        let exchanges = self.chunks.iter_mut().map(Chunk::publish).collect::<Result<Vec<_>>>()?;
+        exchanges.into_iter().flatten().try_for_each(super::group::Gather::finish)
+    }
+
+    /// Goes on from restored chunks, which have seen so many optimizer steps. Every rank calls it.
+    ///
+    /// # Errors
+    /// Where libtorch fails or a peer was lost.
+    pub fn restored(&mut self, updates: i64, loss_scale: Option<LossScale>) -> Result<()> {
+        self.updates = updates;
+        if self.loss_scale.is_some() {
+            self.loss_scale = Some(loss_scale.unwrap_or_default());
+        }
+        self.publish()
+    }
+}
