@@ -37,7 +37,17 @@ fn rewound(whole: &Volume, family: &str, stage: &str, step: u64) -> Volume {
 
 #[test]
 fn a_resumed_run_ends_bit_for_bit_as_one_that_was_never_stopped() {
-    for (launch, step) in [(sft(), 10), (reward(), 10), (ppo(), 2), (sft().processes(2), 10), (ppo().processes(2), 2)] {
+    let frugal = json!({"sharding": "zero3", "offload": "parameters", "recompute": "block"});
+    let runs = [
+        (sft(), 10),
+        (reward(), 10),
+        (ppo(), 2),
+        (sft().processes(2), 10),
+        (ppo().processes(2), 2),
+        (sft().strategy(json!({"precision": "fp16", "sharding": "zero1"})).processes(2), 10),
+        (ppo().strategy(frugal).processes(2), 2),
+    ];
+    for (launch, step) in runs {
         let stage = launch.config["stage"].as_str().unwrap().to_string();
         let whole = finished("llama-gqa-untied", &launch);
         let volume = rewound(&whole, "llama-gqa-untied", &stage, step);
@@ -52,12 +62,20 @@ fn a_resumed_run_ends_bit_for_bit_as_one_that_was_never_stopped() {
 }
 
 #[test]
-fn a_checkpoint_loads_under_another_world_size() {
-    let whole = finished("gpt2", &sft().processes(2));
-    let volume = rewound(&whole, "gpt2", "sft", 10);
-    volume.succeed(&sft().processes(3).attempt(2));
-    let gap = relative_gap(&volume.weights("sft"), &whole.weights("sft"));
-    assert!(gap < 1e-5, "parameters differ by {gap}");
+fn a_checkpoint_loads_under_another_world_size_and_another_strategy() {
+    let frugal = json!({"sharding": "zero3", "offload": "optimizer"});
+    let plain = sft().processes(2);
+    for (first, second) in [
+        (plain.clone(), sft().processes(3)),
+        (plain.clone(), sft().processes(3).strategy(frugal.clone())),
+        (plain.clone().strategy(frugal), sft()),
+    ] {
+        let whole = finished("gpt2", &first);
+        let volume = rewound(&whole, "gpt2", "sft", 10);
+        volume.succeed(&second.attempt(2));
+        let gap = relative_gap(&volume.weights("sft"), &whole.weights("sft"));
+        assert!(gap < 1e-5, "parameters differ by {gap}");
+    }
 }
 
 #[test]

@@ -1,8 +1,8 @@
 //! Checkpoints: whole or absent, verified by hash, independent of the world size that wrote them.
 //!
 //! `step-N/` holds one safetensors file a rank with that rank's range of every chunk (parameters and moments),
-//! and `manifest.json`. All ranks write into a folder beside it, which rank 0 renames once every file is flushed
-//! and its hash is known. Random draws are made by counter, so a step number and a stage's own state are all
+//! and `manifest.json`. All ranks write copies into a folder beside it while training goes on, and rank 0 renames that once
+//! every file is flushed and its hash is known. Random draws are made by counter, so a step number and a stage's own state are all
 //! that a resumed run needs to go on exactly.
 
 mod manifest;
@@ -18,6 +18,7 @@ use rlhf_api::report::Checkpoint;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::thread::JoinHandle;
 
 /// The checkpoints of one stage of one job.
 pub struct Checkpoints {
@@ -28,6 +29,44 @@ pub struct Checkpoints {
     keep: usize,
     attempt: u32,
     data: String,
+}
+
+/// A checkpoint that is being written.
+pub struct Saving {
+    checkpoints: Checkpoints,
+    temporary: PathBuf,
+    manifest: Manifest,
+    writer: JoinHandle<Result<[u8; 32]>>,
+}
+
+impl Saving {
+    /// Whether every rank has written its file. Every rank must ask.
+    ///
+    /// # Errors
+    /// A peer was lost.
+    pub fn is_written(&self, group: &Group) -> Result<bool> {
+        Ok(!group.any(!self.writer.is_finished())?)
+    }
+
+    /// Waits until every rank has written its file, and gives the checkpoint its name. Older ones beyond the number to keep
+    /// are deleted.
+    ///
+    /// # Errors
+    /// Where storage failed or a peer was lost; the checkpoints that were there are still there.
+    pub fn finish(self, group: &Group) -> Result<Checkpoint> {
+        let Self { checkpoints, temporary, mut manifest, writer } = self;
+        let digest = writer.join().unwrap_or_else(|_| Err(Error::bug("the writer of a checkpoint panicked")))?;
+        let digests = group.gather_digests(&digest)?;
+        if group.is_first() {
+            manifest.files = (0..).zip(&digests).map(|(rank, d)| FileEntry::new(rank, d)).collect();
+            files::write(&temporary.join(MANIFEST), &manifest.to_json()?)?;
+            files::sync_dir(&temporary)?;
+            files::publish_dir(&temporary, &checkpoints.path(manifest.step))?;
+            checkpoints.prune(manifest.step)?;
+        }
+        group.barrier()?;
+        Ok(checkpoints.describe(manifest.step))
+    }
 }
 
 /// What a checkpoint holds beside the models.
@@ -63,12 +102,12 @@ impl Checkpoints {
         Checkpoint { step, path: format!("{}/step-{step}", self.relative) }
     }
 
-    /// Saves the models and the stage's state after `step` steps; every rank must call it. Older checkpoints
-    /// beyond the number to keep are deleted.
+    /// Starts saving the models and the stage's state after `step` steps: takes a copy of what this rank keeps and writes it
+    /// in the background, while training goes on. Every rank must call it, and [`Saving::finish`] later.
     ///
     /// # Errors
     /// Where storage failed or a peer was lost; the checkpoints that were there are still there.
-    pub fn save(&self, group: &Group, step: u64, models: &[(&str, &Model)], state: &Value) -> Result<Checkpoint> {
+    pub fn start_save(self, group: &Group, step: u64, models: &[(&str, &Model)], state: &Value) -> Result<Saving> {
         // The attempt is in the name, so that a rank of an older attempt that is not gone yet writes elsewhere.
         let temporary = files::sibling(&self.path(step), &format!("attempt-{}.tmp", self.attempt));
         if group.is_first() {
@@ -76,20 +115,15 @@ impl Checkpoints {
             files::make_dir(&temporary)?;
         }
         group.barrier()?;
-        let digest = shard_file::write(&temporary, group, models)?;
-        let digests = group.gather_digests(&digest)?;
-        if group.is_first() {
-            let manifest = self.manifest(step, models, state, &digests);
-            files::write(&temporary.join(MANIFEST), &manifest.to_json()?)?;
-            files::sync_dir(&temporary)?;
-            files::publish_dir(&temporary, &self.path(step))?;
-            self.prune(step)?;
-        }
-        group.barrier()?;
-        Ok(self.describe(step))
+        let manifest = self.manifest(step, models, state);
+        let pieces = shard_file::copies(models)?;
+        let (dir, rank) = (temporary.clone(), group.rank());
+        let writer = std::thread::spawn(move || shard_file::write(&dir, rank, pieces));
+        Ok(Saving { checkpoints: self, temporary, manifest, writer })
     }
 
-    fn manifest(&self, step: u64, models: &[(&str, &Model)], state: &Value, digests: &[[u8; 32]]) -> Manifest {
+    /// The manifest, without the ranks' files.
+    fn manifest(&self, step: u64, models: &[(&str, &Model)], state: &Value) -> Manifest {
         let entry = |model: &Model| ModelEntry {
             updates: model.updates(),
             loss_scale: model.loss_scale(),
@@ -103,11 +137,7 @@ impl Checkpoints {
             models: models.iter().map(|(name, model)| (name.to_string(), entry(model))).collect::<BTreeMap<_, _>>(),
             state: state.clone(),
             data: self.data.clone(),
-            files: digests
-                .iter()
-                .enumerate()
-                .map(|(rank, d)| FileEntry { name: shard_file::name(rank as u32), sha256: manifest::hex(d) })
-                .collect(),
+            files: vec![],
         }
     }
 

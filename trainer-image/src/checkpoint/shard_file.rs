@@ -1,7 +1,7 @@
 //! One rank's file of a checkpoint: its range of every chunk of every model.
 
 use super::manifest::{self, FileEntry};
-use crate::engine::{Chunk, Group, Model, part};
+use crate::engine::{Chunk, Model, part};
 use crate::error::{Error, Result};
 use crate::model::Outgoing;
 use safetensors::tensor::{Dtype, SafeTensors};
@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 /// The file of a rank.
 pub(super) fn name(rank: u32) -> String {
@@ -20,18 +20,24 @@ fn key(model: &str, chunk: usize, part: &str) -> String {
     format!("{model}.{chunk}.{part}")
 }
 
-/// Writes and flushes this rank's file into `dir`; returns its hash.
-pub(super) fn write(dir: &Path, group: &Group, models: &[(&str, &Model)]) -> Result<[u8; 32]> {
+/// Copies of what this rank keeps of the models, by their names in its file. They lie in host memory until they are written.
+pub(super) fn copies(models: &[(&str, &Model)]) -> Result<Vec<(String, Outgoing)>> {
     let mut outgoing = Vec::new();
     for (model_name, model) in models {
         for (i, chunk) in model.chunks().iter().enumerate() {
             for (part, piece) in chunk.saved()? {
-                outgoing.push((key(model_name, i, part), Outgoing::new(&piece)?));
+                let copy = c10d::on_host(|| piece.f_to_device_(Device::Cpu, Kind::Float, false, true))?;
+                outgoing.push((key(model_name, i, part), Outgoing::new(&copy)?));
             }
         }
     }
-    let path = dir.join(name(group.rank()));
-    safetensors::serialize_to_file(outgoing, None, &path).map_err(|e| Error::storage(&path, e))?;
+    Ok(outgoing)
+}
+
+/// Writes and flushes a rank's file into `dir`; returns its hash.
+pub(super) fn write(dir: &Path, rank: u32, pieces: Vec<(String, Outgoing)>) -> Result<[u8; 32]> {
+    let path = dir.join(name(rank));
+    safetensors::serialize_to_file(pieces, None, &path).map_err(|e| Error::storage(&path, e))?;
     let flushed = File::open(&path).and_then(|f| f.sync_all()).and_then(|()| manifest::sha256(&path));
     flushed.map_err(|e| Error::storage(&path, e))
 }

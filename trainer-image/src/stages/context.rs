@@ -1,6 +1,6 @@
 //! What every stage needs beside its settings: its place, its peers, its paths, and whom to tell.
 
-use crate::checkpoint::{Checkpoints, Restored};
+use crate::checkpoint::{Checkpoints, Restored, Saving};
 use crate::data::dataset_path;
 use crate::engine::{Group, HEAD_SLICE_BYTES, Model, Placement, ScalarInit};
 use crate::environment::Environment;
@@ -15,7 +15,7 @@ use rlhf_api::report::{ExitCode, Output};
 use rlhf_api::stage::Dataset;
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
-use std::cell::OnceCell;
+use std::cell::{OnceCell, RefCell};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::rc::Rc;
@@ -40,6 +40,8 @@ pub struct Context {
     pub device: Device,
     /// What [`Context::agree_on_data`] found.
     data: OnceCell<[u8; 32]>,
+    /// The checkpoint that is being written.
+    saving: RefCell<Option<Saving>>,
 }
 
 impl Context {
@@ -52,7 +54,16 @@ impl Context {
         shutdown: Shutdown,
         device: Device,
     ) -> Self {
-        Self { config, environment, group, telemetry, shutdown, device, data: OnceCell::new() }
+        Self {
+            config,
+            environment,
+            group,
+            telemetry,
+            shutdown,
+            device,
+            data: OnceCell::new(),
+            saving: RefCell::new(None),
+        }
     }
 
     /// Makes sure that every rank has read the same rows of tokens, and remembers them for checkpoints: a run on other
@@ -151,33 +162,40 @@ impl Context {
         Ok(restored)
     }
 
-    /// Saves a checkpoint and tells about it.
-    ///
-    /// # Errors
-    /// As [`Checkpoints::save`].
-    pub fn save(&self, step: u64, models: &[(&str, &Model)], state: &Value) -> Result<()> {
-        let saved =
-            self.telemetry.phase(Phase::Checkpoint, || self.checkpoints().save(&self.group, step, models, state))?;
-        self.telemetry.checkpoint(saved);
-        Ok(())
-    }
-
-    /// Saves a checkpoint where one is due after `step` of `total` steps, and ends the worker where it was asked to
-    /// stop. `stop` is what all ranks agreed on.
+    /// Starts saving where a checkpoint is due after `step` of `total` steps, and ends the worker where it was asked to
+    /// stop. A save goes on while training does; it is waited for at the next one, at a stop and at the last step. `stop` is
+    /// what all ranks agreed on.
     ///
     /// # Errors
     /// [`ExitCode::Terminated`] after a stop, or where saving failed.
     pub fn step_edge(&self, step: u64, total: u64, stop: bool, models: &[(&str, &Model)], state: &Value) -> Result<()> {
         let due = step.is_multiple_of(u64::from(self.config.checkpoint.every_steps)) || step == total;
-        if due || stop {
-            self.save(step, models, state)?;
-        }
+        self.telemetry.phase(Phase::Checkpoint, || {
+            self.finish_save(due || stop)?;
+            if due || stop {
+                let saving = self.checkpoints().start_save(&self.group, step, models, state)?;
+                *self.saving.borrow_mut() = Some(saving);
+                self.finish_save(stop || step == total)?;
+            }
+            Ok::<_, Error>(())
+        })?;
         if stop && step < total {
             return Err(Error::new(
                 ExitCode::Terminated,
                 format!("stopped on request after step {step} of {total}; a checkpoint was written"),
             ));
         }
+        Ok(())
+    }
+
+    /// Ends the save in flight, if there is one and every rank has written its part, or in any case where it must.
+    fn finish_save(&self, must: bool) -> Result<()> {
+        let Some(saving) = self.saving.take() else { return Ok(()) };
+        if !must && !saving.is_written(&self.group)? {
+            *self.saving.borrow_mut() = Some(saving);
+            return Ok(());
+        }
+        self.telemetry.checkpoint(saving.finish(&self.group)?);
         Ok(())
     }
 
