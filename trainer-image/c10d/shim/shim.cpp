@@ -8,13 +8,17 @@
 #include <ATen/DeviceAccelerator.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/ops/_fused_adamw.h>
+#include <c10/core/CPUAllocator.h>
 #include <c10/core/CachingDeviceAllocator.h>
+#include <c10/core/alignment.h>
+#include <c10/core/impl/alloc_cpu.h>
 #include <c10/util/Logging.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
 #include <dlfcn.h>
+#include <atomic>
 
 using at::Tensor;
 using std::chrono::milliseconds;
@@ -39,6 +43,56 @@ at::Device cuda(int index) { return at::Device(at::kCUDA, static_cast<c10::Devic
 at::Generator generator(int index) {
   return at::globalContext().defaultGenerator(index < 0 ? at::Device(at::kCPU) : cuda(index));
 }
+
+// CPU memory by who asked for it: what stands for a device's memory where the CPU is the device, and what is host memory in
+// any case. Each block carries its size and domain in front of it, so that it is taken off where it was added.
+struct Counting final : c10::Allocator {
+  struct alignas(c10::gAlignment) Header {
+    size_t bytes;
+    int domain;
+  };
+
+  std::atomic<int64_t> current[2] = {};
+  std::atomic<int64_t> peak[2] = {};
+
+  static Counting& get() {
+    static auto* counting = new Counting;
+    return *counting;
+  }
+
+  static int& domain() {
+    static thread_local int domain = 0;
+    return domain;
+  }
+
+  void add(int domain, int64_t bytes) {
+    const auto now = current[domain].fetch_add(bytes, std::memory_order_relaxed) + bytes;
+    auto most = peak[domain].load(std::memory_order_relaxed);
+    while (now > most && !peak[domain].compare_exchange_weak(most, now, std::memory_order_relaxed)) {
+    }
+  }
+
+  at::DataPtr allocate(size_t bytes) override {
+    if (bytes == 0) return {nullptr, nullptr, &release, at::Device(at::kCPU)};
+    auto* header = static_cast<Header*>(c10::alloc_cpu(bytes + sizeof(Header)));
+    *header = {bytes, domain()};
+    add(header->domain, static_cast<int64_t>(bytes));
+    return {header + 1, header + 1, &release, at::Device(at::kCPU)};
+  }
+
+  static void release(void* data) {
+    if (!data) return;
+    auto* header = static_cast<Header*>(data) - 1;
+    get().current[header->domain].fetch_sub(static_cast<int64_t>(header->bytes), std::memory_order_relaxed);
+    c10::free_cpu(header);
+  }
+
+  at::DeleterFnPtr raw_deleter() const override { return &release; }
+
+  void copy_data(void* target, const void* source, size_t bytes) const override {
+    default_copy_data(target, source, bytes);
+  }
+};
 
 }  // namespace
 
@@ -197,6 +251,30 @@ int c10d_resize_storage(Tensor* tensor, size_t bytes) noexcept GUARD(
     if (bytes == storage->nbytes()) return shim::kOk;
     storage->set_data_ptr(storage->allocator()->allocate(bytes));
     storage->set_nbytes(bytes))
+
+// Counts CPU memory from now on. Memory that was taken before stays uncounted.
+int c10d_count_memory() noexcept GUARD(c10::SetCPUAllocator(&Counting::get(), 1))
+
+// The domain of what this thread allocates from now on (0: device, 1: host); returns the one before.
+int c10d_set_domain(int domain) noexcept {
+  std::swap(domain, Counting::domain());
+  return domain;
+}
+
+// current and peak bytes of the device domain, then of the host domain
+void c10d_counted(int64_t out[4]) noexcept {
+  for (int domain : {0, 1}) {
+    out[2 * domain] = Counting::get().current[domain];
+    out[2 * domain + 1] = Counting::get().peak[domain];
+  }
+}
+
+void c10d_reset_counted_peaks() noexcept {
+  for (int domain : {0, 1}) Counting::get().peak[domain] = Counting::get().current[domain].load();
+}
+
+int c10d_reset_device_peak(int device) noexcept GUARD(
+    c10::getDeviceAllocator(c10::kCUDA)->resetPeakStats(cuda(device).index()))
 
 // ---------------------------------------------------------------- random state
 

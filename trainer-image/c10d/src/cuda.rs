@@ -29,9 +29,10 @@ static LOADED: OnceLock<Result<()>> = OnceLock::new();
 /// `log_quiet`, libtorch's own log lines are not printed (a lost peer brings dozens); `TORCH_CPP_LOG_LEVEL` overrides it.
 pub fn init(log_quiet: bool) {
     LOADED.get_or_init(|| {
-        // SAFETY: two calls without arguments that point anywhere.
+        // SAFETY: three calls without arguments that point anywhere. The allocator is exchanged before the first tensor.
         unsafe {
             check(ffi::c10d_init_logging(if log_quiet { FATAL } else { -1 }))?;
+            check(ffi::c10d_count_memory())?;
             check(ffi::c10d_load_cuda())
         }
     });

@@ -100,6 +100,12 @@ unsafe extern "C" {
     pub fn c10d_storage_bytes(tensor: T, out: *mut usize) -> c_int;
     pub fn c10d_resize_storage(tensor: T, bytes: usize) -> c_int;
 
+    pub fn c10d_count_memory() -> c_int;
+    pub fn c10d_set_domain(domain: c_int) -> c_int;
+    pub fn c10d_counted(out: *mut i64);
+    pub fn c10d_reset_counted_peaks();
+    pub fn c10d_reset_device_peak(device: c_int) -> c_int;
+
     pub fn c10d_rng_state(device: c_int, out: *mut T) -> c_int;
     pub fn c10d_rng_set_state(device: c_int, state: T) -> c_int;
 }

@@ -11,6 +11,7 @@
 //!
 //! [`init`] comes before the first use of torch in a process.
 
+mod allocated;
 mod autograd;
 mod cuda;
 mod error;
@@ -22,10 +23,11 @@ mod rendezvous;
 pub mod rng;
 mod store;
 
+pub use allocated::{Allocated, Usage, allocated, on_host, reset_peaks};
 pub use autograd::grad;
 pub use cuda::{DeviceMemory, device_memory, has_cuda, init};
 pub use error::{Error, Result};
-pub use memory::{from_mmap, host_bytes, map_file, on_host, peak_host_bytes, resize_storage, storage_bytes};
+pub use memory::{from_mmap, host_bytes, map_file, peak_host_bytes, resize_storage, storage_bytes};
 pub use optim::AdamW;
 pub use process_group::{ProcessGroup, ReduceOp, Work};
 pub use rendezvous::Rendezvous;

@@ -107,8 +107,3 @@ fn status_bytes(field: &str) -> u64 {
     let line = status.lines().find_map(|line| line.strip_prefix(field));
     line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok()).map_or(0, |kib| kib * 1024)
 }
-
-/// Runs `work`, whose allocations on the CPU count as host memory.
-pub fn on_host<T>(work: impl FnOnce() -> T) -> T {
-    work()
-}

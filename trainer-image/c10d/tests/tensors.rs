@@ -209,6 +209,29 @@ fn memory_that_is_not_there_is_an_error_of_its_own() {
 }
 
 #[test]
+fn tensors_are_counted_where_they_were_taken() {
+    c10d::init(true);
+    // Other tests of this process allocate too, but nothing of this size in these domains at once.
+    const SIZE: u64 = 1 << 28;
+    let now = || c10d::allocated(Cpu).unwrap();
+    let close = |bytes: u64, expected: u64| bytes.abs_diff(expected) < SIZE / 4;
+    let before = now();
+    let bytes = |n: u64| Tensor::zeros([n as i64], (Kind::Uint8, Cpu));
+    let device = bytes(SIZE);
+    let host = c10d::on_host(|| bytes(2 * SIZE));
+    let both = now();
+    assert!(close(both.device.current, before.device.current + SIZE), "{before:?} {both:?}");
+    assert!(close(both.host.current, before.host.current + 2 * SIZE), "{before:?} {both:?}");
+    c10d::resize_storage(&host, 0).unwrap();
+    assert!(close(now().host.current, before.host.current));
+    drop((device, host));
+    let after = now();
+    assert!(close(after.device.current, before.device.current) && after.device.peak >= both.device.current);
+    c10d::reset_peaks(Cpu).unwrap();
+    assert!(close(now().host.peak, before.host.current), "{:?}", now());
+}
+
+#[test]
 fn host_memory_is_counted() {
     let before = c10d::host_bytes();
     let tensor = Tensor::ones([64 << 20], (Kind::Uint8, Cpu));
