@@ -4,7 +4,9 @@
 //! algorithms; [`engine`] runs models segment by segment over shards and ranks; [`model`] knows the
 //! architectures; [`rollout`] generates; the rest is what it says.
 
+pub mod bench;
 pub mod checkpoint;
+pub mod commands;
 pub mod config_file;
 pub mod data;
 pub mod ending;

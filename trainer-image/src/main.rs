@@ -6,6 +6,7 @@
 use clap::{Args, Parser, Subcommand};
 use rlhf_api::config::{CONFIG_DIR, CONFIG_FILE, HTTP_PORT, PrepareConfig};
 use rlhf_api::report::{ExitCode, Output, TerminationMessage};
+use rlhf_trainer::commands::{self, BenchFlags};
 use rlhf_trainer::data::Summary;
 use rlhf_trainer::environment::Environment;
 use rlhf_trainer::prepare::{self, StageReport};
@@ -38,6 +39,11 @@ enum Command {
         config: ConfigFlag,
         #[command(flatten)]
         http: HttpFlag,
+    },
+    /// Measures a workload on models of random weights.
+    Bench {
+        #[command(flatten)]
+        flags: BenchFlags,
     },
     /// Checks the models and data of all of a job's stages.
     Prepare {
@@ -104,8 +110,20 @@ fn run(command: Command) -> TerminationMessage {
             leave(termination, logged(|| launch::run(&options(config, http))))
         }
         Command::Worker { config, http } => logged(|| worker::run(&options(config, http))),
+        Command::Bench { flags } => by_hand(|| commands::bench(&flags)),
         Command::Prepare { config, termination } => leave(termination, logged(|| prepare(&config.config))),
     }
+}
+
+/// Does what a person asked for at a terminal.
+fn by_hand(work: impl FnOnce() -> rlhf_trainer::error::Result<()>) -> TerminationMessage {
+    logged(|| {
+        ending::message(
+            ending::guard(|| work().map(|()| Output { path: String::new(), metrics: Default::default() })),
+            None,
+            None,
+        )
+    })
 }
 
 /// Does `work` with logging on.

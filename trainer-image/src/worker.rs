@@ -89,7 +89,7 @@ fn train(options: &Options, environment: Environment, shown: &OnceLock<Telemetry
 }
 
 /// The device of a worker: the GPU of its local rank, or the CPU where there is none.
-fn device(local_rank: u32) -> Device {
+pub(crate) fn device(local_rank: u32) -> Device {
     if c10d::has_cuda() { Device::Cuda(local_rank as usize) } else { Device::Cpu }
 }
 
@@ -118,7 +118,7 @@ fn serve(first_port: u16, local_rank: u32, telemetry: &Telemetry) -> Result<()> 
 }
 
 /// Meets the other ranks and makes sure that all have the same config; `None` for a rank alone.
-fn meet(
+pub(crate) fn meet(
     environment: &Environment,
     config: &StageConfig,
     digest: &[u8; 32],

@@ -103,7 +103,7 @@ impl Chunk {
         let (rank, world) = (group.rank(), group.world_size());
         let size = part_size(layout.numel, world);
         let (padded, part) = (size * i64::from(world), i64::from(rank) * size..(i64::from(rank) + 1) * size);
-        let whole = layout.join(values, padded)?;
+        let whole = c10d::on_host(|| layout.join(values, padded))?;
         let rests = if placement.shards_parameters() { part.clone() } else { 0..padded };
         let mut home = placement.home_zeros(rests.end - rests.start)?;
         home.f_copy_(&whole.f_narrow(0, rests.start, rests.end - rests.start)?)?;

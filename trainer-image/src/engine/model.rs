@@ -10,7 +10,7 @@ use super::loss_scale::LossScale;
 use super::placement::Placement;
 use crate::error::Result;
 use crate::model::transformer::{self, AttentionContext, LayerCache};
-use crate::model::{Batch, HeadKind, ModelSpec, Param, ScoreNormalisation, Segment, Source};
+use crate::model::{Batch, HeadKind, ModelSpec, Param, ParamSpec, ScoreNormalisation, Segment, Source};
 use std::ops::Range;
 use std::rc::Rc;
 use tch::{Device, Kind, Tensor};
@@ -72,23 +72,43 @@ impl Model {
         placement: Placement,
         group: &Rc<Group>,
     ) -> Result<Self> {
+        Self::build(&source.spec, head, placement, group, |segment, specs| {
+            let values = source.segment(segment, head)?.into_iter().zip(specs);
+            values
+                .map(|(value, s)| {
+                    let value = value.map_or_else(|| scalar_init(&source.spec, s.param, &s.shape, init), Ok)?;
+                    folded(value, s.param, init.fold)
+                })
+                .collect()
+        })
+    }
+
+    /// A model of random weights as GPT-2's start from (Radford 2019: N(0, 0.02), norms 1, biases 0): as large and as fast as a
+    /// trained one.
+    ///
+    /// # Errors
+    /// The device has no room.
+    pub fn random(spec: &ModelSpec, head: HeadKind, placement: Placement, group: &Rc<Group>) -> Result<Self> {
+        Self::build(spec, head, placement, group, |_, specs| specs.iter().map(random_value).collect())
+    }
+
+    fn build(
+        spec: &ModelSpec,
+        head: HeadKind,
+        placement: Placement,
+        group: &Rc<Group>,
+        mut values: impl FnMut(Segment, &[ParamSpec]) -> Result<Vec<Tensor>>,
+    ) -> Result<Self> {
         let mut chunks = Vec::new();
-        for segment in source.spec.segments() {
-            let specs = source.spec.params(segment, head);
-            let values = source.segment(segment, head)?;
-            let values: Vec<Tensor> = values
-                .into_iter()
-                .zip(&specs)
-                .map(|(v, s)| v.map_or_else(|| scalar_init(&source.spec, s.param, &s.shape, init), Ok))
-                .zip(&specs)
-                .map(|(v, s)| folded(v?, s.param, init.fold))
-                .collect::<Result<_>>()?;
+        for segment in spec.segments() {
+            let specs = spec.params(segment, head);
+            let values = c10d::on_host(|| values(segment, &specs))?;
             let many = !matches!(segment, Segment::Block(_));
             chunks.push(Chunk::new(ChunkLayout::new(specs), &values, many, placement, group)?);
         }
         let scaled = placement.trainable && placement.kind() == Kind::Half;
         Ok(Self {
-            spec: source.spec.clone(),
+            spec: spec.clone(),
             head,
             chunks,
             placement,
@@ -282,6 +302,17 @@ impl Model {
         let step = (self.placement.head_slice_bytes / (width * size_of::<f32>() as i64)).max(1) as usize;
         (0..rows).step_by(step).map(|start| start..(start + step).min(rows)).collect()
     }
+}
+
+fn random_value(spec: &ParamSpec) -> Result<Tensor> {
+    let options = (Kind::Float, Device::Cpu);
+    Ok(match spec.param {
+        Param::AttentionNormWeight | Param::MlpNormWeight | Param::FinalNormWeight => {
+            Tensor::f_ones(&spec.shape, options)?
+        }
+        _ if spec.shape.len() < 2 => Tensor::f_zeros(&spec.shape, options)?,
+        _ => Tensor::f_randn(&spec.shape, options)? * 0.02,
+    })
 }
 
 /// The scalar head's start: weight from N(0, 1/(h+1)), bias 0.

@@ -4,7 +4,7 @@
 //! is renamed when it is whole, so a reader sees the old model or the new one and never half of one.
 
 use super::families::{Config, Family, HfTensor};
-use super::spec::{HeadKind, ModelSpec, Param, Segment};
+use super::{HeadKind, ModelSpec, Param, Segment};
 use crate::error::{Error, Result};
 use crate::files;
 use memmap2::Mmap;

@@ -7,9 +7,8 @@
 mod batch;
 pub mod families;
 mod hf;
-mod spec;
 pub mod transformer;
 
 pub use batch::Batch;
 pub use hf::{Outgoing, ScoreNormalisation, Source, read_config, write_model};
-pub use spec::{HeadKind, Mlp, ModelSpec, Norm, Param, ParamSpec, Positions, Segment};
+pub use memory_plan::spec::{HeadKind, Mlp, ModelSpec, Norm, Param, ParamSpec, Positions, Segment};

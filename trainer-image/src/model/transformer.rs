@@ -1,6 +1,6 @@
 //! The mathematics of each segment, over views of its parameters. Nothing here knows of ranks or shards.
 
-use super::spec::{Mlp, ModelSpec, Norm, Param, Positions};
+use super::{Mlp, ModelSpec, Norm, Param, Positions};
 use crate::error::{Error, Result};
 use tch::{Device, Kind, Tensor};
 

@@ -3,10 +3,10 @@
 
 mod context;
 pub mod math;
-mod ppo;
-mod reward_model;
-mod sft;
-mod supervised;
+pub(crate) mod ppo;
+pub(crate) mod reward_model;
+pub(crate) mod sft;
+pub(crate) mod supervised;
 
 pub use context::Context;
 

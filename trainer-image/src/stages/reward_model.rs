@@ -17,11 +17,16 @@ use tch::{Kind, Tensor};
 /// Records whose responses give the score's normalisation, as many as Ziegler 2019 fits gain and bias on.
 const REFERENCE_RECORDS: usize = 256;
 
-struct PairwiseLogistic<'a> {
-    train: &'a [Ranking],
-    held_out: &'a [Ranking],
-    micro_size: usize,
-    centering: f64,
+/// The mean loss of rankings over the global batch.
+pub(crate) struct PairwiseLogistic<'a> {
+    /// Rankings to learn from.
+    pub train: &'a [Ranking],
+    /// Rankings to evaluate on.
+    pub held_out: &'a [Ranking],
+    /// Rankings that a rank runs at a time.
+    pub micro_size: usize,
+    /// Coefficient of the squared mean score.
+    pub centering: f64,
 }
 
 /// All responses of some rankings as one batch, where each one's score is read, and which belong together.
@@ -80,6 +85,10 @@ impl Objective for PairwiseLogistic<'_> {
             })?;
         }
         Ok(sums)
+    }
+
+    fn records(&self) -> usize {
+        self.train.len()
     }
 
     fn figures(&self, sums: &[f64]) -> Vec<(Figure, f64)> {

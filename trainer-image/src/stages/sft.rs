@@ -12,10 +12,14 @@ use rlhf_api::report::Output;
 use rlhf_api::stage::Sft;
 use tch::{Reduction, Tensor};
 
-struct CrossEntropy<'a> {
-    train: &'a [SftSample],
-    held_out: &'a [SftSample],
-    micro_size: usize,
+/// The summed loss of targets over the global batch's targets.
+pub(crate) struct CrossEntropy<'a> {
+    /// Samples to learn from.
+    pub train: &'a [SftSample],
+    /// Samples to evaluate on.
+    pub held_out: &'a [SftSample],
+    /// Samples that a rank runs at a time.
+    pub micro_size: usize,
 }
 
 /// Samples as a padded batch, the positions that predict a target, and those targets.
@@ -57,6 +61,10 @@ impl Objective for CrossEntropy<'_> {
             })?;
         }
         Ok(vec![tokens as f64, loss])
+    }
+
+    fn records(&self) -> usize {
+        self.train.len()
     }
 
     fn figures(&self, sums: &[f64]) -> Vec<(Figure, f64)> {

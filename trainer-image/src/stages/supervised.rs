@@ -44,10 +44,13 @@ impl Schedule<'_> {
 }
 
 /// What a stage learns from a global batch.
-pub(super) trait Objective {
+pub(crate) trait Objective {
     /// Runs forward and backward over this rank's share of a global batch; returns this rank's sums, the tokens it
     /// ran first. Every rank returns as many.
     fn backward(&self, context: &Context, model: &mut Model, global_batch: &[usize]) -> Result<Vec<f64>>;
+
+    /// Records to learn from.
+    fn records(&self) -> usize;
 
     /// The step's figures from the sums over all ranks.
     fn figures(&self, sums: &[f64]) -> Vec<(Figure, f64)>;
@@ -81,13 +84,8 @@ pub(super) fn train(
         let started = Instant::now();
         let global_batch = schedule.global_batch(step, &mut order);
         let rate = learning_rate(optimizer, step, total);
-        let (mut sums, made) = context.telemetry.phase(Phase::Train, || {
-            let sums = objective.backward(context, model, &global_batch)?;
-            let made = model
-                .step(optimizer, rate)
-                .map_err(|e| e.context(format!("step {}, records {global_batch:?}", step + 1)))?;
-            Ok::<_, crate::error::Error>((sums, made))
-        })?;
+        let (mut sums, made) = make_step(context, model, objective, &global_batch, (optimizer, rate))
+            .map_err(|e| e.context(format!("step {}, records {global_batch:?}", step + 1)))?;
         sums.push(f64::from(u8::from(context.shutdown.requested())));
         context.group.sum(&mut sums)?;
         let stop = sums.pop().is_some_and(|votes| votes > 0.0);
@@ -104,6 +102,20 @@ pub(super) fn train(
         context.step_edge(step + 1, total, stop, &[("model", model)], &Value::Null)?;
     }
     evaluate(context, model, objective, total)
+}
+
+/// Learns from a global batch; returns this rank's sums and what the optimizer did.
+pub(crate) fn make_step(
+    context: &Context,
+    model: &mut Model,
+    objective: &impl Objective,
+    global_batch: &[usize],
+    (optimizer, rate): (&Optimizer, f64),
+) -> Result<(Vec<f64>, Step)> {
+    context.telemetry.phase(Phase::Train, || {
+        let sums = objective.backward(context, model, global_batch)?;
+        Ok((sums, model.step(optimizer, rate)?))
+    })
 }
 
 fn evaluate(context: &Context, model: &Model, objective: &impl Objective, step: u64) -> Result<Vec<(Figure, f64)>> {

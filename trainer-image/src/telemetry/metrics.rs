@@ -176,6 +176,10 @@ impl Metrics {
         self.phase_seconds.with_label_values(&[phase.label()]).inc_by(seconds);
     }
 
+    pub fn seconds(&self, phase: Phase) -> f64 {
+        self.phase_seconds.with_label_values(&[phase.label()]).get()
+    }
+
     pub fn set_memory(&self, domain: &str, Memory { current, peak, limit }: Memory) {
         for (kind, bytes) in [("current", Some(current)), ("peak", Some(peak)), ("limit", limit)] {
             if let Some(bytes) = bytes {

@@ -97,6 +97,11 @@ impl Telemetry {
         result
     }
 
+    /// The seconds counted under `phase` so far.
+    pub fn phase_seconds(&self, phase: Phase) -> f64 {
+        self.0.metrics.seconds(phase)
+    }
+
     /// Counts tokens that were trained on, over all ranks.
     pub fn add_tokens(&self, n: u64) {
         metrics::add(&self.0.metrics.tokens, n);

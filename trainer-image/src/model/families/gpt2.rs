@@ -2,7 +2,7 @@
 
 use super::{Config, HfTensor};
 use crate::error::Result;
-use crate::model::spec::{Mlp, ModelSpec, Norm, Param, Positions, Segment};
+use crate::model::{Mlp, ModelSpec, Norm, Param, Positions, Segment};
 
 pub(super) fn spec(config: &Config<'_>) -> Result<ModelSpec> {
     config.one_of("activation_function", "gelu_new", &["gelu_new", "gelu_pytorch_tanh"])?;

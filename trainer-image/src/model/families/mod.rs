@@ -4,7 +4,7 @@
 mod gpt2;
 mod llama;
 
-use super::spec::{HeadKind, ModelSpec, Param, Segment};
+use super::{HeadKind, ModelSpec, Param, Segment};
 use crate::error::{Error, Result};
 use serde_json::Value;
 use std::path::Path;

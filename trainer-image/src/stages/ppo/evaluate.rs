@@ -6,6 +6,7 @@ use crate::data::Prompt;
 use crate::error::{Error, Result};
 use crate::files;
 use crate::telemetry::{Figure, Phase};
+use crate::tokenizer::Tokenizer;
 use serde_json::json;
 
 /// The stream of random draws that evaluations share, apart from every iteration's: the same draws each time, so that
@@ -14,9 +15,15 @@ const STREAM: u64 = u64::MAX;
 /// Sampled texts that an evaluation logs.
 const LOGGED: usize = 10;
 
+/// Prompts that are never learnt from, and the tokenizer that makes their answers readable.
+pub(super) struct HeldOut<'a> {
+    pub prompts: &'a [Prompt],
+    pub tokenizer: &'a Tokenizer,
+}
+
 impl Run<'_> {
     /// Evaluates between the first and the last iteration where the settings ask for it.
-    pub(super) fn evaluate_if_due(&self, iteration: u64, held_out: &[Prompt]) -> Result<()> {
+    pub(super) fn evaluate_if_due(&self, iteration: u64, held_out: &HeldOut<'_>) -> Result<()> {
         let every = u64::from(self.settings.eval_every_iterations);
         if every > 0 && iteration.is_multiple_of(every) && iteration < u64::from(self.settings.iterations) {
             self.evaluate(iteration, &format!("eval-{iteration}"), held_out)?;
@@ -26,11 +33,11 @@ impl Run<'_> {
 
     /// Mean and deviation of the reward and mean KL on held-out prompts, after `iteration` iterations; the answers are
     /// written to `samples/<name>.jsonl` beside the stage's model.
-    pub(super) fn evaluate(&self, iteration: u64, name: &str, held_out: &[Prompt]) -> Result<Vec<(Figure, f64)>> {
-        if held_out.is_empty() {
+    pub(super) fn evaluate(&self, iteration: u64, name: &str, held_out: &HeldOut<'_>) -> Result<Vec<(Figure, f64)>> {
+        if held_out.prompts.is_empty() {
             return Ok(vec![]);
         }
-        let prompts: Vec<(u64, &Prompt)> = (0..).zip(held_out).collect();
+        let prompts: Vec<(u64, &Prompt)> = (0..).zip(held_out.prompts).collect();
         let stream = [self.context.config.seed, STREAM];
         let (answers, _) = self.roll_out(&prompts, stream, [Phase::Eval, Phase::Eval])?;
         let reward = mean(&answers, |e| e.score);
@@ -44,13 +51,13 @@ impl Run<'_> {
         Ok(figures)
     }
 
-    fn write_samples(&self, name: &str, prompts: &[Prompt], answers: &[Experience]) -> Result<()> {
+    fn write_samples(&self, name: &str, held_out: &HeldOut<'_>, answers: &[Experience]) -> Result<()> {
         if !self.context.group.is_first() {
             return Ok(());
         }
         let mut text = String::new();
-        for (i, (prompt, answer)) in prompts.iter().zip(answers).enumerate() {
-            let response = self.tokenizer.decode(answer.response())?;
+        for (i, (prompt, answer)) in held_out.prompts.iter().zip(answers).enumerate() {
+            let response = held_out.tokenizer.decode(answer.response())?;
             if i < LOGGED {
                 tracing::info!(evaluation = name, reward = answer.score, prompt = prompt.text, response, "sample");
             }

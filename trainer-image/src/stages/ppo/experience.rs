@@ -96,13 +96,8 @@ impl Run<'_> {
     fn answer(&self, prompts: &[&(u64, &Prompt)], decoding: &Decoding) -> Result<Vec<Experience>> {
         let requests: Vec<Request<'_>> =
             prompts.iter().map(|(id, prompt)| Request { prompt: &prompt.tokens, id: *id }).collect();
-        let responses = generate(
-            &self.models.actor,
-            &requests,
-            decoding,
-            self.tokenizer.eos(),
-            self.settings.max_new_tokens as usize,
-        )?;
+        let responses =
+            generate(&self.models.actor, &requests, decoding, self.eos, self.settings.max_new_tokens as usize)?;
         let join = |(request, response): (&Request<'_>, crate::rollout::Response)| Experience {
             tokens: [request.prompt, &response.tokens].concat(),
             prompt_len: request.prompt.len(),

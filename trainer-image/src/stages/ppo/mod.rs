@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 use crate::model::{HeadKind, ScoreNormalisation, Source};
 use crate::optim::learning_rate;
 use crate::telemetry::{Figure, Phase};
-use crate::tokenizer::Tokenizer;
+use evaluate::HeldOut;
 use experience::Experience;
 use rlhf_api::report::Output;
 use rlhf_api::stage::Ppo;
@@ -26,12 +26,12 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 /// The models of PPO. Actor and critic are trained; reference and reward model are frozen.
-struct Models {
-    actor: Model,
-    critic: Model,
-    reference: Model,
-    reward: Model,
-    score: ScoreNormalisation,
+pub(crate) struct Models {
+    pub actor: Model,
+    pub critic: Model,
+    pub reference: Model,
+    pub reward: Model,
+    pub score: ScoreNormalisation,
 }
 
 /// What a resumed run needs beside the models.
@@ -44,10 +44,11 @@ struct State {
 }
 
 /// A PPO stage at work.
-struct Run<'a> {
+pub(crate) struct Run<'a> {
     context: &'a Context,
     settings: &'a Ppo,
-    tokenizer: Tokenizer,
+    /// The token that ends a response.
+    eos: i64,
     models: Models,
     state: State,
 }
@@ -61,15 +62,16 @@ pub(super) fn run(context: &Context, settings: &Ppo) -> Result<Output> {
     context.agree_on_data(prompts.train.iter().chain(&prompts.eval).map(|p| p.tokens.as_slice()))?;
     let source = Source::open(&context.path(&context.config.paths.start_model))?;
     let models = Models::load(context, &source)?;
-    let state = State { kl_coefficient: settings.kl.coefficient, before: BTreeMap::new() };
-    let mut run = Run { context, settings, tokenizer, models, state };
-    let start = run.restore_or_evaluate(&prompts.eval)?;
+    let mut run = Run::new(context, settings, tokenizer.eos(), models);
+    let held_out = HeldOut { prompts: &prompts.eval, tokenizer: &tokenizer };
+    let start = run.restore_or_evaluate(&held_out)?;
     for iteration in start..u64::from(settings.iterations) {
-        run.iterate(iteration, &prompts.train)?;
-        run.evaluate_if_due(iteration + 1, &prompts.eval)?;
+        let figures = run.iterate(iteration, &prompts.train)?;
+        context.report(iteration + 1, &figures)?;
+        run.evaluate_if_due(iteration + 1, &held_out)?;
         run.step_edge(iteration + 1)?;
     }
-    let figures = run.evaluate(settings.iterations.into(), "eval-after", &prompts.eval)?;
+    let figures = run.evaluate(settings.iterations.into(), "eval-after", &held_out)?;
     let before = run.state.before.into_iter().map(|(key, value)| (format!("{key}Before"), value));
     let metrics = keyed(&figures).into_iter().chain(before).collect();
     context.export(&run.models.actor, &source, None, metrics)
@@ -116,9 +118,15 @@ impl Models {
     }
 }
 
-impl Run<'_> {
+impl<'a> Run<'a> {
+    /// A run at its first iteration.
+    pub(crate) fn new(context: &'a Context, settings: &'a Ppo, eos: i64, models: Models) -> Self {
+        let state = State { kl_coefficient: settings.kl.coefficient, before: BTreeMap::new() };
+        Self { context, settings, eos, models, state }
+    }
+
     /// The iteration to go on with: that of the newest checkpoint, or 0 after an evaluation of the untrained actor.
-    fn restore_or_evaluate(&mut self, held_out: &[Prompt]) -> Result<u64> {
+    fn restore_or_evaluate(&mut self, held_out: &HeldOut<'_>) -> Result<u64> {
         let models = &mut self.models;
         let restored = self.context.restore(
             self.settings.iterations.into(),
@@ -157,8 +165,8 @@ impl Run<'_> {
             .collect()
     }
 
-    /// One iteration: rollout, scoring, advantages, learning.
-    fn iterate(&mut self, iteration: u64, prompts: &[Prompt]) -> Result<()> {
+    /// One iteration: rollout, scoring, advantages, learning. Returns its figures.
+    pub(crate) fn iterate(&mut self, iteration: u64, prompts: &[Prompt]) -> Result<Vec<(Figure, f64)>> {
         let (context, settings) = (self.context, self.settings);
         let started = Instant::now();
         // 1-2. Answer prompts and score the answers (experience.rs).
@@ -191,7 +199,7 @@ impl Run<'_> {
             (Figure::RolloutTokensPerSecond, rollout_speed),
             (Figure::TokensPerSecond, tokens as f64 / started.elapsed().as_secs_f64()),
         ]);
-        context.report(iteration + 1, &figures)
+        Ok(figures)
     }
 
     /// Saves where a checkpoint is due, and stops where asked.

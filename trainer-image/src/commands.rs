@@ -1,0 +1,132 @@
+//! The commands that a person runs by hand: `bench`. They print a table or, with `--json`, one object in the last line.
+
+use crate::bench::{self, Figures, Workload};
+use crate::error::{Error, Result};
+use crate::model::{ModelSpec, read_config};
+use clap::Args;
+use rlhf_api::stage::{Offload, Precision, Recompute, Sharding, Strategy};
+use serde::de::DeserializeOwned;
+use std::path::Path;
+
+/// A strategy as flags.
+#[derive(Args, Clone, Copy, Debug)]
+pub struct StrategyFlags {
+    /// ddp, zero1, zero2 or zero3.
+    #[arg(long, value_parser = named::<Sharding>, default_value = "ddp")]
+    sharding: Sharding,
+    /// none, optimizer or parameters.
+    #[arg(long, value_parser = named::<Offload>, default_value = "none")]
+    offload: Offload,
+    /// none or block.
+    #[arg(long, value_parser = named::<Recompute>, default_value = "none")]
+    recompute: Recompute,
+    /// fp32, bf16 or fp16.
+    #[arg(long, value_parser = named::<Precision>, default_value = "bf16")]
+    precision: Precision,
+}
+
+impl From<StrategyFlags> for Strategy {
+    fn from(flags: StrategyFlags) -> Self {
+        let StrategyFlags { sharding, offload, recompute, precision } = flags;
+        Self { sharding, offload, recompute, precision }
+    }
+}
+
+/// Parses a value as it is written in a manifest.
+fn named<T: DeserializeOwned>(text: &str) -> std::result::Result<T, String> {
+    serde_json::from_value(serde_json::Value::String(text.into())).map_err(|e| e.to_string())
+}
+
+/// The shape of a model by its key, or of the one in a folder.
+fn shape(model: &str) -> Result<ModelSpec> {
+    if let Some(spec) = memory_plan::preset(model) {
+        return Ok(spec);
+    }
+    let dir = Path::new(model);
+    if !dir.join("config.json").exists() {
+        let keys: Vec<&str> = memory_plan::keys().collect();
+        return Err(Error::config(format!(
+            "--model {model}: neither a folder with a config.json nor one of {}",
+            keys.join(", ")
+        )));
+    }
+    Ok(read_config(dir)?.2)
+}
+
+/// The flags of `bench`.
+#[derive(Args, Debug)]
+pub struct BenchFlags {
+    /// What to measure.
+    workload: Workload,
+    /// The models' shape: a key such as s, 8b or opt-1.3b, or a model's folder.
+    #[arg(long)]
+    model: String,
+    /// Samples in a rollout or global batch, over all ranks.
+    #[arg(long, default_value_t = 8)]
+    batch: u32,
+    /// Samples that a rank runs at a time; by default its whole share.
+    #[arg(long)]
+    micro: Option<u32>,
+    #[command(flatten)]
+    strategy: StrategyFlags,
+    /// Tokens of a prompt.
+    #[arg(long, default_value_t = 400)]
+    prompt_tokens: u32,
+    /// Tokens of a response.
+    #[arg(long, default_value_t = 112)]
+    new_tokens: u32,
+    /// Rounds that are counted, after one that is not.
+    #[arg(long, default_value_t = 2)]
+    rounds: u32,
+    /// Prints one JSON object in the last line.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs `bench`.
+///
+/// # Errors
+/// As [`bench::run`].
+pub fn bench(flags: &BenchFlags) -> Result<()> {
+    for (flag, value) in
+        [("--batch", flags.batch), ("--rounds", flags.rounds), ("--prompt-tokens", flags.prompt_tokens)]
+    {
+        if value == 0 {
+            return Err(Error::config(format!("{flag} is 0: write at least 1")));
+        }
+    }
+    let options = bench::Options {
+        workload: flags.workload,
+        spec: shape(&flags.model)?,
+        strategy: flags.strategy.into(),
+        batch: flags.batch,
+        micro: flags.micro.unwrap_or(flags.batch).max(1),
+        prompt_tokens: flags.prompt_tokens,
+        new_tokens: flags.new_tokens.max(1),
+        rounds: flags.rounds,
+    };
+    if let Some(figures) = bench::run(&options)? {
+        if flags.json {
+            println!("{}", serde_json::to_string(&figures).map_err(|e| Error::bug(e.to_string()))?);
+        } else {
+            print_figures(&figures);
+        }
+    }
+    Ok(())
+}
+
+fn print_figures(figures: &Figures) {
+    let mib = |bytes: u64| format!("{:.0} MiB", bytes as f64 / f64::from(1 << 20));
+    println!("samples/s            {:.3}", figures.samples_per_second);
+    if let Some(tokens) = figures.new_tokens_per_second {
+        println!("new tokens/s         {tokens:.1}");
+    }
+    println!("TFLOP/s              {:.3}", figures.tflops);
+    println!("of a matrix product  {:.0} %", 100.0 * figures.utilisation);
+    println!("peak on the device   {}", mib(figures.peak_device_bytes));
+    println!("peak on the host     {}", mib(figures.peak_host_bytes));
+    println!("sent a round         {}", mib(figures.sent_bytes));
+    for (phase, seconds) in &figures.phase_seconds {
+        println!("{phase:<20} {seconds:.3} s");
+    }
+}
