@@ -3,7 +3,7 @@
 //! Everything that can be refused at admission is refused there, by CEL rules whose messages say what to
 //! write instead; there is no webhook. Each rule stands at the field of which it speaks, so that the API
 //! server's answer names the path. Only fields that do something exist. A job is one run: nothing but
-//! `suspend` can change.
+//! `suspend` and `ttlSecondsAfterFinished` can change.
 
 use crate::config::env::RESERVED;
 use crate::names;
@@ -45,6 +45,7 @@ use std::collections::BTreeMap;
     validation = names_fit(),
 )]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[x_kube(validation = immutable_option("activeDeadlineSeconds"), validation = immutable_option("managedBy"))]
 pub struct RLHFJobSpec {
     /// The pretrained model from which stages start.
     #[x_kube(validation = immutable("model"))]
@@ -82,6 +83,24 @@ pub struct RLHFJobSpec {
     #[serde(default)]
     #[x_kube(validation = immutable("failurePolicy"))]
     pub failure_policy: FailurePolicy,
+    /// Fails the job once it has been active for so long, in all. The time runs from the first pod's making on,
+    /// back-offs and waiting for nodes included, and stands still while the job is suspended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 315_360_000))]
+    pub active_deadline_seconds: Option<u32>,
+    /// Deletes the job with its Jobs and pods so long after it succeeded or failed. What it wrote to the volume
+    /// stays. May change at any time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 315_360_000))]
+    pub ttl_seconds_after_finished: Option<u32>,
+    /// Who runs the job. This operator leaves a job alone whose field names another, such as
+    /// `kueue.x-k8s.io/multikueue`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(
+        length(max = 63),
+        regex(pattern = r"^[a-z0-9]([-.a-z0-9]*[a-z0-9])?/[A-Za-z0-9]([-._A-Za-z0-9]*[A-Za-z0-9])?$")
+    )]
+    pub managed_by: Option<String>,
 }
 
 /// Bounds the names of which the children's names are made.
@@ -96,10 +115,21 @@ fn names_fit() -> Rule {
 
 /// Keeps a field as it was when the job was created.
 fn immutable(field: &str) -> Rule {
-    let message = format!(
-        "{field} cannot change once the job exists, only suspend can; delete the job and create it again with the new {field}"
-    );
-    Rule::new("self == oldSelf").message(message.as_str())
+    Rule::new("self == oldSelf").message(fixed(field).as_str())
+}
+
+/// As [`immutable`], for a field of the spec that may be absent: a rule that stands at such a field itself is not
+/// asked when it is added or taken away.
+fn immutable_option(field: &str) -> Rule {
+    let has = format!("has(self.{field})");
+    let rule = format!("{has} == has(oldSelf.{field}) && (!{has} || self.{field} == oldSelf.{field})");
+    Rule::new(rule).message(fixed(field).as_str())
+}
+
+fn fixed(field: &str) -> String {
+    format!(
+        "{field} cannot change once the job exists, only suspend and ttlSecondsAfterFinished can; delete the job and create it again with the new {field}"
+    )
 }
 
 /// Wherever the condition holds of a stage `s`, the field names a stage of the given kind. The references of
@@ -336,7 +366,7 @@ impl Stage {
     }
 }
 
-/// How many bad ends a stage survives.
+/// How many bad ends a stage survives, and what counts as one although no pod has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct FailurePolicy {
@@ -348,8 +378,25 @@ pub struct FailurePolicy {
     #[serde(default = "default_max_disruptions")]
     #[schemars(range(min = 0, max = 800))]
     pub max_disruptions: u32,
+    /// An attempt whose pods have not all started after so long is ended as a failure that names what they wait
+    /// for: a node, an image, a Secret, quota.
+    #[serde(default = "default_startup_deadline")]
+    #[schemars(range(min = 1, max = 31_536_000))]
+    pub startup_deadline_seconds: u32,
+    /// An attempt at a stage that makes no step for so long is restarted; 0: never. Choose more than the longest step
+    /// (PPO: iteration), evaluation and checkpoint take. Before an attempt's first figures, while it loads models, the
+    /// longer of this and `startupDeadlineSeconds` holds. Prepare makes no steps and is not watched.
+    #[serde(default = "default_stall")]
+    #[schemars(range(min = 0, max = 31_536_000))]
+    pub stall_seconds: u32,
 }
 
+fn default_startup_deadline() -> u32 {
+    1800
+}
+fn default_stall() -> u32 {
+    900
+}
 fn default_max_restarts() -> u32 {
     3
 }
@@ -359,7 +406,12 @@ fn default_max_disruptions() -> u32 {
 
 impl Default for FailurePolicy {
     fn default() -> Self {
-        Self { max_restarts: default_max_restarts(), max_disruptions: default_max_disruptions() }
+        Self {
+            max_restarts: default_max_restarts(),
+            max_disruptions: default_max_disruptions(),
+            startup_deadline_seconds: default_startup_deadline(),
+            stall_seconds: default_stall(),
+        }
     }
 }
 
@@ -426,7 +478,8 @@ pub struct RLHFJobStatus {
     /// One sentence on where the job is or why it failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,
-    /// `Complete`, `Failed` and `Suspended`.
+    /// `Complete`, `Failed` and `Suspended`; `Waiting` while pods cannot start, with the reason, and `QuotaExceeded`
+    /// beside it while the reason is a quota; `Stalled` from an attempt's stall until the next makes a step.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
     pub conditions: Vec<Condition>,
@@ -438,6 +491,13 @@ pub struct RLHFJobStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<String>", extend("format" = "date-time"))]
     pub completion_time: Option<Timestamp>,
+    /// Seconds during which the job was active before [`RLHFJobStatus::active_since`].
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub active_seconds: u32,
+    /// Since when the job is active without a suspension; absent while it is suspended and after its end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>", extend("format" = "date-time"))]
+    pub active_since: Option<Timestamp>,
     /// The check of model and data.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prepare: Option<StageStatus>,
@@ -472,6 +532,14 @@ pub struct StageStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<String>", extend("format" = "date-time"))]
     pub not_before: Option<Timestamp>,
+    /// Since when the current attempt's pods are to start; absent once all run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>", extend("format" = "date-time"))]
+    pub starting_since: Option<Timestamp>,
+    /// When the current attempt began to run, or last made a step or told new figures.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>", extend("format" = "date-time"))]
+    pub advanced_at: Option<Timestamp>,
     /// How far the current attempt is, as rank 0 last told.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub progress: Option<Progress>,
@@ -499,7 +567,8 @@ pub struct Failure {
     /// The container's exit code, where there was one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub code: Option<i32>,
-    /// One CamelCase word: an exit code's reason, or `OOMKilled`, `Killed`, `Disrupted`, `PodDeleted`.
+    /// One CamelCase word: an exit code's reason, or such as `OOMKilled`, `Killed`, `Disrupted`, `NodeLost`,
+    /// `StartupDeadlineExceeded` and `Stalled`.
     pub reason: String,
     /// The pod whose end decided.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -33,6 +33,15 @@ pub const CONDITION_COMPLETE: &str = "Complete";
 pub const CONDITION_FAILED: &str = "Failed";
 /// Condition: `spec.suspend` is set and no pod is left.
 pub const CONDITION_SUSPENDED: &str = "Suspended";
+/// Condition: pods that should start do not.
+pub const CONDITION_WAITING: &str = "Waiting";
+/// Condition: a quota keeps pods from being made.
+pub const CONDITION_QUOTA_EXCEEDED: &str = "QuotaExceeded";
+/// Condition: an attempt stood still, and none has made a step since.
+pub const CONDITION_STALLED: &str = "Stalled";
+
+/// The value of `spec.managedBy` that stands for this operator, as does its absence.
+pub const MANAGED_BY: &str = "rlhf.dev/rlhf-operator";
 
 /// The Job of one attempt at a stage (or at prepare); its pods' host names are this, a dash and the index.
 pub fn attempt(job: &str, stage: &str, attempt: u32) -> String {

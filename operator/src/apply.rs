@@ -78,7 +78,7 @@ pub struct Blocked {
 
 /// Writes a decision. `Ok` with a [`Blocked`] means that all was written but a stage's children.
 pub async fn apply(job: &RLHFJob, decision: &Decision, ctx: &Context) -> Result<Option<Blocked>, Error> {
-    let Decision { status: _, delete, suspend, make, notices, outcomes, requeue: _ } = decision;
+    let Decision { status: _, delete, suspend, make, notices, outcomes, expired, requeue: _ } = decision;
     write_status(job, decision, ctx).await?;
     for outcome in outcomes {
         ctx.metrics.attempt_ended(*outcome);
@@ -101,7 +101,24 @@ pub async fn apply(job: &RLHFJob, decision: &Decision, ctx: &Context) -> Result<
             other => other?,
         }
     }
+    if *expired {
+        delete_expired(job, ctx).await?;
+    }
     Ok(blocked)
+}
+
+/// Deletes the job itself as it was looked at, and not one whose `ttlSecondsAfterFinished` was raised meanwhile or
+/// that has only its name. It stays until its children are gone.
+async fn delete_expired(job: &RLHFJob, ctx: &Context) -> Result<(), Error> {
+    let name = job.name_any();
+    let only_this = Preconditions { uid: job.uid(), resource_version: job.resource_version() };
+    let api: Api<RLHFJob> = ctx.api(job);
+    match ctx.metrics.api("delete", api.delete(&name, &DeleteParams::foreground().preconditions(only_this)).await) {
+        Ok(_) => Ok(()),
+        Err(kube::Error::Api(s)) if s.is_conflict() => Err(Error::Stale),
+        Err(kube::Error::Api(s)) if s.is_not_found() => Err(Error::Gone),
+        Err(source) => Err(Error::Api { what: format!("the deletion of RLHFJob {name}"), source }),
+    }
 }
 
 async fn write_status(job: &RLHFJob, decision: &Decision, ctx: &Context) -> Result<(), Error> {

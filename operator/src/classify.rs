@@ -30,11 +30,17 @@ pub enum Reason {
     Stopped,
     /// The API server refuses the attempt's objects for what the job says.
     Rejected,
+    /// Not all pods ran in time.
+    StartupDeadline,
+    /// The image's name is none, so that no pod will ever start.
+    InvalidImageName,
+    /// No step was made for too long.
+    Stalled,
 }
 
 impl Reason {
     /// Reasons that are not an exit code's.
-    const OTHERS: [Reason; 7] = [
+    const OTHERS: [Reason; 10] = [
         Reason::OomKilled,
         Reason::Killed,
         Reason::Disrupted,
@@ -42,6 +48,9 @@ impl Reason {
         Reason::UnexpectedExit,
         Reason::Stopped,
         Reason::Rejected,
+        Reason::StartupDeadline,
+        Reason::InvalidImageName,
+        Reason::Stalled,
     ];
 
     /// The CamelCase word.
@@ -55,6 +64,9 @@ impl Reason {
             Reason::UnexpectedExit => "UnexpectedExit",
             Reason::Stopped => "Stopped",
             Reason::Rejected => "Rejected",
+            Reason::StartupDeadline => "StartupDeadlineExceeded",
+            Reason::InvalidImageName => "InvalidImageName",
+            Reason::Stalled => "Stalled",
         }
     }
 
@@ -71,8 +83,9 @@ impl Reason {
             Reason::Exit(ExitCode::Done) => Verdict::Retry,
             Reason::Exit(code) => code.verdict(),
             Reason::OomKilled | Reason::Killed | Reason::UnexpectedExit => Verdict::Retry,
+            Reason::StartupDeadline | Reason::Stalled => Verdict::Retry,
             Reason::Disrupted | Reason::PodDeleted => Verdict::Disruption,
-            Reason::Stopped | Reason::Rejected => Verdict::Fail,
+            Reason::Stopped | Reason::Rejected | Reason::InvalidImageName => Verdict::Fail,
         }
     }
 

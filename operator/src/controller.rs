@@ -116,6 +116,9 @@ pub async fn reconcile(guarded: Arc<Guarded>, ctx: Arc<Context>) -> Result<Actio
 }
 
 async fn pass(job: &RLHFJob, ctx: &Context) -> Result<Action, Error> {
+    if job.spec.managed_by.as_ref().is_some_and(|by| by != names::MANAGED_BY) {
+        return Ok(Action::await_change());
+    }
     let now = whole_seconds(Timestamp::now());
     let observed = observe(job, ctx).await?;
     let decision = decide(job, &observed, &ctx.settings, now);

@@ -27,6 +27,10 @@ pub struct StageView {
     pub progress: Option<Progress>,
     /// When it is to be asked again, from now.
     pub ask_again: Option<SignedDuration>,
+    /// For how long it has been asked in vain; `None` while it answers or nobody asks.
+    pub silent_for: Option<SignedDuration>,
+    /// Why the Job controller cannot make pods of the current attempt.
+    pub refused: Option<Wait>,
 }
 
 impl StageView {
@@ -149,11 +153,54 @@ pub struct PodView {
     pub state: PodState,
 }
 
+/// What keeps an attempt's pods from being made or started.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Wait {
+    /// One CamelCase word.
+    pub reason: String,
+    /// What it is about.
+    pub text: String,
+}
+
+impl Wait {
+    /// The reason of a pod for which no node is found.
+    pub const UNSCHEDULABLE: &str = "Unschedulable";
+    /// The reason of a pod whose image cannot be pulled.
+    pub const IMAGE_PULL: &str = "ImagePull";
+    /// The reason of a pod whose image has no valid name, so that no kubelet will ever find it.
+    pub const INVALID_IMAGE: &str = "InvalidImageName";
+    /// The reason of pods or other children that a quota refuses.
+    pub const QUOTA: &str = "QuotaExceeded";
+    /// The reason of pods or other children that are refused otherwise.
+    pub const REFUSED: &str = "Refused";
+
+    /// From the API server's words about an object that it did not take.
+    pub fn refusal(message: &str) -> Self {
+        // Both of the quota's own sentences: it is used up, or it wants requests or limits that are not there.
+        let quota = message.contains("exceeded quota: ") || message.contains("failed quota: ");
+        // What comes before names a pod, and another one each time.
+        let text = message.split_once(" is forbidden: ").map_or(message, |(_, why)| why);
+        let reason = if quota { Self::QUOTA } else { Self::REFUSED };
+        Self { reason: reason.into(), text: text.into() }
+    }
+
+    /// Whether nobody but the job's author can end the waiting, by another job.
+    pub fn is_permanent(&self) -> bool {
+        self.reason == Self::INVALID_IMAGE
+    }
+}
+
+impl std::fmt::Display for Wait {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", join(Some(&self.reason), Some(&self.text)))
+    }
+}
+
 /// What a pod's trainer container does.
 #[derive(Clone, Debug, PartialEq)]
 pub enum PodState {
-    /// It has not started; the text names the reason where it is not the ordinary one.
-    Waiting(Option<String>),
+    /// It has not started; with the reason where it is not the ordinary one.
+    Waiting(Option<Wait>),
     /// It runs.
     Running,
     /// It ended, and does not start again.
@@ -259,16 +306,21 @@ fn text(ended: &ContainerStateTerminated) -> Option<String> {
 
 /// Why a pod does not start, if it is not just starting. Without the kubelet's changing details, so that the
 /// same trouble always reads the same and status is not written again for it.
-fn waiting_reason(pod: &Pod, container: Option<&ContainerStatus>) -> Option<String> {
+fn waiting_reason(pod: &Pod, container: Option<&ContainerStatus>) -> Option<Wait> {
     let waiting = container.and_then(|c| c.state.as_ref()).and_then(|s| s.waiting.as_ref());
-    match waiting.and_then(|w| w.reason.as_deref()) {
-        Some("ContainerCreating" | "PodInitializing") => None,
-        Some("ErrImagePull" | "ImagePullBackOff") => {
-            Some(format!("its image {} cannot be pulled", container.map(|c| c.image.as_str()).unwrap_or_default()))
+    let image = container.map(|c| c.image.as_str()).unwrap_or_default();
+    let (reason, text) = match waiting.and_then(|w| w.reason.as_deref()) {
+        Some("ContainerCreating" | "PodInitializing") => return None,
+        Some("ErrImagePull" | "ImagePullBackOff") => (Wait::IMAGE_PULL, format!("image {image} cannot be pulled")),
+        Some(Wait::INVALID_IMAGE) => (Wait::INVALID_IMAGE, format!("{image} is no name of an image")),
+        Some(reason) => (reason, waiting.and_then(|w| w.message.clone()).unwrap_or_default()),
+        None => {
+            let unplaced = condition(pod, "PodScheduled", "False")?;
+            let text = unplaced.message.clone().unwrap_or_default();
+            (unplaced.reason.as_deref().unwrap_or(Wait::UNSCHEDULABLE), text)
         }
-        Some(reason) => Some(join(Some(reason), waiting.and_then(|w| w.message.as_deref()))),
-        None => condition(pod, "PodScheduled", "False").map(words),
-    }
+    };
+    Some(Wait { reason: reason.into(), text })
 }
 
 #[cfg(test)]
@@ -340,12 +392,48 @@ mod tests {
     #[test]
     fn waiting_names_what_keeps_a_pod_from_starting_and_nothing_else() {
         assert_eq!(pod(waiting("ContainerCreating")).state, PodState::Waiting(None));
-        let pull = PodState::Waiting(Some("its image docker.io/x:1 cannot be pulled".into()));
+        let wait =
+            |reason: &str, text: &str| PodState::Waiting(Some(Wait { reason: reason.into(), text: text.into() }));
+        let pull = wait("ImagePull", "image docker.io/x:1 cannot be pulled");
         assert_eq!(pod(waiting("ErrImagePull")).state, pull);
-        assert_eq!(pod(waiting("ImagePullBackOff")).state, pull);
+        assert_eq!(pod(waiting("ImagePullBackOff")).state, pull, "the two take turns, and read the same");
+        let invalid = pod(waiting("InvalidImageName")).state;
+        assert!(matches!(&invalid, PodState::Waiting(Some(w)) if w.is_permanent()), "{invalid:?}");
+        assert_eq!(
+            pod(waiting("CreateContainerConfigError")).state,
+            wait("CreateContainerConfigError", "back-off 40s")
+        );
         let unschedulable = json!({"phase": "Pending", "conditions": [
             {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/1 nodes are available"}]});
-        assert_eq!(pod(unschedulable).state, PodState::Waiting(Some("Unschedulable: 0/1 nodes are available".into())));
+        assert_eq!(pod(unschedulable).state, wait("Unschedulable", "0/1 nodes are available"));
+    }
+
+    #[test]
+    fn case_4_and_38_a_quota_is_told_from_other_refusals_and_pods_are_not_named() {
+        for (message, reason, text) in [
+            (
+                r#"Error creating: pods "d-tune-1-0-abcde" is forbidden: exceeded quota: q, requested: pods=1, used: pods=2, limited: pods=2"#,
+                "QuotaExceeded",
+                "exceeded quota: q, requested: pods=1, used: pods=2, limited: pods=2",
+            ),
+            (
+                r#"Error creating: pods "d-tune-1-0-fghij" is forbidden: failed quota: q: must specify limits.cpu for: trainer"#,
+                "QuotaExceeded",
+                "failed quota: q: must specify limits.cpu for: trainer",
+            ),
+            (
+                r#"Error creating: pods "d-tune-1-0-abcde" is forbidden: violates PodSecurity "restricted:latest""#,
+                "Refused",
+                r#"violates PodSecurity "restricted:latest""#,
+            ),
+            (
+                "admission webhook \"w\" denied the request: no",
+                "Refused",
+                "admission webhook \"w\" denied the request: no",
+            ),
+        ] {
+            assert_eq!(Wait::refusal(message), Wait { reason: reason.into(), text: text.into() });
+        }
     }
 
     #[test]

@@ -245,3 +245,28 @@ async fn children_are_touched_only_while_the_job_is_as_it_was_seen_and_no_pod_of
         assert_eq!(still_holds(&job, &two_stages(&job), &ctx).await.unwrap(), holds, "{name}");
     }
 }
+
+#[tokio::test]
+async fn an_expired_job_is_deleted_as_it_was_seen_and_only_so() {
+    let job = started();
+    let expired = Decision { status: job.status.clone().unwrap(), expired: true, ..Decision::default() };
+    let (ctx, log) = server(vec![]);
+    apply(&job, &expired, &ctx).await.unwrap();
+    assert_eq!(lines(&log), ["DELETE rlhfjobs/demo"]);
+    let deletion = body(&log, "DELETE rlhfjobs/demo");
+    assert_eq!(deletion["preconditions"], json!({"uid": "0123456789-abc", "resourceVersion": "7"}));
+    assert_eq!(deletion["propagationPolicy"], "Foreground");
+    let (ctx, _) = server(vec![("DELETE rlhfjobs/demo", 409, failure("Conflict", 409))]);
+    assert!(matches!(apply(&job, &expired, &ctx).await, Err(Error::Stale)), "its time to live was changed meanwhile");
+}
+
+#[tokio::test]
+async fn a_job_that_another_manages_is_left_alone() {
+    let (ctx, log) = server(vec![]);
+    let mut job = tests::job();
+    job.spec.managed_by = Some("kueue.x-k8s.io/multikueue".into());
+    let guarded = Arc::new(kube::core::DeserializeGuard(Ok(job)));
+    let action = crate::controller::reconcile(guarded, Arc::new(ctx)).await.unwrap();
+    assert_eq!(action, kube::runtime::controller::Action::await_change());
+    assert!(lines(&log).is_empty());
+}

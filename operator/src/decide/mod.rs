@@ -66,6 +66,8 @@ pub struct Decision {
     pub notices: Vec<Notice>,
     /// How attempts ended in this pass, for the metrics, once the status is written.
     pub outcomes: Vec<Outcome>,
+    /// Whether the job itself is to be deleted, because it ended long enough ago.
+    pub expired: bool,
     /// When to look again although nothing changes.
     pub requeue: Option<SignedDuration>,
 }
@@ -186,7 +188,9 @@ pub fn decide(job: &RLHFJob, observed: &Observed, settings: &Settings, now: Time
     let mut pass = Pass { job, observed, settings, now, defeat: None, decision: Decision::default() };
     let mut status = before.clone();
     status.observed_generation = job.metadata.generation.unwrap_or_default();
-    if !status.phase.is_terminal() {
+    if status.phase.is_terminal() {
+        pass.expire(&status);
+    } else {
         pass.advance(&before, &mut status);
     }
     pass.sweep(&status);
@@ -228,6 +232,7 @@ impl<'a> Pass<'a> {
         for slot in slots(status) {
             self.settle(slot);
         }
+        self.limit_active_time(status);
         if self.defeat.is_none() {
             self.start_ready(status);
         }
@@ -274,7 +279,14 @@ impl<'a> Pass<'a> {
     }
 
     fn view(&self, stage: &str) -> &'a StageView {
-        const NOTHING: &StageView = &StageView { jobs: Vec::new(), pods: Vec::new(), progress: None, ask_again: None };
+        const NOTHING: &StageView = &StageView {
+            jobs: Vec::new(),
+            pods: Vec::new(),
+            progress: None,
+            ask_again: None,
+            silent_for: None,
+            refused: None,
+        };
         self.observed.stages.get(stage).unwrap_or(NOTHING)
     }
 

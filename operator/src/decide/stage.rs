@@ -1,15 +1,15 @@
 //! The life of one stage (prepare is one of them): Pending, Starting, Running, and back to Pending after a bad end
 //! until the stage has succeeded or is given up.
 
-use super::{Defeat, Event, JobRef, Outcome, PROGRESS_PERIOD, Pass};
+use super::{Defeat, Event, JobRef, Outcome, PROGRESS_PERIOD, Pass, Trouble};
 use crate::build::{self, Task};
 use crate::classify::{Reason, bounded, cause, vanished};
-use crate::view::{JobState, JobView, PodState, PodView, StageView};
+use crate::view::{JobState, JobView, PodState, PodView, StageView, Wait};
 use jiff::SignedDuration;
 use kube::ResourceExt;
 use rlhf_api::job::{Failure, StagePhase, StageStatus};
 use rlhf_api::names;
-use rlhf_api::report::{Checkpoint, ExitCode, Output, Verdict};
+use rlhf_api::report::{Checkpoint, ExitCode, Output, Progress, Verdict};
 
 /// The wait before the first attempt that follows a failure; it doubles with each, as the Job controller's does.
 const FIRST_BACKOFF: SignedDuration = SignedDuration::from_secs(10);
@@ -28,6 +28,8 @@ impl Pass<'_> {
             slot.checkpoint = last_checkpoint(view, slot.attempt).or(slot.checkpoint.take());
         }
         match job.state {
+            // Whoever is told of success may use the quota and the volume: no pod lingers on.
+            JobState::Complete if view.pods.iter().any(|p| p.attempt == slot.attempt && p.ended().is_none()) => {}
             JobState::Complete => self.succeed(slot, view),
             JobState::Failed => self.lose(slot, view, "its pods are gone"),
             JobState::Active | JobState::Failing if job.deleting => self.lose(slot, view, "its Job was deleted"),
@@ -50,6 +52,10 @@ impl Pass<'_> {
             || self.view(&slot.name).pods.iter().any(|p| p.attempt == slot.attempt)
         {
             self.lose(slot, self.view(&slot.name), "its Job was deleted");
+        } else if self.job.spec.suspend {
+            slot.starting_since = None;
+        } else if slot.starting_since.is_some() {
+            self.limit_start(slot);
         }
     }
 
@@ -77,6 +83,7 @@ impl Pass<'_> {
         }
         if wanted || job.suspended {
             slot.phase = StagePhase::Starting;
+            (slot.starting_since, slot.advanced_at) = (None, None);
             return;
         }
         let pods = || view.pods_of(slot.attempt);
@@ -88,19 +95,110 @@ impl Pass<'_> {
         match (slot.phase, running + succeeded >= job.pods) {
             (StagePhase::Running, false) => self.lose(slot, view, "a pod of it is gone"),
             (_, true) => self.run(slot, view),
-            (_, false) => {}
+            (_, false) => {
+                if pods().count() < job.pods as usize {
+                    // What keeps the Job controller from making pods, no watch tells.
+                    self.decision.look_again(PROGRESS_PERIOD);
+                }
+                self.limit_start(slot);
+            }
         }
     }
 
+    /// Ends an attempt that will never start, or has not in time.
+    fn limit_start(&mut self, slot: &mut StageStatus) {
+        let since = *slot.starting_since.get_or_insert(self.now);
+        let limit = self.job.spec.failure_policy.startup_deadline_seconds;
+        let left = SignedDuration::from_secs(limit.into()) - self.now.duration_since(since);
+        let waiting = self.waiting(slot);
+        let permanent = waiting.as_ref().is_some_and(|(_, wait)| wait.is_permanent());
+        if left > SignedDuration::ZERO && !permanent {
+            return self.decision.look_again(left);
+        }
+        let pod = waiting.as_ref().and_then(|(pod, _)| *pod).map(str::to_owned);
+        let view = self.view(&slot.name);
+        let node = view.pods_of(slot.attempt).find(|p| Some(&p.name) == pod.as_ref()).and_then(|p| p.node.clone());
+        let who = pod.as_ref().map(|pod| format!("pod {pod}: ")).unwrap_or_default();
+        let what = waiting
+            .map_or("its pods or their volumes are still being made; see their events".into(), |(_, w)| {
+                format!("{who}{w}")
+            });
+        let (reason, message) = if permanent {
+            (Reason::InvalidImageName, what)
+        } else {
+            let late = format!("not all pods ran after failurePolicy.startupDeadlineSeconds ({limit} s): {what}");
+            (Reason::StartupDeadline, late)
+        };
+        let failure =
+            Failure { reason: reason.as_str().into(), pod, node, ..vanished(slot.attempt, message, self.now) };
+        self.end(slot, failure);
+    }
+
+    /// What keeps an attempt from starting, and the pod that says so where it is one: the first of those that do.
+    pub(super) fn waiting(&self, slot: &StageStatus) -> Option<(Option<&str>, Wait)> {
+        if slot.phase != StagePhase::Starting || self.job.spec.suspend {
+            return None;
+        }
+        let view = self.view(&slot.name);
+        let why = |p: &PodView| if let PodState::Waiting(why) = &p.state { why.clone() } else { None };
+        let pods = view.pods_of(slot.attempt).filter_map(|p| Some((p.index, p.name.as_str(), why(p)?)));
+        // One that can never start says more than one that may.
+        let pod = pods.min_by_key(|(index, name, wait)| (!wait.is_permanent(), *index, *name));
+        let trouble = || {
+            let of_this = |t: &&Trouble| t.stage == slot.name && t.attempt == slot.attempt;
+            let trouble = self.observed.trouble.as_ref().filter(of_this)?;
+            Some(Wait { text: trouble.message.clone(), ..Wait::refusal(&trouble.message) })
+        };
+        let pod = pod.map(|(_, name, wait)| (Some(name), wait));
+        pod.or_else(|| Some((None, view.refused.clone().or_else(trouble)?)))
+    }
+
     fn run(&mut self, slot: &mut StageStatus, view: &StageView) {
+        let begins = slot.phase != StagePhase::Running;
         slot.phase = StagePhase::Running;
+        slot.starting_since = None;
+        if slot.name == names::PREPARE {
+            return;
+        }
+        if begins {
+            slot.advanced_at = Some(self.now);
+        }
         if let Some(progress) = &view.progress {
+            if slot.progress.as_ref().is_none_or(|old| advanced(old, progress)) {
+                slot.advanced_at = Some(self.now);
+            }
             slot.checkpoint = progress.checkpoint.clone().or(slot.checkpoint.take());
             slot.progress = Some(progress.clone());
         }
-        if slot.name != names::PREPARE {
-            self.decision.look_again(view.ask_again.unwrap_or(PROGRESS_PERIOD));
+        self.decision.look_again(view.ask_again.unwrap_or(PROGRESS_PERIOD));
+        self.limit_stall(slot, view);
+    }
+
+    /// Ends an attempt that stands still. Only what a trainer says counts, or the silence of one that spoke before:
+    /// an operator that cannot reach trainers at all must not restart them.
+    fn limit_stall(&mut self, slot: &mut StageStatus, view: &StageView) {
+        let policy = &self.job.spec.failure_policy;
+        let (Some(since), 1..) = (slot.advanced_at, policy.stall_seconds) else { return };
+        let loading = if has_figures(slot) { 0 } else { policy.startup_deadline_seconds };
+        let limit = SignedDuration::from_secs(policy.stall_seconds.max(loading).into());
+        let heard = match view.silent_for {
+            None => view.progress.is_some(),
+            Some(silence) => slot.progress.is_some() && silence >= limit,
+        };
+        if !heard || self.now.duration_since(since) < limit {
+            return;
         }
+        let first = view.pods_of(slot.attempt).find(|p| p.index == 0);
+        let step = slot.progress.as_ref().map_or(0, |p| p.step);
+        let silent = if view.silent_for.is_some() { ", and it does not answer" } else { "" };
+        let message = format!("no step after step {step} for {} s{silent}", limit.as_secs());
+        let failure = Failure {
+            reason: Reason::Stalled.as_str().into(),
+            pod: first.map(|p| p.name.clone()),
+            node: first.and_then(|p| p.node.clone()),
+            ..vanished(slot.attempt, message, self.now)
+        };
+        self.end(slot, failure);
     }
 
     fn succeed(&mut self, slot: &mut StageStatus, view: &StageView) {
@@ -115,6 +213,7 @@ impl Pass<'_> {
         // What was recorded of this very attempt did not keep it from succeeding.
         slot.last_failure = slot.last_failure.take().filter(|f| f.attempt != slot.attempt);
         slot.phase = StagePhase::Succeeded;
+        (slot.starting_since, slot.advanced_at) = (None, None);
         self.decision.outcomes.push(Outcome::Succeeded);
         self.tell(
             Event::StageSucceeded,
@@ -135,6 +234,7 @@ impl Pass<'_> {
         let reason = Reason::parse(&failure.reason);
         let said = format!("{}, attempt {}: {}: {}", slot.name, slot.attempt, failure.reason, failure.message);
         slot.last_failure = Some(failure);
+        (slot.starting_since, slot.advanced_at) = (None, None);
         let outcome = self.outcome(slot, reason);
         match outcome {
             Outcome::Restarted => {
@@ -202,7 +302,7 @@ impl Pass<'_> {
     }
 
     /// Makes a started attempt's children, as soon as nothing of an earlier attempt can run beside it.
-    pub(super) fn make(&mut self, task: Task<'_>, slot: &StageStatus) {
+    pub(super) fn make(&mut self, task: Task<'_>, slot: &mut StageStatus) {
         let view = self.view(&slot.name);
         let wanted = slot.phase == StagePhase::Starting && !self.job.spec.suspend;
         if !wanted || !view.is_clear_for(slot.attempt) {
@@ -217,7 +317,10 @@ impl Pass<'_> {
             }
         }
         match build::children(self.job, task, slot.attempt, self.settings) {
-            Ok(children) => self.decision.make.push(children),
+            Ok(children) => {
+                slot.starting_since.get_or_insert(self.now);
+                self.decision.make.push(children);
+            }
             Err(error) => self.defeat = Some(Defeat { reason: "InvalidSpec", message: error.to_string() }),
         }
     }
@@ -225,6 +328,17 @@ impl Pass<'_> {
     fn about(&self, slot: &StageStatus) -> Option<String> {
         Some(names::attempt(&self.job.name_any(), &slot.name, slot.attempt))
     }
+}
+
+/// Whether a trainer that told `old` has done anything since. Its estimate of the time left moves by itself.
+fn advanced(old: &Progress, new: &Progress) -> bool {
+    let mark = |p: &Progress| Progress { eta_seconds: None, ..p.clone() };
+    mark(old) != mark(new)
+}
+
+/// Whether the current attempt has told the figures of a step or of an evaluation.
+pub(super) fn has_figures(slot: &StageStatus) -> bool {
+    slot.progress.as_ref().is_some_and(|p| !p.metrics.is_empty())
 }
 
 fn backoff(restarts: u32) -> SignedDuration {

@@ -2,8 +2,8 @@
 
 use super::{Defeat, Event, Outcome, Pass, Trouble, slots};
 use crate::classify::{Reason, bounded, vanished};
-use crate::view::{PodState, StageView};
-use jiff::Timestamp;
+use crate::view::Wait;
+use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use rlhf_api::job::{Failure, Phase, RLHFJobStatus, StagePhase, StageStatus};
 use rlhf_api::names;
@@ -18,6 +18,9 @@ impl Pass<'_> {
         } else {
             status.phase = self.phase(status);
             self.turn(before.phase, status);
+            self.count_active_time(status);
+            self.tell_waiting(status);
+            self.tell_stalled(status);
             status.message = self.message(status);
             self.tell_trouble(before, status);
         }
@@ -33,16 +36,16 @@ impl Pass<'_> {
         let message = bounded(message);
         for slot in slots(status).filter(|s| is_active(s)) {
             slot.phase = StagePhase::Failed;
+            (slot.starting_since, slot.advanced_at) = (None, None);
             slot.last_failure = Some(Failure {
                 reason: Reason::Stopped.as_str().into(),
-                ..vanished(slot.attempt, "stopped because the job failed elsewhere".into(), self.now)
+                ..vanished(slot.attempt, "stopped because the job has failed".into(), self.now)
             });
             self.decision.outcomes.push(Outcome::Failed);
         }
         // Nothing is made or resumed for a job that has just been given up.
         self.decision.make.clear();
         self.decision.suspend.clear();
-        self.decision.requeue = None;
         self.end_job(status, Phase::Failed, (names::CONDITION_FAILED, reason), &message);
         self.tell(Event::JobFailed, message, None);
     }
@@ -53,14 +56,96 @@ impl Pass<'_> {
         self.tell(Event::JobSucceeded, message.into(), None);
     }
 
-    fn end_job(&self, status: &mut RLHFJobStatus, phase: Phase, (condition, reason): (&str, &str), message: &str) {
+    fn end_job(&mut self, status: &mut RLHFJobStatus, phase: Phase, (condition, reason): (&str, &str), message: &str) {
         status.phase = phase;
         status.completion_time = Some(self.now);
         status.message = Some(message.to_owned());
-        if status.conditions.iter().any(|c| c.type_ == names::CONDITION_SUSPENDED && c.status == "True") {
-            self.set_condition(status, names::CONDITION_SUSPENDED, false, "Finished", "the job has finished");
+        self.stop_active_time(status);
+        self.decision.requeue = None;
+        use names::{CONDITION_QUOTA_EXCEEDED, CONDITION_STALLED, CONDITION_SUSPENDED, CONDITION_WAITING};
+        for passing in [CONDITION_SUSPENDED, CONDITION_WAITING, CONDITION_QUOTA_EXCEEDED, CONDITION_STALLED] {
+            self.unset_condition(status, passing, "Finished", "the job has finished");
         }
         self.set_condition(status, condition, true, reason, message);
+    }
+
+    /// Deletes a job that ended long enough ago.
+    pub(super) fn expire(&mut self, status: &RLHFJobStatus) {
+        let (Some(ttl), Some(end)) = (self.job.spec.ttl_seconds_after_finished, status.completion_time) else { return };
+        let left = SignedDuration::from_secs(ttl.into()) - self.now.duration_since(end);
+        if left > SignedDuration::ZERO {
+            self.decision.look_again(left);
+        } else {
+            self.decision.expired = true;
+        }
+    }
+
+    /// How long the job has been active, in all.
+    fn active_time(&self, status: &RLHFJobStatus) -> SignedDuration {
+        let now = status.active_since.map_or(SignedDuration::ZERO, |since| self.now.duration_since(since));
+        SignedDuration::from_secs(status.active_seconds.into()) + now.max(SignedDuration::ZERO)
+    }
+
+    fn stop_active_time(&self, status: &mut RLHFJobStatus) {
+        status.active_seconds = u32::try_from(self.active_time(status).as_secs()).unwrap_or(u32::MAX);
+        status.active_since = None;
+    }
+
+    /// The time runs from the first start on, except while the job is suspended.
+    fn count_active_time(&mut self, status: &mut RLHFJobStatus) {
+        if status.phase == Phase::Suspended {
+            self.stop_active_time(status);
+            self.decision.requeue = None;
+        } else if status.start_time.is_some() {
+            status.active_since.get_or_insert(self.now);
+        }
+    }
+
+    /// Gives the job up once its time is over, unless it has succeeded.
+    pub(super) fn limit_active_time(&mut self, status: &mut RLHFJobStatus) {
+        let Some(limit) = self.job.spec.active_deadline_seconds else { return };
+        if status.active_since.is_none()
+            || self.defeat.is_some()
+            || slots(status).all(|s| s.phase == StagePhase::Succeeded)
+        {
+            return;
+        }
+        let left = SignedDuration::from_secs(limit.into()) - self.active_time(status);
+        if left > SignedDuration::ZERO {
+            return self.decision.look_again(left);
+        }
+        let message = format!("the job was active for activeDeadlineSeconds ({limit} s) and has not succeeded");
+        self.defeat = Some(Defeat { reason: "DeadlineExceeded", message });
+    }
+
+    /// What the first attempt that cannot start waits for.
+    fn tell_waiting(&self, status: &mut RLHFJobStatus) {
+        let found = slots(status).find_map(|s| Some((starting(s, self.waiting(s)?), self.waiting(s)?.1.reason)));
+        let quota = found.as_ref().is_some_and(|(_, reason)| reason == Wait::QUOTA);
+        for (kind, holds) in [(names::CONDITION_WAITING, true), (names::CONDITION_QUOTA_EXCEEDED, quota)] {
+            match &found {
+                Some((message, reason)) if holds => {
+                    self.set_condition(status, kind, true, reason, &bounded(message.clone()))
+                }
+                _ => self.unset_condition(status, kind, "Passed", "no pod waits for it any more"),
+            }
+        }
+    }
+
+    /// Holds from the time an attempt stood still until a later one has told its first figures.
+    fn tell_stalled(&self, status: &mut RLHFJobStatus) {
+        let stalled = slots(status).find_map(|s| {
+            let failure = s.last_failure.as_ref().filter(|f| f.reason == Reason::Stalled.as_str())?;
+            let goes_on = failure.attempt < s.attempt && super::stage::has_figures(s);
+            (!goes_on && s.phase != StagePhase::Succeeded)
+                .then(|| format!("{}, attempt {}: {}", s.name, failure.attempt, failure.message))
+        });
+        match stalled {
+            Some(message) => {
+                self.set_condition(status, names::CONDITION_STALLED, true, Reason::Stalled.as_str(), &message);
+            }
+            None => self.unset_condition(status, names::CONDITION_STALLED, "Advanced", "the stage goes on"),
+        }
     }
 
     /// The transitions into and out of suspension.
@@ -85,6 +170,13 @@ impl Pass<'_> {
         }
     }
 
+    /// Ends a condition, if it holds.
+    fn unset_condition(&self, status: &mut RLHFJobStatus, kind: &str, reason: &str, message: &str) {
+        if status.conditions.iter().any(|c| c.type_ == kind && c.status == "True") {
+            self.set_condition(status, kind, false, reason, message);
+        }
+    }
+
     fn set_condition(&self, status: &mut RLHFJobStatus, kind: &str, holds: bool, reason: &str, message: &str) {
         let value = if holds { "True" } else { "False" };
         let old = status.conditions.iter().find(|c| c.type_ == kind);
@@ -97,8 +189,10 @@ impl Pass<'_> {
             observed_generation: Some(status.observed_generation),
             last_transition_time: since,
         };
-        status.conditions.retain(|c| c.type_ != kind);
-        status.conditions.push(condition);
+        match status.conditions.iter_mut().find(|c| c.type_ == kind) {
+            Some(old) => *old = condition,
+            None => status.conditions.push(condition),
+        }
     }
 
     /// One sentence on where the job is. It holds no count and no time that moves by itself.
@@ -121,7 +215,13 @@ impl Pass<'_> {
         let StageStatus { name, attempt, .. } = slot;
         match (slot.phase, &slot.last_failure) {
             (StagePhase::Running, _) => Some(format!("{name} runs (attempt {attempt})")),
-            (StagePhase::Starting, _) => Some(starting(slot, self.view(name))),
+            (StagePhase::Starting, _) => Some(match self.waiting(slot) {
+                Some(waiting) => starting(slot, waiting),
+                None if self.view(name).job(*attempt).is_none() && !self.view(name).is_clear_for(*attempt) => {
+                    format!("{name}: attempt {attempt} waits for the pods of an earlier attempt to end")
+                }
+                None => format!("{name}: attempt {attempt} starts"),
+            }),
             (StagePhase::Pending, Some(failure)) => Some(format!(
                 "{name}: attempt {attempt} ended: {}: {}; the next follows{}",
                 failure.reason,
@@ -150,21 +250,11 @@ fn is_active(slot: &StageStatus) -> bool {
     matches!(slot.phase, StagePhase::Starting | StagePhase::Running)
 }
 
-/// Why an attempt has not begun to run: the first pod that waits for something says so.
-fn starting(slot: &StageStatus, view: &StageView) -> String {
+/// Why an attempt has not begun to run.
+fn starting(slot: &StageStatus, (pod, wait): (Option<&str>, Wait)) -> String {
     let StageStatus { name, attempt, .. } = slot;
-    let mut waiting: Vec<_> = view
-        .pods_of(*attempt)
-        .filter_map(|p| if let PodState::Waiting(Some(why)) = &p.state { Some((p.index, &p.name, why)) } else { None })
-        .collect();
-    waiting.sort();
-    match waiting.first() {
-        Some((_, pod, why)) => format!("{name}: attempt {attempt} waits: pod {pod}: {why}"),
-        None if view.job(*attempt).is_none() && !view.is_clear_for(*attempt) => {
-            format!("{name}: attempt {attempt} waits for the pods of an earlier attempt to end")
-        }
-        None => format!("{name}: attempt {attempt} starts"),
-    }
+    let who = pod.map(|pod| format!("pod {pod}: ")).unwrap_or_default();
+    format!("{name}: attempt {attempt} waits: {who}{wait}")
 }
 
 fn progress(slot: &StageStatus) -> String {

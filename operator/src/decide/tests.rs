@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::build::tests::{job, settings};
-use crate::view::{End, JobState, PodState, PodView};
+use crate::view::{End, JobState, PodState, PodView, Wait};
 use rlhf_api::job::Failure;
 use rlhf_api::report::{Checkpoint, Output, Progress, TerminationMessage};
 
@@ -41,6 +41,10 @@ fn pod_view(stage: &str, attempt: u32, index: u32, state: PodState) -> PodView {
 
 fn ended(code: i32, word: Option<TerminationMessage>) -> PodState {
     PodState::Ended(End { code: Some(code), oom_killed: false, word, text: None, at: Some(at(5)) })
+}
+
+fn waits(reason: &str, text: &str) -> PodState {
+    PodState::Waiting(Some(Wait { reason: reason.into(), text: text.into() }))
 }
 
 /// A job on its way, driven by what is seen.
@@ -178,12 +182,7 @@ fn a_stage_runs_when_all_its_pods_do() {
 fn what_keeps_pods_from_starting_stands_in_the_message() {
     let mut case = Case::prepared();
     case.see("judge", 1, JobState::Active, &[PodState::Running, PodState::Running]);
-    case.see(
-        "tune",
-        1,
-        JobState::Active,
-        &[PodState::Running, PodState::Waiting(Some("Unschedulable: 0/1 nodes".into()))],
-    );
+    case.see("tune", 1, JobState::Active, &[PodState::Running, waits("Unschedulable", "0/1 nodes")]);
     case.pass();
     let message = case.status().message.as_deref().unwrap();
     assert_eq!(message, "tune: attempt 1 waits: pod demo-tune-1-1-x: Unschedulable: 0/1 nodes; judge runs (attempt 1)");
@@ -612,4 +611,276 @@ fn the_same_failure_reads_the_same_in_status_and_event() {
     );
     assert!(case.last.notices[0].note.starts_with("tune, attempt 1: StorageFailed: "));
     assert_eq!(case.last.notices[0].about.as_deref(), Some("demo-tune-1"));
+}
+
+/// A stage whose second pod waits, the other stage running.
+fn one_waits(pod: PodState) -> Case {
+    let mut case = Case::prepared();
+    case.see("judge", 1, JobState::Active, &[PodState::Running, PodState::Running]);
+    case.see("tune", 1, JobState::Active, &[PodState::Running, pod]);
+    case.pass();
+    case
+}
+
+#[test]
+fn case_16_and_48_pods_that_do_not_start_in_time_end_the_attempt_with_what_they_wait_for() {
+    for (reason, text) in [
+        ("Unschedulable", "0/1 nodes are available: 1 Insufficient cpu"),
+        ("ImagePull", "image docker.io/x:1 cannot be pulled"),
+        ("CreateContainerConfigError", "secret \"token\" not found"),
+    ] {
+        let mut case = one_waits(waits(reason, text));
+        assert_eq!(case.condition("Waiting"), Some(("True", reason)));
+        assert_eq!((case.condition("QuotaExceeded"), case.slot("tune").starting_since), (None, Some(at(0))));
+        case.now = at(1799);
+        case.assert_quiet();
+        assert_eq!(case.last.requeue, Some(SignedDuration::from_secs(1)));
+        case.now = at(1800);
+        case.pass();
+        let failure = case.slot("tune").last_failure.clone().unwrap();
+        assert_eq!((failure.reason.as_str(), failure.code), ("StartupDeadlineExceeded", None));
+        assert_eq!((failure.pod.as_deref(), failure.node.as_deref()), (Some("demo-tune-1-1-x"), Some("node1")));
+        assert!(failure.message.contains("(1800 s): pod demo-tune-1-1-x: ") && failure.message.ends_with(text));
+        assert_eq!((case.slot("tune").restarts, case.deleted()), (1, vec!["demo-tune-1"]));
+        assert_eq!(case.condition("Waiting"), Some(("False", "Passed")));
+    }
+}
+
+#[test]
+fn an_image_name_that_is_none_fails_the_job_at_once() {
+    let case = one_waits(waits("InvalidImageName", "x y is no name of an image"));
+    assert_eq!(case.condition("Failed"), Some(("True", "InvalidImageName")));
+    assert_eq!((case.slot("tune").restarts, case.last.requeue), (0, None));
+}
+
+#[test]
+fn pods_that_start_late_but_in_time_are_no_failure() {
+    let mut case = one_waits(waits("Unschedulable", "0/1 nodes"));
+    case.now = at(1799);
+    case.see("tune", 1, JobState::Active, &[PodState::Running, PodState::Running]);
+    case.pass();
+    assert_eq!((case.slot("tune").phase, case.slot("tune").starting_since), (StagePhase::Running, None));
+    assert_eq!(case.condition("Waiting"), Some(("False", "Passed")));
+    case.now = at(1801);
+    case.assert_quiet();
+}
+
+#[test]
+fn case_13_and_38_a_quota_that_refuses_part_of_a_gang_is_a_condition_and_its_pods_go_at_the_deadline() {
+    let mut case = Case::prepared();
+    case.see("judge", 1, JobState::Active, &[PodState::Running, PodState::Running]);
+    case.see("tune", 1, JobState::Active, &[PodState::Running]);
+    case.view("tune").refused = Some(Wait { reason: Wait::QUOTA.into(), text: "exceeded quota: q".into() });
+    case.pass();
+    assert_eq!(case.slot("tune").phase, StagePhase::Starting, "not running while a rank is missing");
+    for kind in ["Waiting", "QuotaExceeded"] {
+        assert_eq!(case.condition(kind), Some(("True", "QuotaExceeded")), "{kind}");
+    }
+    assert!(case.status().message.as_deref().unwrap().starts_with("tune: attempt 1 waits: QuotaExceeded: exceeded"));
+    assert_eq!(case.last.requeue, Some(PROGRESS_PERIOD), "no watch tells when the quota changes");
+    case.assert_quiet();
+    case.now = at(1800);
+    case.pass();
+    assert_eq!((case.deleted(), case.slot("tune").restarts), (vec!["demo-tune-1"], 1));
+    assert_eq!(case.condition("QuotaExceeded"), Some(("False", "Passed")));
+}
+
+#[test]
+fn case_5_children_that_are_refused_are_a_condition_and_a_failure_at_the_deadline() {
+    let mut case = Case::new();
+    case.pass();
+    let message = "Job demo-prepare-1 is refused by the API server: admission webhook \"w\" denied the request";
+    let trouble = |second| Trouble {
+        stage: "prepare".into(),
+        attempt: 1,
+        message: message.into(),
+        retry_at: at(second),
+        permanent: false,
+    };
+    case.observed.trouble = Some(trouble(5));
+    case.pass();
+    assert_eq!(case.condition("Waiting"), Some(("True", "Refused")));
+    case.assert_quiet();
+    (case.now, case.observed.trouble) = (at(1800), Some(trouble(1900)));
+    case.pass();
+    let failure = case.slot("prepare").last_failure.clone().unwrap();
+    assert_eq!(failure.reason, "StartupDeadlineExceeded");
+    assert!(failure.message.ends_with(&format!("Refused: {message}")), "{}", failure.message);
+}
+
+#[test]
+fn the_time_to_start_is_counted_anew_after_a_suspension_and_not_while_an_earlier_attempts_pods_end() {
+    let mut case = one_waits(waits("Unschedulable", "0/1 nodes"));
+    (case.now, case.job.spec.suspend) = (at(1700), true);
+    case.pass();
+    for stage in ["tune", "judge"] {
+        case.view(stage).jobs[0].suspended = true;
+        case.view(stage).pods.clear();
+    }
+    case.pass();
+    assert_eq!((case.status().phase, case.last.requeue), (Phase::Suspended, None), "no timer runs");
+    assert_eq!(case.slot("tune").starting_since, None);
+    (case.now, case.job.spec.suspend) = (at(9000), false);
+    case.pass();
+    case.view("tune").jobs[0].suspended = false;
+    case.pass();
+    assert_eq!((case.slot("tune").starting_since, case.slot("tune").restarts), (Some(at(9000)), 0));
+
+    let mut case = Case::running();
+    case.view("tune").jobs[0].deleting = true;
+    case.pass();
+    case.now = at(9000);
+    case.pass();
+    assert_eq!((case.slot("tune").attempt, case.slot("tune").starting_since), (2, None), "attempt 2 is not made yet");
+}
+
+/// A running stage of which rank 0 told a step at second 0, and what it says `seconds` later.
+fn later(case: &mut Case, seconds: i64, progress: Option<Progress>, silent_for: Option<i64>) {
+    case.now = at(seconds);
+    case.view("tune").progress = progress;
+    case.view("tune").silent_for = silent_for.map(SignedDuration::from_secs);
+    case.pass();
+}
+
+fn step(step: u64, loss: Option<f64>) -> Option<Progress> {
+    let metrics = loss.map(|l| ("loss".to_owned(), l)).into_iter().collect();
+    Some(Progress { step, total_steps: 9, eta_seconds: Some(step), metrics, ..Default::default() })
+}
+
+#[test]
+fn an_attempt_that_stands_still_is_restarted_and_one_that_moves_or_cannot_be_heard_is_not() {
+    let told = || step(3, Some(0.5));
+    let estimate = told().map(|p| Progress { eta_seconds: Some(99), ..p });
+    let saved = told().map(|p| Progress { checkpoint: Some(Checkpoint { step: 3, path: "c".into() }), ..p });
+    for (name, first, seconds, then, silent, stalls) in [
+        ("a step not long ago", told(), 899, told(), None, false),
+        ("no step for too long", told(), 900, told(), None, true),
+        ("only the estimate moves", told(), 900, estimate, None, true),
+        ("a step just now", told(), 5000, step(4, Some(0.4)), None, false),
+        ("an evaluation just now", told(), 900, step(3, Some(0.4)), None, false),
+        ("a checkpoint just now", told(), 900, saved, None, false),
+        ("it spoke and has long been silent", told(), 2000, told(), Some(900), true),
+        ("the operator has only begun to ask", told(), 2000, None, Some(0), false),
+        ("it never spoke", None, 5000, None, Some(5000), false),
+        ("nobody asked", told(), 5000, None, None, false),
+        ("it still loads", step(0, None), 1799, step(0, None), None, false),
+        ("it loads for too long", step(0, None), 1800, step(0, None), None, true),
+    ] {
+        let mut case = Case::running();
+        later(&mut case, 0, first, None);
+        later(&mut case, seconds, then, silent);
+        assert_eq!(case.slot("tune").restarts, u32::from(stalls), "{name}");
+        let condition = stalls.then_some(("True", "Stalled"));
+        assert_eq!(case.condition("Stalled"), condition, "{name}");
+        if stalls {
+            let failure = case.slot("tune").last_failure.clone().unwrap();
+            assert_eq!(
+                (failure.reason.as_str(), failure.pod.as_deref()),
+                ("Stalled", Some("demo-tune-1-0-x")),
+                "{name}"
+            );
+            assert_eq!((case.deleted(), case.events()), (vec!["demo-tune-1"], vec!["AttemptFailed"]), "{name}");
+        }
+    }
+}
+
+#[test]
+fn a_stall_is_over_once_the_next_attempt_has_made_a_step() {
+    let mut case = Case::running();
+    later(&mut case, 0, step(3, Some(0.5)), None);
+    later(&mut case, 900, step(3, Some(0.5)), None);
+    case.observed.stages.remove("tune");
+    case.assert_quiet();
+    case.now = at(910);
+    case.pass();
+    assert_eq!(case.made(), ["demo-tune-2"]);
+    case.see("tune", 2, JobState::Active, &[PodState::Running, PodState::Running]);
+    later(&mut case, 920, step(2, None), None);
+    assert_eq!(case.condition("Stalled"), Some(("True", "Stalled")), "it has only resumed");
+    later(&mut case, 930, step(3, Some(0.5)), None);
+    assert_eq!(case.condition("Stalled"), Some(("False", "Advanced")));
+    case.assert_quiet();
+}
+
+#[test]
+fn zero_stall_seconds_never_restart_and_prepare_is_not_watched() {
+    let mut case = Case::running();
+    case.job.spec.failure_policy.stall_seconds = 0;
+    later(&mut case, 0, step(3, Some(0.5)), None);
+    later(&mut case, 1_000_000, step(3, Some(0.5)), None);
+    assert_eq!((case.slot("tune").phase, case.slot("tune").restarts), (StagePhase::Running, 0));
+    let mut case = Case::new();
+    case.pass();
+    case.see("prepare", 1, JobState::Active, &[PodState::Running]);
+    case.pass();
+    case.now = at(1_000_000);
+    case.assert_quiet();
+    assert_eq!(case.last.requeue, None);
+}
+
+#[test]
+fn the_active_deadline_counts_all_time_but_suspensions_and_gives_way_to_success() {
+    let mut case = Case::running();
+    case.job.spec.active_deadline_seconds = Some(100);
+    case.now = at(60);
+    case.job.spec.suspend = true;
+    for stage in ["tune", "judge"] {
+        case.view(stage).jobs[0].suspended = true;
+        case.view(stage).pods.clear();
+    }
+    case.pass();
+    assert_eq!((case.status().active_seconds, case.status().active_since, case.last.requeue), (60, None, None));
+    case.now = at(10_000);
+    case.assert_quiet();
+    case.job.spec.suspend = false;
+    for stage in ["tune", "judge"] {
+        case.see(stage, 1, JobState::Active, &[PodState::Running, PodState::Running]);
+    }
+    case.pass();
+    case.now = at(10_039);
+    case.pass();
+    assert_eq!((case.status().phase, case.last.requeue), (Phase::Running, Some(SignedDuration::from_secs(1))));
+    let mut done =
+        Case { job: case.job.clone(), observed: case.observed.clone(), now: at(10_040), last: Decision::default() };
+    case.now = at(10_040);
+    case.pass();
+    assert_eq!(case.condition("Failed"), Some(("True", "DeadlineExceeded")));
+    assert_eq!((case.deleted(), case.status().active_seconds), (vec!["demo-tune-1", "demo-judge-1"], 100));
+    assert_eq!(case.slot("tune").last_failure.as_ref().unwrap().reason, "Stopped");
+    case.observed = Observed::default();
+    case.assert_quiet();
+
+    let status = done.job.status.as_mut().unwrap();
+    status.stages[2].phase = StagePhase::Succeeded;
+    for stage in ["tune", "judge"] {
+        done.see(stage, 1, JobState::Complete, &[ended(0, None), ended(0, None)]);
+    }
+    done.pass();
+    assert_eq!(done.status().phase, Phase::Succeeded);
+}
+
+#[test]
+fn a_job_that_ended_is_deleted_after_its_time_to_live_and_not_before() {
+    let mut case = bad_end(65, |_| ());
+    case.observed = Observed::default();
+    case.assert_quiet();
+    assert_eq!((case.last.expired, case.last.requeue), (false, None), "without the field it stays, and no timer runs");
+    case.job.spec.ttl_seconds_after_finished = Some(60);
+    case.now = at(69);
+    case.assert_quiet();
+    assert_eq!((case.last.expired, case.last.requeue), (false, Some(SignedDuration::from_secs(1))));
+    case.now = at(70);
+    case.assert_quiet();
+    assert!(case.last.expired);
+}
+
+#[test]
+fn case_27_success_is_told_once_no_pod_lingers() {
+    let mut case = Case::running();
+    case.see("tune", 1, JobState::Complete, &[ended(0, None), PodState::Running]);
+    case.pass();
+    assert_eq!(case.slot("tune").phase, StagePhase::Running);
+    case.see("tune", 1, JobState::Complete, &[ended(0, None), ended(0, None)]);
+    case.pass();
+    assert_eq!(case.slot("tune").phase, StagePhase::Succeeded);
 }

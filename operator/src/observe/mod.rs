@@ -6,16 +6,17 @@
 
 mod progress;
 
-pub use progress::ProgressReader;
+pub use progress::{Heard, ProgressReader};
 
 use crate::controller::Context;
 use crate::decide::{Decision, Observed};
-use crate::view::{JobView, PodState, PodView, StageView};
+use crate::view::{JobState, JobView, PodState, PodView, StageView, Wait};
 use futures::future::join_all;
-use jiff::SignedDuration;
+use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::events::v1::Event;
 use kube::api::ListParams;
 use kube::{Api, Resource, ResourceExt};
 use rlhf_api::job::{RLHFJob, StagePhase, StageStatus};
@@ -23,6 +24,9 @@ use rlhf_api::names;
 use serde::de::DeserializeOwned;
 use std::collections::BTreeMap;
 use std::fmt::Debug;
+
+/// The Job controller has a Job's pods made by then, and it would have said what keeps it from it.
+const PODS_ARE_MADE: SignedDuration = SignedDuration::from_secs(3);
 
 /// A read that failed.
 #[derive(Debug, thiserror::Error)]
@@ -52,6 +56,10 @@ pub async fn observe(job: &RLHFJob, ctx: &Context) -> Result<Observed, Error> {
         }
     }
     read_progress(job, &live, &mut stages, ctx).await;
+    for slot in live.iter().filter(|s| s.phase == StagePhase::Starting) {
+        let view = stages.entry(slot.name.clone()).or_default();
+        view.refused = refusal(job, slot.attempt, view, ctx).await?;
+    }
     let waits = |stage: &str, attempt: u32| {
         live.iter().any(|s| s.name == stage && s.attempt == attempt && s.phase == StagePhase::Starting)
     };
@@ -96,6 +104,23 @@ async fn missing_job(job: &RLHFJob, slot: &StageStatus, ctx: &Context) -> Result
     Ok(found.filter(|j| is_owned(j, job)).and_then(|j| JobView::parse(&j)))
 }
 
+/// Why an attempt lacks pods that its Job controller should have made: it says so in events alone.
+async fn refusal(job: &RLHFJob, attempt: u32, view: &StageView, ctx: &Context) -> Result<Option<Wait>, Error> {
+    let Some(child) = view.job(attempt).filter(|j| j.state == JobState::Active && !j.suspended) else {
+        return Ok(None);
+    };
+    let late = child.started.is_some_and(|started| Timestamp::now().duration_since(started) >= PODS_ARE_MADE);
+    if !late || view.pods_of(attempt).count() >= child.pods as usize {
+        return Ok(None);
+    }
+    let api: Api<Event> = ctx.api(job);
+    let selector = format!("regarding.uid={},reason=FailedCreate", child.uid);
+    let found = ctx.metrics.api("list", api.list(&ListParams::default().fields(&selector)).await);
+    let events = found.map_err(|e| failed(format!("events about Job {}", child.name), e))?.items;
+    let last = events.into_iter().max_by_key(|e| (e.deprecated_last_timestamp.clone(), e.event_time.clone()));
+    Ok(last.and_then(|e| e.note).map(|note| Wait::refusal(&note)))
+}
+
 async fn read_progress(job: &RLHFJob, live: &[&StageStatus], stages: &mut BTreeMap<String, StageView>, ctx: &Context) {
     let stages_of_interest = live.iter().filter(|s| s.name != names::PREPARE);
     let asked =
@@ -107,10 +132,11 @@ async fn read_progress(job: &RLHFJob, live: &[&StageStatus], stages: &mut BTreeM
                 (slot.name.clone(), ctx.progress.read(&job.namespace().unwrap_or_default(), &pod, &ip).await)
             })
         });
-    for (stage, (progress, wait)) in join_all(asked.collect::<Vec<_>>()).await {
+    for (stage, Heard { progress, silent_for, ask_again }) in join_all(asked.collect::<Vec<_>>()).await {
         let view = stages.entry(stage).or_default();
         view.progress = progress;
-        view.ask_again = SignedDuration::try_from(wait).ok();
+        view.silent_for = silent_for.and_then(|s| s.try_into().ok());
+        view.ask_again = ask_again.try_into().ok();
     }
 }
 

@@ -20,8 +20,30 @@ const MAX_METRICS: usize = 64;
 /// Longest name of a figure and longest path of a checkpoint, in bytes.
 const MAX_TEXT_BYTES: usize = 512;
 
-/// By namespace and pod name: when the pod was last asked, and its last answer.
-type Answers = HashMap<(String, String), (Instant, Option<Progress>)>;
+/// What is remembered of a pod.
+#[derive(Clone)]
+struct Asked {
+    /// When it was last asked.
+    at: Instant,
+    /// Its last answer.
+    answer: Option<Progress>,
+    /// Since when it has been asked in vain.
+    silent_since: Option<Instant>,
+}
+
+/// What is known of a pod's progress.
+#[derive(Debug)]
+pub struct Heard {
+    /// What it last told.
+    pub progress: Option<Progress>,
+    /// For how long it has not answered; `None` if it answered when it was last asked.
+    pub silent_for: Option<Duration>,
+    /// How long until it is to be asked again.
+    pub ask_again: Duration,
+}
+
+/// By namespace and pod name.
+type Answers = HashMap<(String, String), Asked>;
 
 /// Asks trainers how far they are.
 pub struct ProgressReader {
@@ -41,6 +63,16 @@ enum Error {
     Document(#[from] serde_json::Error),
 }
 
+impl Asked {
+    fn heard(&self) -> Heard {
+        Heard {
+            progress: self.answer.clone(),
+            silent_for: self.silent_since.map(|since| since.elapsed()),
+            ask_again: PROGRESS_PERIOD.unsigned_abs().saturating_sub(self.at.elapsed()),
+        }
+    }
+}
+
 impl ProgressReader {
     /// A reader of the contract's port.
     pub fn new() -> Result<Self, reqwest::Error> {
@@ -58,27 +90,27 @@ impl ProgressReader {
         Ok(Self { client, port, answers: Mutex::default() })
     }
 
-    /// What the pod last told, and how long until it is to be asked again.
-    pub async fn read(&self, namespace: &str, pod: &str, ip: &str) -> (Option<Progress>, Duration) {
+    /// What the pod last told. It is asked if that is a period old.
+    pub async fn read(&self, namespace: &str, pod: &str, ip: &str) -> Heard {
         let period: Duration = PROGRESS_PERIOD.unsigned_abs();
         let key = (namespace.to_owned(), pod.to_owned());
         let last = self.lock().get(&key).cloned();
-        let last_answer = match last {
-            Some((at, answer)) if at.elapsed() < period => return (answer, period.saturating_sub(at.elapsed())),
-            Some((_, answer)) => answer,
-            None => None,
-        };
-        let answer = match self.ask(ip).await {
-            Ok(answer) => Some(answer),
+        if let Some(asked) = last.as_ref().filter(|asked| asked.at.elapsed() < period) {
+            return asked.heard();
+        }
+        let (answer, silent_since) = match self.ask(ip).await {
+            Ok(answer) => (Some(answer), None),
             Err(error) => {
                 tracing::debug!(namespace, pod, %error, "no progress");
-                last_answer
+                let since = last.as_ref().and_then(|asked| asked.silent_since).unwrap_or_else(Instant::now);
+                (last.and_then(|asked| asked.answer), Some(since))
             }
         };
+        let asked = Asked { at: Instant::now(), answer, silent_since };
         let mut answers = self.lock();
-        answers.retain(|_, (at, _)| at.elapsed() < 10 * period);
-        answers.insert(key, (Instant::now(), answer.clone()));
-        (answer, period)
+        answers.retain(|_, asked| asked.at.elapsed() < 10 * period);
+        answers.insert(key, asked.clone());
+        asked.heard()
     }
 
     fn lock(&self) -> MutexGuard<'_, Answers> {
@@ -135,9 +167,9 @@ mod tests {
         let (port, asked) = pod(r#"{"step": 3, "totalSteps": 9, "metrics": {"loss": 1.5}}"#.into()).await;
         let reader = ProgressReader::on_port(port).unwrap();
         for _ in 0..3 {
-            let (progress, wait) = reader.read("ns", "pod", "127.0.0.1").await;
+            let Heard { progress, silent_for, ask_again } = reader.read("ns", "pod", "127.0.0.1").await;
             let progress = progress.unwrap();
-            assert!(wait <= PROGRESS_PERIOD.unsigned_abs());
+            assert!(ask_again <= PROGRESS_PERIOD.unsigned_abs() && silent_for.is_none());
             assert_eq!((progress.step, progress.total_steps, progress.metrics["loss"]), (3, 9, 1.5));
         }
         assert_eq!(asked.load(Ordering::SeqCst), 1);
@@ -148,7 +180,8 @@ mod tests {
         let (port, asked) = pod("not json".into()).await;
         let reader = ProgressReader::on_port(port).unwrap();
         for _ in 0..2 {
-            assert_eq!(reader.read("ns", "pod", "127.0.0.1").await.0, None);
+            let heard = reader.read("ns", "pod", "127.0.0.1").await;
+            assert!(heard.progress.is_none() && heard.silent_for.is_some(), "{heard:?}");
         }
         assert_eq!(asked.load(Ordering::SeqCst), 1);
     }
