@@ -3,6 +3,7 @@
 use crate::apply::{self, Blocked, apply};
 use crate::build::Settings;
 use crate::decide::{Decision, Trouble, decide};
+use crate::lease::Leadership;
 use crate::listed::{Listed, Watch};
 use crate::metrics::{Metrics, Reason};
 use crate::observe::{self, ProgressReader, observe, still_holds};
@@ -57,6 +58,8 @@ pub struct Context {
     pub progress: ProgressReader,
     /// What failed passes left behind.
     pub retries: Retries,
+    /// Whether this operator may write.
+    pub leadership: Leadership,
 }
 
 impl Context {
@@ -124,6 +127,10 @@ async fn pass(job: &RLHFJob, ctx: &Context) -> Result<Action, Error> {
     let decision = decide(job, &observed, &ctx.settings, now);
     if decision.touches_children() && !still_holds(job, &decision, ctx).await? {
         return Err(apply::Error::Stale.into());
+    }
+    if !ctx.leadership.holds() {
+        // Another may lead by now. The process is about to end, and starts anew as a candidate.
+        return Ok(Action::requeue(AFTER_CHANGE));
     }
     match apply(job, &decision, ctx).await {
         Ok(None) => {}
@@ -214,15 +221,11 @@ pub async fn check_crd(client: &Client, namespace: Option<&str>) -> Result<(), S
 }
 
 /// The stores and streams of one run of the operator.
+#[derive(Default)]
 pub struct Watches {
+    rlhf_jobs: reflector::store::Writer<Guarded>,
     jobs: reflector::store::Writer<Job>,
     pods: reflector::store::Writer<Pod>,
-}
-
-impl Default for Watches {
-    fn default() -> Self {
-        Self { jobs: reflector::store::Writer::new(()), pods: reflector::store::Writer::new(()) }
-    }
 }
 
 impl Watches {
@@ -231,13 +234,18 @@ impl Watches {
         (self.jobs.as_reader(), self.pods.as_reader())
     }
 
-    /// The controller's store of RLHFJobs, and the run itself, which ends only after `shutdown`.
+    /// A reader of the RLHFJobs.
+    pub fn rlhf_jobs(&self) -> Store<Guarded> {
+        self.rlhf_jobs.as_reader()
+    }
+
+    /// The run itself, which ends only after `shutdown`.
     pub fn run(
         self,
         ctx: Arc<Context>,
         namespace: Option<&str>,
         shutdown: impl Future<Output = ()> + Send + Sync + 'static,
-    ) -> (Store<Guarded>, BoxFuture<'static, ()>) {
+    ) -> BoxFuture<'static, ()> {
         let client = &ctx.client;
         let listed = ctx.listed.clone();
         let jobs = children::<Job>(scoped(client, namespace), self.jobs, (Watch::Jobs, listed.clone()), |job| {
@@ -251,12 +259,12 @@ impl Watches {
                 *spec = k8s_openapi::api::core::v1::PodSpec { node_name: spec.node_name.take(), ..Default::default() };
             }
         });
-        let writer = reflector::store::Writer::<Guarded>::new(());
-        let store = writer.as_reader();
-        let stream =
-            watcher(scoped::<Guarded>(client, namespace), watcher::Config::default()).default_backoff().reflect(writer);
+        let store = self.rlhf_jobs.as_reader();
+        let stream = watcher(scoped::<Guarded>(client, namespace), watcher::Config::default())
+            .default_backoff()
+            .reflect(self.rlhf_jobs);
         let stream = tell(stream, Watch::RlhfJobs, listed).applied_objects();
-        let controller = Controller::for_stream(stream, store.clone())
+        let controller = Controller::for_stream(stream, store)
             .with_config(Config::default().concurrency(CONCURRENCY).debounce(DEBOUNCE))
             .watches_stream(jobs, |job| owner(&job))
             .watches_stream(pods, |pod| owner(&pod))
@@ -269,7 +277,7 @@ impl Watches {
             }
             std::future::ready(())
         });
-        (store, run.boxed())
+        run.boxed()
     }
 }
 

@@ -1,7 +1,8 @@
-//! The operator's own HTTP server: `/metrics`, `/healthz` (the process answers) and `/readyz` (it knows the
-//! cluster's RLHFJobs and their children).
+//! The operator's own HTTP server: `/metrics`, `/healthz` (the process answers) and `/readyz` (it stands by, or leads and
+//! knows the cluster's RLHFJobs and their children).
 
 use crate::controller::{Guarded, phases};
+use crate::lease::Leadership;
 use crate::listed::Listed;
 use crate::metrics::Metrics;
 use axum::Router;
@@ -23,6 +24,8 @@ pub struct Served {
     pub jobs: Store<Guarded>,
     /// Whether everything has been listed.
     pub listed: Listed,
+    /// Whether this operator leads: one that does not lists nothing.
+    pub leadership: Leadership,
 }
 
 /// Serves until `shutdown`.
@@ -50,7 +53,9 @@ async fn metrics(State(served): State<Served>) -> impl IntoResponse {
 }
 
 async fn ready(State(served): State<Served>) -> (StatusCode, &'static str) {
-    if served.listed.all() {
+    if !served.leadership.holds() {
+        (StatusCode::OK, "ok, standing by\n")
+    } else if served.listed.all() {
         (StatusCode::OK, "ok\n")
     } else {
         (StatusCode::SERVICE_UNAVAILABLE, "RLHFJobs, Jobs and pods have not all been listed yet\n")
@@ -67,20 +72,23 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn it_is_ready_once_the_jobs_are_listed_and_stops_when_told() {
-        let (jobs, _writer) = kube::runtime::reflector::store();
-        let listed = Listed::default();
-        let served = Served { metrics: Arc::new(Metrics::new().unwrap()), jobs, listed: listed.clone() };
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let port = listener.local_addr().unwrap().port();
-        let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-        let server = tokio::spawn(serve(listener, served, async move { _ = stopped.await }));
-        assert_eq!((status(port, "/healthz").await, status(port, "/readyz").await), (200, 503));
-        for watch in [Watch::RlhfJobs, Watch::Jobs, Watch::Pods] {
-            listed.done(watch);
+    async fn it_is_ready_while_it_stands_by_or_once_the_jobs_are_listed_and_stops_when_told() {
+        for (leadership, before) in [(Leadership::held(), 503), (Leadership::default(), 200)] {
+            let (jobs, _writer) = kube::runtime::reflector::store();
+            let listed = Listed::default();
+            let served =
+                Served { metrics: Arc::new(Metrics::new().unwrap()), jobs, listed: listed.clone(), leadership };
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let port = listener.local_addr().unwrap().port();
+            let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+            let server = tokio::spawn(serve(listener, served, async move { _ = stopped.await }));
+            assert_eq!((status(port, "/healthz").await, status(port, "/readyz").await), (200, before));
+            for watch in [Watch::RlhfJobs, Watch::Jobs, Watch::Pods] {
+                listed.done(watch);
+            }
+            assert_eq!((status(port, "/readyz").await, status(port, "/metrics").await), (200, 200));
+            stop.send(()).unwrap();
+            server.await.unwrap().unwrap();
         }
-        assert_eq!((status(port, "/readyz").await, status(port, "/metrics").await), (200, 200));
-        stop.send(()).unwrap();
-        server.await.unwrap().unwrap();
     }
 }

@@ -1,7 +1,8 @@
 //! The operator: reconciles RLHFJobs into Jobs, ConfigMaps and Services.
 //!
 //! A pass over a job is [`observe`] (all reads), [`decide`] (pure: all rules) and [`apply`] (all writes).
-//! [`controller`] drives it; [`build`], [`classify`] and [`view`] are what the rules are made of.
+//! [`controller`] drives it; [`build`], [`classify`] and [`view`] are what the rules are made of. Of several operators
+//! the holder of the [`lease`] works.
 
 pub mod apply;
 pub mod build;
@@ -9,6 +10,7 @@ pub mod classify;
 pub mod controller;
 pub mod decide;
 pub mod http;
+pub mod lease;
 pub mod listed;
 pub mod metrics;
 pub mod observe;

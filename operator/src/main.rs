@@ -1,15 +1,18 @@
 //! The operator's process: flags, logs, servers, shutdown.
 //!
-//! It ends well only when it is told to (SIGTERM, SIGINT): passes in flight are finished, then the HTTP server
-//! stops. If the controller or the server ends by itself, the process fails, and Kubernetes starts it anew.
+//! It serves at once, and works once it holds the lease. It ends well only when it is told to (SIGTERM, SIGINT): passes
+//! in flight are finished, then the lease is released and the HTTP server stops. If the controller or the server ends by
+//! itself, or the lease is lost, the process fails at once, and Kubernetes starts it anew.
 
 use clap::{Parser, ValueEnum};
+use futures::future::BoxFuture;
 use kube::Client;
 use kube::runtime::events::Recorder;
 use rlhf_api::names::FIELD_MANAGER;
 use rlhf_operator::build::Settings;
 use rlhf_operator::controller::{Context, Watches, check_crd};
 use rlhf_operator::http::{Served, serve};
+use rlhf_operator::lease::{Candidate, Leadership, Lost};
 use rlhf_operator::listed::Listed;
 use rlhf_operator::metrics::Metrics;
 use rlhf_operator::observe::ProgressReader;
@@ -20,8 +23,9 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
+use tokio::task::{JoinError, JoinHandle};
 use tracing_subscriber::EnvFilter;
 
 /// Passes in flight get this long to end after SIGTERM; Kubernetes kills after 30 seconds.
@@ -46,6 +50,12 @@ struct Args {
     /// Reconcile RLHFJobs of this namespace only; empty: of all namespaces.
     #[arg(long, env = "RLHF_WATCH_NAMESPACE", default_value = "")]
     watch_namespace: String,
+    /// The Lease, in the operator's own namespace, by which operators of one installation elect who works.
+    #[arg(long, env = "RLHF_LEASE_NAME", default_value = "rlhf-operator")]
+    lease_name: String,
+    /// Begins this process's name in the Lease.
+    #[arg(long, env = "HOSTNAME", default_value = "rlhf-operator")]
+    host: String,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -97,51 +107,96 @@ async fn run(args: Args) -> Result<(), Box<dyn Error>> {
     let (jobs, pods) = watches.readers();
     let metrics = Arc::new(Metrics::new()?);
     let listed = Listed::default();
+    let leadership = Leadership::default();
+    let candidate = Candidate::new(client.clone(), &args.lease_name, &args.host, leadership.clone(), metrics.clone());
+    let served = Served {
+        metrics: metrics.clone(),
+        jobs: watches.rlhf_jobs(),
+        listed: listed.clone(),
+        leadership: leadership.clone(),
+    };
     let ctx = Arc::new(Context {
         recorder: Recorder::new(client.clone(), FIELD_MANAGER.into()),
         client,
         jobs,
         pods,
-        listed: listed.clone(),
+        listed,
         settings: Settings {
             trainer_image: args.trainer_image,
             trainer_image_pull_policy: word(args.trainer_image_pull_policy),
             log_format: word(args.log_format),
         },
-        metrics: metrics.clone(),
+        metrics,
         progress: ProgressReader::new()?,
         retries: Retries::default(),
+        leadership,
     });
     let listener = TcpListener::bind(("::", args.http_port)).await;
     let listener = listener.map_err(|e| format!("cannot listen on port {}: {e}", args.http_port))?;
-    let (stop, stopping) = watch::channel(false);
-    let (store, controller) = watches.run(ctx, namespace, told(stopping.clone()));
-    let server = serve(listener, Served { metrics, jobs: store, listed }, told(stopping));
     tracing::info!(port = args.http_port, namespace = namespace.unwrap_or("all"), "the operator starts");
-    until_told(tokio::spawn(controller), tokio::spawn(server), stop).await
+    let (stop, stopping) = watch::channel(false);
+    let server = tokio::spawn(serve(listener, served, told(stopping.clone())));
+    let controller = watches.run(ctx, namespace, told(stopping));
+    work(candidate, controller, server, stop).await
 }
 
-/// Waits for the signal, or for a task to end that should not.
-async fn until_told(
-    mut controller: tokio::task::JoinHandle<()>,
-    mut server: tokio::task::JoinHandle<std::io::Result<()>>,
+type Server = JoinHandle<std::io::Result<()>>;
+
+/// Runs the controller while the lease is held, until the process is told to stop.
+async fn work(
+    mut candidate: Candidate,
+    controller: BoxFuture<'static, ()>,
+    mut server: Server,
     stop: watch::Sender<bool>,
 ) -> Result<(), Box<dyn Error>> {
     let mut terminate = signal(SignalKind::terminate())?;
     tokio::select! {
-        _ = terminate.recv() => {}
-        _ = tokio::signal::ctrl_c() => {}
+        () = candidate.acquire() => tracing::info!(identity = candidate.identity(), "leads"),
+        () = told_to_stop(&mut terminate) => {
+            stop.send(true)?;
+            return Ok(server.await??);
+        }
+        ended = &mut server => return Err(format!("the HTTP server has ended by itself: {ended:?}").into()),
+    }
+    let mut controller = tokio::spawn(controller);
+    let (done, is_done) = watch::channel(false);
+    let mut lease = tokio::spawn(candidate.keep(told(is_done)));
+    tokio::select! {
+        () = told_to_stop(&mut terminate) => {}
+        lost = &mut lease => return Err(why(lost)),
         _ = &mut controller => return Err("the controller has ended by itself".into()),
         ended = &mut server => return Err(format!("the HTTP server has ended by itself: {ended:?}").into()),
     }
     tracing::info!("told to stop; passes in flight are finished");
     stop.send(true)?;
-    let finished = async { (controller.await, server.await) };
+    let finished = async {
+        _ = controller.await;
+        // Nothing is written any more, so another operator may begin.
+        _ = done.send(true);
+        (lease.await, server.await)
+    };
     match tokio::time::timeout(SHUTDOWN_LIMIT, finished).await {
-        Ok(_) => tracing::info!("stopped"),
+        Ok((Ok(Ok(())), _)) => tracing::info!("stopped"),
+        Ok((lost, _)) => return Err(why(lost)),
         Err(_) => tracing::warn!("a pass did not end within {} seconds and is cut off", SHUTDOWN_LIMIT.as_secs()),
     }
     Ok(())
+}
+
+/// Why the lease is kept no longer.
+fn why(lost: Result<Result<(), Lost>, JoinError>) -> Box<dyn Error> {
+    match lost {
+        Ok(Err(lost)) => lost.into(),
+        other => format!("the lease's keeper has ended by itself: {other:?}").into(),
+    }
+}
+
+/// Waits for the signal.
+async fn told_to_stop(terminate: &mut Signal) {
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = tokio::signal::ctrl_c() => {}
+    }
 }
 
 /// Ends once the process is told to stop.

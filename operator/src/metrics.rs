@@ -1,7 +1,9 @@
 //! The operator's own metrics. Labels are bounded: no name of a job, namespace or object is ever one.
 
 use crate::decide::Outcome;
-use prometheus::{Encoder, Histogram, HistogramOpts, IntCounterVec, IntGaugeVec, Opts, Registry, TextEncoder};
+use prometheus::{
+    Encoder, Histogram, HistogramOpts, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
+};
 use rlhf_api::job::Phase;
 
 /// All metrics of the process.
@@ -12,6 +14,7 @@ pub struct Metrics {
     jobs: IntGaugeVec,
     attempts: IntCounterVec,
     requests: IntCounterVec,
+    leader: IntGauge,
 }
 
 /// Why a pass failed, or did less than it set out to: the values of the error counter's label.
@@ -80,9 +83,14 @@ impl Metrics {
                 "Requests to the API server outside of watches, by verb and code (0: no answer).",
                 &["verb", "code"],
             )?,
+            leader: IntGauge::new(
+                "rlhf_operator_leader",
+                "1 while this operator holds the lease and works, 0 while it stands by.",
+            )?,
             registry,
         };
-        let Self { registry, duration, errors, jobs, attempts, requests } = &metrics;
+        let Self { registry, duration, errors, jobs, attempts, requests, leader } = &metrics;
+        registry.register(Box::new(leader.clone()))?;
         registry.register(Box::new(duration.clone()))?;
         registry.register(Box::new(errors.clone()))?;
         registry.register(Box::new(jobs.clone()))?;
@@ -111,6 +119,11 @@ impl Metrics {
     /// Counts an attempt whose end is in status.
     pub fn attempt_ended(&self, outcome: Outcome) {
         self.attempts.with_label_values(&[outcome.as_str()]).inc();
+    }
+
+    /// Says whether this process leads.
+    pub fn leads(&self, leads: bool) {
+        self.leader.set(leads.into());
     }
 
     /// Counts a request to the API server and hands its result on.
@@ -162,12 +175,14 @@ mod tests {
     fn passes_attempts_errors_and_requests_are_counted() {
         let metrics = Metrics::new().unwrap();
         drop(metrics.pass());
+        metrics.leads(true);
         metrics.failed(Reason::Apply);
         metrics.attempt_ended(Outcome::Disrupted);
         let refused = kube::core::Status::failure("no", "Forbidden").with_code(403).boxed();
         assert!(metrics.api::<()>("create", Err(kube::Error::Api(refused))).is_err());
         let text = metrics.render(std::iter::empty()).unwrap();
         for line in [
+            "rlhf_operator_leader 1",
             "rlhf_operator_reconcile_duration_seconds_count 1",
             "rlhf_operator_reconcile_errors_total{reason=\"Apply\"} 1",
             "rlhf_operator_reconcile_errors_total{reason=\"Observe\"} 0",

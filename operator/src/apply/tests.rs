@@ -3,6 +3,7 @@
 use super::*;
 use crate::build::{self, Task, tests};
 use crate::decide::{Event, Observed, decide};
+use crate::lease::Leadership;
 use crate::listed::Listed;
 use crate::metrics::Metrics;
 use crate::observe::{ProgressReader, still_holds};
@@ -65,6 +66,7 @@ fn server(answers: Vec<(&'static str, u16, Value)>) -> (Context, Log) {
         metrics: Arc::new(Metrics::new().unwrap()),
         progress: ProgressReader::new().unwrap(),
         retries: Retries::default(),
+        leadership: Leadership::held(),
     };
     (ctx, log)
 }
