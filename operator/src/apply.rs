@@ -9,12 +9,15 @@
 mod tests;
 
 use crate::build::Children;
+use crate::classify::NODE_LOST;
 use crate::controller::Context;
-use crate::decide::{Decision, JobRef, Notice};
+use crate::decide::{Decision, JobRef, Notice, PodRef};
 use crate::observe::is_owned;
+use jiff::Timestamp;
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::batch::v1::Job;
-use k8s_openapi::api::core::v1::{ConfigMap, ObjectReference};
+use k8s_openapi::api::core::v1::{ConfigMap, ObjectReference, Pod};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions};
 use kube::core::Status;
 use kube::runtime::events::{self, EventType};
@@ -78,7 +81,7 @@ pub struct Blocked {
 
 /// Writes a decision. `Ok` with a [`Blocked`] means that all was written but a stage's children.
 pub async fn apply(job: &RLHFJob, decision: &Decision, ctx: &Context) -> Result<Option<Blocked>, Error> {
-    let Decision { status: _, delete, suspend, make, notices, outcomes, expired, requeue: _ } = decision;
+    let Decision { status: _, delete, lost, suspend, make, notices, outcomes, expired, requeue: _ } = decision;
     write_status(job, decision, ctx).await?;
     for outcome in outcomes {
         ctx.metrics.attempt_ended(*outcome);
@@ -88,6 +91,9 @@ pub async fn apply(job: &RLHFJob, decision: &Decision, ctx: &Context) -> Result<
     }
     for child in delete {
         delete_job(job, child, ctx).await?;
+    }
+    for pod in lost {
+        remove_lost(job, pod, ctx).await?;
     }
     for (child, suspended) in suspend {
         set_suspend(job, child, *suspended, ctx).await?;
@@ -152,6 +158,30 @@ async fn delete_job(job: &RLHFJob, child: &JobRef, ctx: &Context) -> Result<(), 
         Ok(_) => Ok(()),
         Err(kube::Error::Api(s)) if s.is_not_found() || s.is_conflict() => Ok(()),
         Err(source) => Err(Error::Api { what: format!("the deletion of Job {name}"), source }),
+    }
+}
+
+/// Declares a pod failed and removes it, as Kubernetes' pod garbage collector does with those of nodes that it knows
+/// to be gone: a pod that has not failed the Job controller would go on waiting for.
+async fn remove_lost(job: &RLHFJob, pod: &PodRef, ctx: &Context) -> Result<(), Error> {
+    let PodRef { name, uid, node } = pod;
+    let message = format!("node {} did not end the pod in time", node.as_deref().unwrap_or("-"));
+    let condition = json!({"type": "DisruptionTarget", "status": "True", "reason": NODE_LOST, "message": message,
+        "lastTransitionTime": Time(Timestamp::now())});
+    let failed = json!({"metadata": {"uid": uid}, "status": {"phase": "Failed", "conditions": [condition]}});
+    let api: Api<Pod> = ctx.api(job);
+    let params = PatchParams { field_manager: Some(FIELD_MANAGER.into()), ..Default::default() };
+    match ctx.metrics.api("patch", api.patch_status(name, &params, &Patch::Strategic(failed)).await) {
+        Ok(_) => {}
+        Err(kube::Error::Api(s)) if s.is_not_found() || s.is_conflict() => return Ok(()),
+        Err(source) => return Err(Error::Api { what: format!("the status of pod {name}"), source }),
+    }
+    let only_this = Preconditions { uid: Some(uid.clone()), ..Default::default() };
+    let at_once = DeleteParams::default().grace_period(0).preconditions(only_this);
+    match ctx.metrics.api("delete", api.delete(name, &at_once).await) {
+        Ok(_) => Ok(()),
+        Err(kube::Error::Api(s)) if s.is_not_found() || s.is_conflict() => Ok(()),
+        Err(source) => Err(Error::Api { what: format!("the removal of pod {name}"), source }),
     }
 }
 

@@ -20,8 +20,10 @@ pub enum Reason {
     OomKilled,
     /// A signal ended a worker or the container, and nobody had asked for the pod's deletion.
     Killed,
-    /// The cluster took the pod's place: preemption, drain, eviction, loss of the node.
+    /// The cluster took the pod's place: preemption, drain, eviction.
     Disrupted,
+    /// The pod's node is gone, or no longer does what it is told.
+    NodeLost,
     /// The pod or its Job was deleted by hand, or is gone without a trace.
     PodDeleted,
     /// An exit code that is not in the contract, or a container that could not be run.
@@ -40,10 +42,11 @@ pub enum Reason {
 
 impl Reason {
     /// Reasons that are not an exit code's.
-    const OTHERS: [Reason; 10] = [
+    const OTHERS: [Reason; 11] = [
         Reason::OomKilled,
         Reason::Killed,
         Reason::Disrupted,
+        Reason::NodeLost,
         Reason::PodDeleted,
         Reason::UnexpectedExit,
         Reason::Stopped,
@@ -60,6 +63,7 @@ impl Reason {
             Reason::OomKilled => "OOMKilled",
             Reason::Killed => "Killed",
             Reason::Disrupted => "Disrupted",
+            Reason::NodeLost => NODE_LOST,
             Reason::PodDeleted => "PodDeleted",
             Reason::UnexpectedExit => "UnexpectedExit",
             Reason::Stopped => "Stopped",
@@ -84,7 +88,7 @@ impl Reason {
             Reason::Exit(code) => code.verdict(),
             Reason::OomKilled | Reason::Killed | Reason::UnexpectedExit => Verdict::Retry,
             Reason::StartupDeadline | Reason::Stalled => Verdict::Retry,
-            Reason::Disrupted | Reason::PodDeleted => Verdict::Disruption,
+            Reason::Disrupted | Reason::NodeLost | Reason::PodDeleted => Verdict::Disruption,
             Reason::Stopped | Reason::Rejected | Reason::InvalidImageName => Verdict::Fail,
         }
     }
@@ -98,6 +102,9 @@ impl Reason {
         }
     }
 }
+
+/// The word for a lost node, also as the reason of the pod condition `DisruptionTarget` where the operator sets it.
+pub const NODE_LOST: &str = "NodeLost";
 
 /// The distance of a pod that was only stopped because the attempt had failed already.
 const CLEANED_UP: u8 = 3;
@@ -171,14 +178,35 @@ fn reason(pod: &PodView, end: &End, first_end: Option<Timestamp>) -> Reason {
     let exit = end.code.and_then(ExitCode::from_code);
     match (exit, end.code) {
         (Some(code), _) if code.verdict() == Verdict::Fail => Reason::Exit(code),
+        _ if pod.disruption.as_deref().is_some_and(is_loss_of_node) => Reason::NodeLost,
         _ if pod.disruption.is_some() => Reason::Disrupted,
         _ if end.oom_killed => Reason::OomKilled,
         (Some(ExitCode::Terminated), _) | (_, Some(137) | None) if deleted_by_hand(pod, first_end) => {
             Reason::PodDeleted
         }
         (Some(code), _) => Reason::Exit(code),
-        (None, Some(137)) => Reason::Killed,
+        (None, Some(code)) if signal(code).is_some() => Reason::Killed,
         (None, _) => Reason::UnexpectedExit,
+    }
+}
+
+/// Whether a disruption's words begin with the operator's own reason, or with the one of Kubernetes for pods whose node
+/// object is gone.
+fn is_loss_of_node(disruption: &str) -> bool {
+    [NODE_LOST, "DeletionByPodGC"].iter().any(|reason| disruption.starts_with(reason))
+}
+
+/// The signal that ended a container, as its runtime tells it.
+fn signal(code: i32) -> Option<&'static str> {
+    match code - 128 {
+        4 => Some("SIGILL"),
+        6 => Some("SIGABRT"),
+        7 => Some("SIGBUS; is /dev/shm or the volume full?"),
+        8 => Some("SIGFPE"),
+        9 => Some("SIGKILL"),
+        11 => Some("SIGSEGV"),
+        1..=31 => Some("a signal"),
+        _ => None,
     }
 }
 
@@ -186,7 +214,7 @@ fn reason(pod: &PodView, end: &End, first_end: Option<Timestamp>) -> Reason {
 fn message(pod: &PodView, end: &End, reason: Reason) -> String {
     let own = end.word.as_ref().map(|w| w.message.clone()).or_else(|| end.text.clone()).filter(|m| !m.is_empty());
     let text = match (reason, &pod.disruption) {
-        (Reason::Disrupted, Some(why)) => format!("pod {} was disrupted: {why}", pod.name),
+        (Reason::Disrupted | Reason::NodeLost, Some(why)) => format!("pod {} was disrupted: {why}", pod.name),
         (Reason::PodDeleted, _) => format!("pod {} was deleted", pod.name),
         (Reason::OomKilled, _) => {
             format!(
@@ -195,6 +223,9 @@ fn message(pod: &PodView, end: &End, reason: Reason) -> String {
             )
         }
         (_, _) => own.unwrap_or_else(|| match end.code {
+            Some(code) if let Some(signal) = signal(code) => {
+                format!("pod {} was ended (exit code {code}) by {signal}", pod.name)
+            }
             Some(code) => format!("pod {} ended with exit code {code} and left no message; see its log", pod.name),
             None => format!("pod {} ended before its container ran", pod.name),
         }),
@@ -228,11 +259,13 @@ mod tests {
         let code = code.into();
         PodView {
             name: format!("j-s-1-{index}"),
+            uid: format!("u{index}"),
             attempt: 1,
             index,
             node: Some(format!("node{index}")),
             ip: None,
             deletion_requested: None,
+            deletion_due: None,
             disruption: None,
             state: PodState::Ended(End { code, oom_killed: false, word: None, text: None, at: Some(at(second)) }),
         }
@@ -245,6 +278,10 @@ mod tests {
         }
         fn disrupted(mut self) -> Self {
             self.disruption = Some("EvictionByEvictionAPI".into());
+            self
+        }
+        fn lost(mut self) -> Self {
+            self.disruption = Some("NodeLost: its node does not answer".into());
             self
         }
         fn oom(mut self) -> Self {
@@ -279,6 +316,9 @@ mod tests {
             ("a memory kill inside the pod", vec![pod(0, 71, 2).oom()], "OOMKilled", 0),
             ("an unknown code", vec![pod(0, 1, 1)], "UnexpectedExit", 0),
             ("no container ran", vec![pod(0, None, 1)], "UnexpectedExit", 0),
+            ("a crash in native code", vec![pod(0, 75, 3), pod(1, 139, 2)], "Killed", 1),
+            ("no signal has that number", vec![pod(0, 200, 1)], "UnexpectedExit", 0),
+            ("its node is lost", vec![pod(0, 75, 1), pod(1, None, 2).lost()], "NodeLost", 1),
             ("drained", vec![pod(0, 75, 1), pod(1, 143, 2).disrupted()], "Disrupted", 1),
             ("drained without grace", vec![pod(0, 137, 2).disrupted()], "Disrupted", 0),
             ("bad data stands above a drain", vec![pod(0, 65, 2).disrupted()], "BadInput", 0),
@@ -365,6 +405,11 @@ mod tests {
             (Reason::UnexpectedExit, Verdict::Retry),
             (Reason::Disrupted, Verdict::Disruption),
             (Reason::PodDeleted, Verdict::Disruption),
+            (Reason::NodeLost, Verdict::Disruption),
+            (Reason::StartupDeadline, Verdict::Retry),
+            (Reason::Stalled, Verdict::Retry),
+            (Reason::InvalidImageName, Verdict::Fail),
+            (Reason::Rejected, Verdict::Fail),
         ];
         for (reason, verdict) in table {
             assert_eq!(reason.verdict(), verdict, "{reason:?}");
@@ -390,6 +435,63 @@ mod tests {
         let failure = cause(1, [pod].iter(), None, at(9)).unwrap();
         assert_eq!(failure.message, "data/a.jsonl, line 3: no field `prompt`");
         assert_eq!((failure.rank, failure.node.as_deref(), failure.code), (Some(2), Some("node0"), Some(65)));
+    }
+
+    /// A pod as Kubernetes tells of it, with its trainer's container in a state.
+    fn told(phase: &str, container: serde_json::Value, rest: serde_json::Value) -> PodView {
+        let mut status = rest;
+        status["phase"] = phase.into();
+        status["containerStatuses"] = serde_json::json!([
+            {"name": "sidecar", "ready": true, "restartCount": 0, "image": "i", "imageID": "", "state": {"running": {}}},
+            {"name": crate::view::CONTAINER, "ready": false, "restartCount": 0, "image": "i", "imageID": "", "state": container},
+        ]);
+        let pod = serde_json::json!({
+            "metadata": {"name": "j-s-1-0", "labels": {rlhf_api::names::LABEL_ATTEMPT: "1"},
+                "annotations": {crate::view::INDEX_ANNOTATION: "0"}},
+            "spec": {"containers": [], "nodeName": "node7"},
+            "status": status,
+        });
+        PodView::parse(&serde_json::from_value(pod).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn case_14_15_and_44_what_kubernetes_tells_of_a_pod_becomes_a_reason_with_its_evidence() {
+        use serde_json::json;
+        let ended = |code: i32, reason: &str| json!({"terminated": {"exitCode": code, "reason": reason, "finishedAt": "2026-01-01T00:00:05Z"}});
+        let target = |reason: &str| json!({"conditions": [{"type": "DisruptionTarget", "status": "True", "reason": reason, "message": "m"}]});
+        let running = json!({"running": {}});
+        for (phase, container, rest, reason, words) in [
+            ("Failed", ended(137, "OOMKilled"), json!({}), "OOMKilled", "memory limit"),
+            ("Failed", ended(137, "Error"), json!({}), "Killed", "SIGKILL"),
+            ("Failed", ended(139, "Error"), json!({}), "Killed", "SIGSEGV"),
+            ("Failed", ended(135, "Error"), json!({}), "Killed", "/dev/shm"),
+            ("Failed", ended(134, "Error"), json!({}), "Killed", "SIGABRT"),
+            ("Running", ended(71, "Error"), json!({}), "DeviceOutOfMemory", "71"),
+            ("Failed", ended(128, "StartError"), json!({}), "UnexpectedExit", "StartError"),
+            (
+                "Failed",
+                running.clone(),
+                json!({"reason": "Evicted", "message": "low on disk"}),
+                "Disrupted",
+                "Evicted: low on disk",
+            ),
+            ("Failed", ended(143, "Error"), target("PreemptionByScheduler"), "Disrupted", "PreemptionByScheduler: m"),
+            ("Failed", ended(143, "Error"), target("DeletionByTaintManager"), "Disrupted", "DeletionByTaintManager"),
+            ("Failed", ended(137, "Error"), target("EvictionByEvictionAPI"), "Disrupted", "EvictionByEvictionAPI"),
+            ("Failed", ended(137, "Error"), target("TerminationByKubelet"), "Disrupted", "TerminationByKubelet"),
+            ("Failed", running.clone(), target("DeletionByPodGC"), "NodeLost", "DeletionByPodGC"),
+            ("Failed", running, target(NODE_LOST), "NodeLost", "NodeLost: m"),
+        ] {
+            let pod = told(phase, container.clone(), rest);
+            let failure = cause(1, [pod].iter(), None, at(9)).unwrap();
+            assert_eq!(failure.reason, reason, "{container}");
+            assert!(failure.message.contains(words), "{container}: {}", failure.message);
+            let place = (failure.pod.as_deref(), failure.node.as_deref());
+            assert_eq!(place, (Some("j-s-1-0"), Some("node7")), "{container}");
+        }
+        let good = told("Succeeded", ended(0, "OOMKilled"), json!({}));
+        assert!(good.succeeded(), "a child was killed for memory, and the trainer ended well");
+        assert!(told("Running", ended(0, "Completed"), json!({})).succeeded(), "a sidecar runs on");
     }
 
     #[test]

@@ -137,6 +137,8 @@ fn unsigned(n: Option<i32>) -> u32 {
 pub struct PodView {
     /// Its name.
     pub name: String,
+    /// Its UID, the precondition of every change to it.
+    pub uid: String,
     /// The attempt to which it belongs.
     pub attempt: u32,
     /// Its index in the gang: the node rank.
@@ -147,6 +149,8 @@ pub struct PodView {
     pub ip: Option<String>,
     /// When somebody asked for its deletion.
     pub deletion_requested: Option<Timestamp>,
+    /// When its deletion's grace ends, by which its kubelet kills what still runs.
+    pub deletion_due: Option<Timestamp>,
     /// Why the cluster stops it (preemption, drain, eviction), with the cluster's words.
     pub disruption: Option<String>,
     /// What its trainer does.
@@ -240,11 +244,13 @@ impl PodView {
         let grace = SignedDuration::from_secs(meta.deletion_grace_period_seconds.unwrap_or(0));
         Some(Self {
             name: pod.name_any(),
+            uid: pod.uid().unwrap_or_default(),
             attempt: pod.labels().get(names::LABEL_ATTEMPT)?.parse().ok()?,
             index: pod.annotations().get(INDEX_ANNOTATION)?.parse().ok()?,
             node: pod.spec.as_ref().and_then(|s| s.node_name.clone()),
             ip: status.and_then(|s| s.pod_ip.clone()),
             deletion_requested: meta.deletion_timestamp.as_ref().map(|t| t.0.saturating_sub(grace).unwrap_or(t.0)),
+            deletion_due: meta.deletion_timestamp.as_ref().map(|t| t.0),
             disruption: condition(pod, "DisruptionTarget", "True").map(words).or_else(|| evicted(pod)),
             state: state(pod),
         })
@@ -445,7 +451,9 @@ mod tests {
             },
         }))
         .unwrap();
-        assert_eq!(PodView::parse(&pod).unwrap().deletion_requested, Some("2026-01-01T00:00:00Z".parse().unwrap()));
+        let view = PodView::parse(&pod).unwrap();
+        assert_eq!(view.deletion_requested, Some("2026-01-01T00:00:00Z".parse().unwrap()));
+        assert_eq!(view.deletion_due, Some("2026-01-01T00:02:00Z".parse().unwrap()));
     }
 
     #[test]

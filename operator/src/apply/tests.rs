@@ -10,7 +10,6 @@ use crate::observe::{ProgressReader, still_holds};
 use crate::retries::Retries;
 use http::{Request, Response};
 use http_body_util::BodyExt;
-use jiff::Timestamp;
 use kube::Client;
 use kube::client::Body;
 use kube::runtime::events::Recorder;
@@ -271,4 +270,19 @@ async fn a_job_that_another_manages_is_left_alone() {
     let action = crate::controller::reconcile(guarded, Arc::new(ctx)).await.unwrap();
     assert_eq!(action, kube::runtime::controller::Action::await_change());
     assert!(lines(&log).is_empty());
+}
+
+#[tokio::test]
+async fn case_23_a_lost_pod_is_declared_failed_before_it_is_removed() {
+    let (ctx, log) = server(vec![("PATCH pods/p/status", 200, json!({"metadata": {"name": "p"}}))]);
+    let job = started();
+    let pod = PodRef { name: "p".into(), uid: "uid-p".into(), node: Some("node7".into()) };
+    let decision = Decision { status: job.status.clone().unwrap(), lost: vec![pod], ..Decision::default() };
+    apply(&job, &decision, &ctx).await.unwrap();
+    assert_eq!(lines(&log), ["PATCH pods/p/status", "DELETE pods/p"]);
+    let failed = body(&log, "PATCH pods/p/status");
+    assert_eq!((&failed["metadata"]["uid"], &failed["status"]["phase"]), (&json!("uid-p"), &json!("Failed")));
+    assert_eq!(failed["status"]["conditions"][0]["reason"], NODE_LOST);
+    let deletion = body(&log, "DELETE pods/p");
+    assert_eq!((&deletion["gracePeriodSeconds"], &deletion["preconditions"]["uid"]), (&json!(0), &json!("uid-p")));
 }

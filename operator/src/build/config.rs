@@ -13,7 +13,7 @@ use serde::Serialize;
 
 /// A rank that waits longer for its peers gives them up as lost. Well above the slowest thing that one rank does
 /// alone (writing a checkpoint to a network volume), and no more than a few minutes of idle devices.
-const COLLECTIVE_TIMEOUT_SECONDS: u32 = 300;
+pub(crate) const COLLECTIVE_TIMEOUT_SECONDS: u32 = 300;
 
 /// A spec that admission should have refused.
 #[derive(Debug, thiserror::Error)]

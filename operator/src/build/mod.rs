@@ -9,8 +9,10 @@ mod job;
 mod pod;
 mod service;
 
+pub(crate) use config::COLLECTIVE_TIMEOUT_SECONDS;
 pub use config::SpecError;
 pub use config::check;
+pub(crate) use pod::GRACE_SECONDS;
 
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{ConfigMap, ResourceRequirements, Service};

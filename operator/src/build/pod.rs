@@ -22,7 +22,7 @@ use std::collections::BTreeMap;
 /// The user and group of the images (`nonroot`, as distroless numbers it).
 const UID: i64 = 65532;
 /// Long enough to finish a step and write a checkpoint after SIGTERM.
-const GRACE_SECONDS: i64 = 120;
+pub(crate) const GRACE_SECONDS: i64 = 120;
 
 pub(super) fn build(
     job: &RLHFJob,

@@ -27,6 +27,11 @@ use std::collections::BTreeMap;
 /// How often rank 0 of a running stage is asked how far it is, and so how often progress is written at most.
 pub const PROGRESS_PERIOD: SignedDuration = SignedDuration::from_secs(10);
 
+/// A pod that has not ended so long after the grace of its deletion is taken for lost with its node. With the grace it is
+/// the time after which ranks give up peers that do not answer.
+pub const LOST_AFTER: SignedDuration =
+    SignedDuration::from_secs(build::COLLECTIVE_TIMEOUT_SECONDS as i64 - build::GRACE_SECONDS);
+
 /// What was seen of a job's children.
 #[derive(Clone, Debug, Default)]
 pub struct Observed {
@@ -58,6 +63,8 @@ pub struct Decision {
     pub status: RLHFJobStatus,
     /// Jobs to delete with their pods.
     pub delete: Vec<JobRef>,
+    /// Pods that their nodes should long have ended: to be declared failed, and removed.
+    pub lost: Vec<PodRef>,
     /// Jobs whose `spec.suspend` is to become the value.
     pub suspend: Vec<(JobRef, bool)>,
     /// Attempts to make.
@@ -98,6 +105,17 @@ impl From<&JobView> for JobRef {
     }
 }
 
+/// One pod, and no other of the same name.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PodRef {
+    /// Its name.
+    pub name: String,
+    /// Its UID.
+    pub uid: String,
+    /// Its node.
+    pub node: Option<String>,
+}
+
 /// An event for people.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Notice {
@@ -120,6 +138,8 @@ pub enum Event {
     AttemptFailed,
     /// An attempt's objects cannot be made.
     Blocked,
+    /// A pod's node does not end it.
+    PodLost,
     /// Every stage is done.
     JobSucceeded,
     /// The job gave up.
@@ -138,6 +158,7 @@ impl Event {
             Event::StageSucceeded => "StageSucceeded",
             Event::AttemptFailed => "AttemptFailed",
             Event::Blocked => "Blocked",
+            Event::PodLost => "PodLost",
             Event::JobSucceeded => "JobSucceeded",
             Event::JobFailed => "JobFailed",
             Event::Suspended => "Suspended",
@@ -147,7 +168,7 @@ impl Event {
 
     /// Whether somebody should look.
     pub const fn is_warning(self) -> bool {
-        matches!(self, Event::AttemptFailed | Event::Blocked | Event::JobFailed)
+        matches!(self, Event::AttemptFailed | Event::Blocked | Event::PodLost | Event::JobFailed)
     }
 }
 
@@ -275,6 +296,29 @@ impl<'a> Pass<'a> {
             let live = matches!(slot.phase, StagePhase::Starting | StagePhase::Running);
             let unwanted = |j: &&JobView| !j.deleting && !(j.attempt == slot.attempt && (live || j.finished()));
             self.decision.delete.extend(self.view(&slot.name).jobs.iter().filter(unwanted).map(JobRef::from));
+        }
+        self.give_up_lost();
+    }
+
+    /// Gives up pods whose kubelets do not carry out their deletion. Kubernetes itself waits for ever, for the node might
+    /// only be cut off; a rank that is cut off ends by itself once it has missed its peers for so long.
+    fn give_up_lost(&mut self) {
+        for pod in self.observed.stages.values().flat_map(|view| &view.pods).filter(|p| p.ended().is_none()) {
+            let Some(due) = pod.deletion_due else { continue };
+            let left = LOST_AFTER - self.now.duration_since(due);
+            if left > SignedDuration::ZERO {
+                self.decision.look_again(left);
+                continue;
+            }
+            let node = pod.node.clone();
+            let note = format!(
+                "pod {} should have ended {} s ago, and node {} has not ended it: it is taken for lost",
+                pod.name,
+                LOST_AFTER.as_secs(),
+                node.as_deref().unwrap_or("-")
+            );
+            self.decision.lost.push(PodRef { name: pod.name.clone(), uid: pod.uid.clone(), node });
+            self.tell(Event::PodLost, note, None);
         }
     }
 

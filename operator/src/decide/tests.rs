@@ -29,11 +29,13 @@ fn job_view(stage: &str, attempt: u32, state: JobState) -> JobView {
 fn pod_view(stage: &str, attempt: u32, index: u32, state: PodState) -> PodView {
     PodView {
         name: format!("demo-{stage}-{attempt}-{index}-x"),
+        uid: format!("uid-{stage}-{attempt}-{index}"),
         attempt,
         index,
         node: Some("node1".into()),
         ip: Some("10.0.0.1".into()),
         deletion_requested: None,
+        deletion_due: None,
         disruption: None,
         state,
     }
@@ -883,4 +885,39 @@ fn case_27_success_is_told_once_no_pod_lingers() {
     case.see("tune", 1, JobState::Complete, &[ended(0, None), ended(0, None)]);
     case.pass();
     assert_eq!(case.slot("tune").phase, StagePhase::Succeeded);
+}
+
+#[test]
+fn case_23_a_pod_whose_node_does_not_end_it_is_given_up_and_the_gang_starts_anew() {
+    let mut case = Case::running();
+    case.see("tune", 1, JobState::Failing, &[ended(75, None), PodState::Running]);
+    case.view("tune").pods[1].deletion_requested = Some(at(6));
+    case.view("tune").pods[1].deletion_due = Some(at(120));
+    case.now = at(299);
+    case.pass();
+    assert!(case.last.lost.is_empty());
+    assert_eq!(case.last.requeue, Some(SignedDuration::from_secs(1)));
+    case.now = at(300);
+    case.pass();
+    let lost: Vec<_> = case.last.lost.iter().map(|p| (p.name.as_str(), p.uid.as_str(), p.node.as_deref())).collect();
+    assert_eq!(lost, [("demo-tune-1-1-x", "uid-tune-1-1", Some("node1"))]);
+    assert_eq!(case.events(), ["PodLost"]);
+    assert_eq!(case.slot("tune").last_failure.as_ref().unwrap().reason, "PeerLost", "until it is known");
+    case.view("tune").pods[1].disruption = Some("NodeLost: node node1 did not end the pod in time".into());
+    case.view("tune").pods[1].state =
+        PodState::Ended(End { code: None, oom_killed: false, word: None, text: None, at: None });
+    case.view("tune").jobs[0].state = JobState::Failed;
+    case.pass();
+    assert_eq!((case.made(), case.slot("tune").disruptions, case.slot("tune").restarts), (vec!["demo-tune-2"], 1, 0));
+    let failure = case.slot("tune").last_failure.clone().unwrap();
+    assert_eq!((failure.reason.as_str(), failure.node.as_deref()), ("NodeLost", Some("node1")));
+}
+
+#[test]
+fn a_terminal_job_gives_up_its_lost_pods_too() {
+    let mut case = bad_end(65, |_| ());
+    case.view("judge").pods[0].deletion_due = Some(at(20));
+    case.now = at(20) + LOST_AFTER;
+    case.pass();
+    assert_eq!((case.last.lost.len(), case.status().phase), (1, Phase::Failed));
 }

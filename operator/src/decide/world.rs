@@ -10,6 +10,7 @@ use crate::view::{End, JobState, PodState, PodView};
 use kube::ResourceExt;
 use proptest::prelude::*;
 use rlhf_api::names;
+use rlhf_api::report::Progress;
 
 /// A Job at the API server.
 #[derive(Clone)]
@@ -26,6 +27,17 @@ struct SimPod {
     view: PodView,
     /// Whether the Job controller has yet to count it.
     tracked: bool,
+    /// Whether its node is lost.
+    lost: bool,
+}
+
+impl SimPod {
+    fn delete(&mut self, now: Timestamp) {
+        if self.view.deletion_requested.is_none() {
+            self.view.deletion_requested = Some(now);
+            self.view.deletion_due = Some(now + SignedDuration::from_secs(build::GRACE_SECONDS));
+        }
+    }
 }
 
 /// What the API server holds.
@@ -45,6 +57,8 @@ struct World {
     seen: [usize; 3],
     seconds: i64,
     made: u64,
+    /// What every rank 0 that runs says.
+    told: Option<u64>,
 }
 
 #[derive(Clone, Debug)]
@@ -63,6 +77,12 @@ enum Step {
     DeleteJob { job: u8, how: u8 },
     /// Somebody sets `spec.suspend`.
     Suspend(bool),
+    /// A pod's node is lost: no kubelet will ever move it on.
+    LoseNode { pod: u8 },
+    /// The cluster deletes the pods of lost nodes.
+    Evict,
+    /// Rank 0 of every stage tells a step, or tells nothing new.
+    Tell { step: Option<u8> },
     /// Time passes.
     Wait(u16),
 }
@@ -77,6 +97,9 @@ fn step() -> impl Strategy<Value = Step> {
         1 => (any::<u8>(), any::<bool>()).prop_map(|(pod, force)| Step::DeletePod { pod, force }),
         1 => (any::<u8>(), 0..3u8).prop_map(|(job, how)| Step::DeleteJob { job, how }),
         1 => any::<bool>().prop_map(Step::Suspend),
+        1 => any::<u8>().prop_map(|pod| Step::LoseNode { pod }),
+        1 => Just(Step::Evict),
+        2 => prop::option::of(any::<u8>()).prop_map(|step| Step::Tell { step }),
         2 => (0..400u16).prop_map(Step::Wait),
     ]
 }
@@ -92,7 +115,7 @@ impl Api {
 
     fn delete_pods_of(&mut self, uid: &str, now: Timestamp) {
         for pod in self.pods.iter_mut().filter(|p| p.job_uid == uid) {
-            pod.view.deletion_requested.get_or_insert(now);
+            pod.delete(now);
             pod.tracked = false;
         }
     }
@@ -103,9 +126,12 @@ impl World {
         let mut job = job();
         job.spec.failure_policy.max_restarts = 2;
         job.spec.failure_policy.max_disruptions = 3;
+        job.spec.failure_policy.startup_deadline_seconds = 600;
+        job.spec.failure_policy.stall_seconds = 900;
+        job.spec.active_deadline_seconds = Some(30_000);
         job.metadata.resource_version = Some("0".into());
         let api = Api { job, version: 0, jobs: vec![], pods: vec![] };
-        Self { history: vec![api.clone()], api, seen: [0; 3], seconds: 0, made: 0 }
+        Self { history: vec![api.clone()], api, seen: [0; 3], seconds: 0, made: 0, told: None }
     }
 
     fn now(&self) -> Timestamp {
@@ -125,6 +151,17 @@ impl World {
                 self.api.job.spec.suspend = *suspend;
                 self.bump();
             }
+            Step::LoseNode { pod } => {
+                let i = usize::from(*pod) % self.api.pods.len().max(1);
+                if let Some(pod) = self.api.pods.get_mut(i) {
+                    pod.lost = true;
+                }
+            }
+            Step::Evict => {
+                let now = self.now();
+                self.api.pods.iter_mut().filter(|p| p.lost).for_each(|p| p.delete(now));
+            }
+            Step::Tell { step } => self.told = step.map(u64::from).or(self.told),
             Step::Wait(seconds) => self.seconds += i64::from(*seconds),
         }
         self.history.push(self.api.clone());
@@ -150,6 +187,13 @@ impl World {
         for pod in &pods.pods {
             observed.stages.entry(pod.stage.clone()).or_default().pods.push(pod.view.clone());
         }
+        for view in observed.stages.values_mut() {
+            view.progress = self.told.map(|step| Progress {
+                step,
+                metrics: [("loss".to_owned(), 0.5)].into(),
+                ..Default::default()
+            });
+        }
         self.ask_for_missing_jobs(&job, &mut observed);
         let decision = decide(&job, &observed, &settings(), self.now());
         if decision.touches_children() && !self.still_holds(&job, &decision) {
@@ -171,6 +215,16 @@ impl World {
                 self.api.jobs[i].view.deleting = true;
             }
         }
+        for pod in &decision.lost {
+            if crashed() {
+                return;
+            }
+            self.declare_failed(pod);
+            if crashed() {
+                return;
+            }
+            self.api.pods.retain(|p| p.view.uid != pod.uid || p.tracked);
+        }
         for (child, suspended) in &decision.suspend {
             if crashed() {
                 return;
@@ -184,6 +238,13 @@ impl World {
                 return;
             }
             self.create(children);
+        }
+    }
+
+    fn declare_failed(&mut self, lost: &PodRef) {
+        for pod in self.api.pods.iter_mut().filter(|p| p.view.uid == lost.uid) {
+            pod.view.disruption = Some("NodeLost".into());
+            pod.view.state = PodState::Ended(End { code: None, oom_killed: false, word: None, text: None, at: None });
         }
     }
 
@@ -260,7 +321,7 @@ impl World {
     /// Deletes pods that have not ended, uncounted, as the Job controller does.
     fn stop(&mut self, uid: &str, now: Timestamp) {
         for pod in self.api.pods.iter_mut().filter(|p| p.job_uid == uid && p.view.ended().is_none()) {
-            pod.view.deletion_requested.get_or_insert(now);
+            pod.delete(now);
             pod.tracked = false;
         }
     }
@@ -274,21 +335,31 @@ impl World {
             self.made += 1;
             let view = PodView {
                 name: format!("{}-{index}-{}", job.name, self.made),
+                uid: format!("uid-{}", self.made),
                 attempt: job.attempt,
                 index,
                 node: None,
                 ip: None,
                 deletion_requested: None,
+                deletion_due: None,
                 disruption: None,
                 state: PodState::Waiting(None),
             };
-            self.api.pods.push(SimPod { stage: stage.into(), job_uid: job.uid.clone(), view, tracked: true });
+            self.api.pods.push(SimPod {
+                stage: stage.into(),
+                job_uid: job.uid.clone(),
+                view,
+                tracked: true,
+                lost: false,
+            });
         }
     }
 
     fn kubelet(&mut self, pick: u8, code: i32) {
         let now = self.now();
-        let live: Vec<_> = (0..self.api.pods.len()).filter(|i| self.api.pods[*i].view.ended().is_none()).collect();
+        let live: Vec<_> = (0..self.api.pods.len())
+            .filter(|i| self.api.pods[*i].view.ended().is_none() && !self.api.pods[*i].lost)
+            .collect();
         let Some(&i) = live.get(usize::from(pick) % live.len().max(1)) else { return };
         let pod = &mut self.api.pods[i].view;
         let told = pod.deletion_requested.is_some();
@@ -330,7 +401,7 @@ impl World {
             self.api.pods.remove(i);
         } else {
             let now = self.now();
-            self.api.pods[i].view.deletion_requested.get_or_insert(now);
+            self.api.pods[i].delete(now);
         }
     }
 
@@ -395,7 +466,7 @@ impl World {
         self.status().phase.is_terminal() && self.api.jobs.iter().all(|j| j.view.finished())
     }
 
-    /// Everybody does their part, and pods succeed.
+    /// Everybody does their part, and pods succeed where their nodes are not lost.
     fn friendly_steps(&self) -> Vec<Step> {
         let mut steps = vec![Step::Suspend(false)];
         for _ in 0..60 {
@@ -403,7 +474,7 @@ impl World {
                 (0..16).flat_map(|pod| [Step::Kubelet { pod, code: 0 }, Step::Kubelet { pod: 0, code: 0 }]);
             steps.extend([Step::Wait(301), Step::Pass { caught_up: [255; 3], writes: 255 }, Step::JobController]);
             steps.extend(everywhere);
-            steps.extend([Step::JobController, Step::Collect]);
+            steps.extend([Step::JobController, Step::Collect, Step::Evict]);
         }
         steps
     }
