@@ -83,6 +83,7 @@ pub struct Blocked {
 pub async fn apply(job: &RLHFJob, decision: &Decision, ctx: &Context) -> Result<Option<Blocked>, Error> {
     let Decision { status: _, delete, lost, suspend, make, notices, outcomes, expired, requeue: _ } = decision;
     write_status(job, decision, ctx).await?;
+    ctx.metrics.status_written(job, &decision.status);
     for outcome in outcomes {
         ctx.metrics.attempt_ended(*outcome);
     }
@@ -104,7 +105,11 @@ pub async fn apply(job: &RLHFJob, decision: &Decision, ctx: &Context) -> Result<
             Err(error @ (Error::Foreign { .. } | Error::Refused { .. })) => {
                 blocked.get_or_insert(Blocked { stage: children.stage.clone(), error });
             }
-            other => other?,
+            other => {
+                other?;
+                let slots = decision.status.prepare.iter().chain(&decision.status.stages);
+                slots.filter(|s| s.name == children.stage).for_each(|slot| ctx.metrics.attempt_made(job, slot));
+            }
         }
     }
     if *expired {

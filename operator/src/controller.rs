@@ -20,7 +20,7 @@ use kube::runtime::events::{Event, EventType, Recorder};
 use kube::runtime::reflector::{self, ObjectRef, Store};
 use kube::runtime::{Controller, WatchStreamExt, watcher};
 use kube::{Api, Client, Resource, ResourceExt};
-use rlhf_api::job::{Phase, RLHFJob};
+use rlhf_api::job::RLHFJob;
 use rlhf_api::names;
 use std::future::Future;
 use std::sync::Arc;
@@ -271,7 +271,9 @@ impl Watches {
             .graceful_shutdown_on(shutdown);
         let run = controller.run(reconcile, error_policy, ctx.clone()).for_each(move |result| {
             if let Err(kube::runtime::controller::Error::ObjectNotFound(gone)) = &result {
-                ctx.retries.forget(gone.namespace.as_deref().unwrap_or_default(), &gone.name);
+                let namespace = gone.namespace.as_deref().unwrap_or_default();
+                ctx.retries.forget(namespace, &gone.name);
+                ctx.metrics.forget(namespace, &gone.name);
             } else if let Err(kube::runtime::controller::Error::QueueError(error)) = &result {
                 tracing::warn!(%error, "a watch failed and is started again");
             }
@@ -318,15 +320,6 @@ fn tell<K>(
 fn owner(child: &impl Resource) -> Option<ObjectRef<Guarded>> {
     let name = child.meta().labels.as_ref()?.get(names::LABEL_JOB)?;
     Some(ObjectRef::new(name).within(child.meta().namespace.as_deref()?))
-}
-
-/// The phases of all jobs that are known, for the metrics.
-pub fn phases(store: &Store<Guarded>) -> Vec<Phase> {
-    let jobs = store.state();
-    jobs.iter()
-        .filter_map(|g| g.0.as_ref().ok())
-        .map(|j| j.status.as_ref().map(|s| s.phase).unwrap_or_default())
-        .collect()
 }
 
 #[cfg(test)]

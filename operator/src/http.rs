@@ -1,7 +1,7 @@
 //! The operator's own HTTP server: `/metrics`, `/healthz` (the process answers) and `/readyz` (it stands by, or leads and
 //! knows the cluster's RLHFJobs and their children).
 
-use crate::controller::{Guarded, phases};
+use crate::controller::Guarded;
 use crate::lease::Leadership;
 use crate::listed::Listed;
 use crate::metrics::Metrics;
@@ -46,7 +46,8 @@ fn router(served: Served) -> Router {
 }
 
 async fn metrics(State(served): State<Served>) -> impl IntoResponse {
-    match served.metrics.render(phases(&served.jobs).into_iter()) {
+    let jobs = served.jobs.state();
+    match served.metrics.render(jobs.iter().filter_map(|guarded| guarded.0.as_ref().ok())) {
         Ok(text) => (StatusCode::OK, [(header::CONTENT_TYPE, prometheus::TEXT_FORMAT)], text),
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, [(header::CONTENT_TYPE, "text/plain")], format!("{error}\n")),
     }

@@ -1,15 +1,25 @@
-//! The operator's own metrics. Labels are bounded: no name of a job, namespace or object is ever one.
+//! The operator's own metrics. Labels of what it counts are bounded: no name of a job, namespace or object is ever
+//! one. What has such names, the series of single jobs (`jobs`), is made anew at each scrape. `METRICS.md` is
+//! rendered from what a scrape shows.
+
+mod first_step;
+mod jobs;
 
 use crate::decide::Outcome;
+use first_step::FirstSteps;
+use kube::ResourceExt;
 use prometheus::{
     Encoder, Histogram, HistogramOpts, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
 };
-use rlhf_api::job::Phase;
+use rlhf_api::job::{Phase, RLHFJob, RLHFJobStatus, StageStatus};
 
 /// All metrics of the process.
 pub struct Metrics {
     registry: Registry,
     duration: Histogram,
+    in_flight: IntGauge,
+    first_step: Histogram,
+    first_steps: FirstSteps,
     errors: IntCounterVec,
     jobs: IntGaugeVec,
     attempts: IntCounterVec,
@@ -49,14 +59,20 @@ impl Reason {
     }
 }
 
-const PHASES: [(Phase, &str); 6] = [
-    (Phase::Pending, "Pending"),
-    (Phase::Preparing, "Preparing"),
-    (Phase::Running, "Running"),
-    (Phase::Suspended, "Suspended"),
-    (Phase::Succeeded, "Succeeded"),
-    (Phase::Failed, "Failed"),
-];
+const PHASES: [Phase; 6] =
+    [Phase::Pending, Phase::Preparing, Phase::Running, Phase::Suspended, Phase::Succeeded, Phase::Failed];
+
+/// A pass that is under way, until it is dropped.
+pub struct UnderWay {
+    _timer: prometheus::HistogramTimer,
+    in_flight: IntGauge,
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        self.in_flight.dec();
+    }
+}
 
 impl Metrics {
     /// Registers everything, with each known label value present from the start.
@@ -65,8 +81,18 @@ impl Metrics {
         let buckets = prometheus::exponential_buckets(0.001, 4.0, 8)?;
         let duration =
             HistogramOpts::new("rlhf_operator_reconcile_duration_seconds", "Time that one pass over one RLHFJob took.");
+        let first_step = HistogramOpts::new(
+            "rlhf_operator_first_step_seconds",
+            "Time from the making of an attempt at a stage to the first step that it told of.",
+        );
         let metrics = Self {
             duration: Histogram::with_opts(duration.buckets(buckets))?,
+            in_flight: IntGauge::new(
+                "rlhf_operator_reconciles_in_flight",
+                "Passes under way now; at most 16, and jobs that wait for one of these are not counted.",
+            )?,
+            first_step: Histogram::with_opts(first_step.buckets(prometheus::exponential_buckets(5.0, 2.0, 12)?))?,
+            first_steps: FirstSteps::default(),
             errors: counter(
                 "rlhf_operator_reconcile_errors_total",
                 "Passes that failed and are tried again, by reason.",
@@ -89,9 +115,11 @@ impl Metrics {
             )?,
             registry,
         };
-        let Self { registry, duration, errors, jobs, attempts, requests, leader } = &metrics;
+        let Self { registry, duration, in_flight, first_step, errors, jobs, attempts, requests, leader, .. } = &metrics;
         registry.register(Box::new(leader.clone()))?;
         registry.register(Box::new(duration.clone()))?;
+        registry.register(Box::new(in_flight.clone()))?;
+        registry.register(Box::new(first_step.clone()))?;
         registry.register(Box::new(errors.clone()))?;
         registry.register(Box::new(jobs.clone()))?;
         registry.register(Box::new(attempts.clone()))?;
@@ -107,8 +135,9 @@ impl Metrics {
     }
 
     /// Measures a pass until what it returns is dropped.
-    pub fn pass(&self) -> prometheus::HistogramTimer {
-        self.duration.start_timer()
+    pub fn pass(&self) -> UnderWay {
+        self.in_flight.inc();
+        UnderWay { _timer: self.duration.start_timer(), in_flight: self.in_flight.clone() }
     }
 
     /// Counts a failed pass.
@@ -126,6 +155,24 @@ impl Metrics {
         self.leader.set(leads.into());
     }
 
+    /// The attempt of which `slot` speaks was made: from now on its first step is waited for.
+    pub fn attempt_made(&self, job: &RLHFJob, slot: &StageStatus) {
+        self.first_steps.made((&namespace(job), &job.name_any(), &job.uid().unwrap_or_default()), slot);
+    }
+
+    /// A status was written; it may be the first to tell of an attempt's step.
+    pub fn status_written(&self, job: &RLHFJob, status: &RLHFJobStatus) {
+        let id = (&*namespace(job), &*job.name_any(), &*job.uid().unwrap_or_default());
+        for took in self.first_steps.told(id, status, job.spec.suspend) {
+            self.first_step.observe(took.as_secs_f64());
+        }
+    }
+
+    /// The job is gone.
+    pub fn forget(&self, namespace: &str, name: &str) {
+        self.first_steps.forget(namespace, name);
+    }
+
     /// Counts a request to the API server and hands its result on.
     pub fn api<T>(&self, verb: &'static str, result: kube::Result<T>) -> kube::Result<T> {
         let code = match &result {
@@ -137,20 +184,25 @@ impl Metrics {
         result
     }
 
-    /// The exposition text, with the jobs counted anew.
-    pub fn render(&self, phases: impl Iterator<Item = Phase>) -> prometheus::Result<String> {
-        for (_, name) in PHASES {
-            self.jobs.with_label_values(&[name]).set(0);
+    /// The exposition text, with the jobs counted anew and their own series.
+    pub fn render<'a>(&self, jobs: impl Iterator<Item = &'a RLHFJob> + Clone) -> prometheus::Result<String> {
+        for phase in PHASES {
+            self.jobs.with_label_values(&[jobs::phase(phase)]).set(0);
         }
-        for phase in phases {
-            if let Some((_, name)) = PHASES.iter().find(|(p, _)| *p == phase) {
-                self.jobs.with_label_values(&[*name]).inc();
-            }
+        for job in jobs.clone() {
+            let phase = job.status.as_ref().map(|s| s.phase).unwrap_or_default();
+            self.jobs.with_label_values(&[jobs::phase(phase)]).inc();
         }
+        let mut families = self.registry.gather();
+        families.extend(jobs::families(jobs)?);
         let mut text = Vec::new();
-        TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
+        TextEncoder::new().encode(&families, &mut text)?;
         Ok(String::from_utf8_lossy(&text).into_owned())
     }
+}
+
+fn namespace(job: &RLHFJob) -> String {
+    job.namespace().unwrap_or_default()
 }
 
 fn counter(name: &str, help: &str, labels: &[&str]) -> prometheus::Result<IntCounterVec> {
@@ -160,37 +212,150 @@ fn counter(name: &str, help: &str, labels: &[&str]) -> prometheus::Result<IntCou
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::build::tests::job;
+    use jiff::Timestamp;
+    use rlhf_api::job::StagePhase;
+    use rlhf_api::report::Progress;
+    use std::fmt::Write;
+    use std::path::Path;
+
+    fn in_phase(phase: Phase) -> RLHFJob {
+        let mut job = job();
+        job.status = Some(RLHFJobStatus { phase, ..Default::default() });
+        job
+    }
+
+    fn has(text: &str, lines: &[&str]) {
+        for line in lines {
+            assert!(text.lines().any(|l| l == *line), "{line} is missing in\n{text}");
+        }
+    }
 
     #[test]
     fn a_scrape_counts_jobs_by_phase_and_forgets_those_that_are_gone() {
         let metrics = Metrics::new().unwrap();
-        let text = metrics.render([Phase::Running, Phase::Running, Phase::Failed].into_iter()).unwrap();
-        assert!(text.contains("rlhf_operator_jobs{phase=\"Running\"} 2"), "{text}");
-        let text = metrics.render([Phase::Failed].into_iter()).unwrap();
-        assert!(text.contains("rlhf_operator_jobs{phase=\"Running\"} 0"), "{text}");
-        assert!(text.contains("rlhf_operator_jobs{phase=\"Failed\"} 1"), "{text}");
+        let jobs = [in_phase(Phase::Running), in_phase(Phase::Running), in_phase(Phase::Failed)];
+        let text = metrics.render(jobs.iter()).unwrap();
+        has(&text, &["rlhf_operator_jobs{phase=\"Running\"} 2"]);
+        let text = metrics.render(jobs[2..].iter()).unwrap();
+        has(&text, &["rlhf_operator_jobs{phase=\"Running\"} 0", "rlhf_operator_jobs{phase=\"Failed\"} 1"]);
     }
 
     #[test]
     fn passes_attempts_errors_and_requests_are_counted() {
         let metrics = Metrics::new().unwrap();
-        drop(metrics.pass());
+        let under_way = metrics.pass();
+        has(&metrics.render(std::iter::empty()).unwrap(), &["rlhf_operator_reconciles_in_flight 1"]);
+        drop(under_way);
         metrics.leads(true);
         metrics.failed(Reason::Apply);
         metrics.attempt_ended(Outcome::Disrupted);
         let refused = kube::core::Status::failure("no", "Forbidden").with_code(403).boxed();
         assert!(metrics.api::<()>("create", Err(kube::Error::Api(refused))).is_err());
-        let text = metrics.render(std::iter::empty()).unwrap();
-        for line in [
+        let lines = [
             "rlhf_operator_leader 1",
             "rlhf_operator_reconcile_duration_seconds_count 1",
+            "rlhf_operator_reconciles_in_flight 0",
             "rlhf_operator_reconcile_errors_total{reason=\"Apply\"} 1",
             "rlhf_operator_reconcile_errors_total{reason=\"Observe\"} 0",
             "rlhf_operator_attempts_total{outcome=\"disrupted\"} 1",
             "rlhf_operator_attempts_total{outcome=\"failed\"} 0",
             "rlhf_operator_api_requests_total{code=\"403\",verb=\"create\"} 1",
-        ] {
-            assert!(text.contains(line), "{line} is missing in\n{text}");
+        ];
+        has(&metrics.render(std::iter::empty()).unwrap(), &lines);
+    }
+
+    /// A job of whose first stage everything is known.
+    fn known() -> RLHFJob {
+        let progress = Some(Progress { step: 84, total_steps: 200, ..Default::default() });
+        let tune = StageStatus {
+            name: "tune".into(),
+            phase: StagePhase::Running,
+            attempt: 5,
+            restarts: 1,
+            disruptions: 3,
+            progress,
+            ..Default::default()
+        };
+        let mut job = in_phase(Phase::Running);
+        if let Some(status) = &mut job.status {
+            status.stages = vec![tune];
+            status.completion_time = Some(Timestamp::UNIX_EPOCH + jiff::SignedDuration::from_secs(90));
         }
+        job
+    }
+
+    #[test]
+    fn a_job_has_series_of_its_own_until_it_is_gone() {
+        let metrics = Metrics::new().unwrap();
+        let text = metrics.render([known()].iter()).unwrap();
+        let lines = [
+            "rlhf_operator_job_info{namespace=\"team\",phase=\"Running\",rlhf_job=\"demo\"} 1",
+            "rlhf_operator_job_finished_timestamp_seconds{namespace=\"team\",rlhf_job=\"demo\"} 90",
+            "rlhf_operator_stage_info{namespace=\"team\",phase=\"Running\",rlhf_job=\"demo\",stage=\"tune\"} 1",
+            "rlhf_operator_stage_info{namespace=\"team\",phase=\"Pending\",rlhf_job=\"demo\",stage=\"act\"} 1",
+            "rlhf_operator_stage_attempt{namespace=\"team\",rlhf_job=\"demo\",stage=\"tune\"} 5",
+            "rlhf_operator_stage_restarts_total{namespace=\"team\",rlhf_job=\"demo\",stage=\"tune\"} 1",
+            "rlhf_operator_stage_disruptions_total{namespace=\"team\",rlhf_job=\"demo\",stage=\"tune\"} 3",
+            "rlhf_operator_stage_step{namespace=\"team\",rlhf_job=\"demo\",stage=\"tune\"} 84",
+            "rlhf_operator_stage_total_steps{namespace=\"team\",rlhf_job=\"demo\",stage=\"tune\"} 200",
+        ];
+        has(&text, &lines);
+        assert!(
+            !text.contains("rlhf_operator_stage_step{namespace=\"team\",rlhf_job=\"demo\",stage=\"act\"}"),
+            "{text}"
+        );
+        assert!(!metrics.render(std::iter::empty()).unwrap().contains("demo"));
+    }
+
+    #[test]
+    fn an_attempts_first_step_is_measured() {
+        let (metrics, job) = (Metrics::new().unwrap(), known());
+        let status = job.status.clone().unwrap();
+        metrics.attempt_made(&job, &StageStatus { progress: None, ..status.stages[0].clone() });
+        for _ in 0..2 {
+            metrics.status_written(&job, &status);
+            has(&metrics.render(std::iter::empty()).unwrap(), &["rlhf_operator_first_step_seconds_count 1"]);
+        }
+    }
+
+    /// `METRICS.md` as a scrape has it in which every metric has a value.
+    fn reference() -> String {
+        let metrics = Metrics::new().unwrap();
+        assert!(metrics.api("get", Ok(())).is_ok());
+        let job = known();
+        metrics.render([job.clone()].iter()).unwrap();
+        let table = |families: Vec<prometheus::proto::MetricFamily>| {
+            let mut rows = String::from("| metric | type | labels | meaning |\n|---|---|---|---|\n");
+            for family in families {
+                let kind = format!("{:?}", family.get_field_type()).to_lowercase();
+                let labels = family.get_metric()[0].get_label().iter().map(|l| format!("`{}`", l.name()));
+                let labels = labels.collect::<Vec<_>>().join(", ");
+                let _ = writeln!(rows, "| `{}` | {kind} | {labels} | {} |", family.name(), family.help());
+            }
+            rows
+        };
+        format!(
+            "# Metrics of the operator\n\nGenerated from what a scrape shows; `UPDATE_DOCS=1 cargo test --release -p \
+             rlhf-operator the_reference_page` writes it anew.\n\nThe operator serves `GET /metrics` (Prometheus text) on \
+             port `http` of its Service.\n\n## The operator\n\nEvery label has few values, whatever runs in the cluster. \
+             Counters begin at 0 when the process starts.\n\n{}\n## Each RLHFJob\n\nThese series come from the jobs' \
+             status and vanish with the job. `namespace` and `rlhf_job` are the job's, as in the trainers' metrics: a \
+             scrape has to honour the labels (`honorLabels: true`, as in the chart's ServiceMonitor).\n\n{}",
+            table(metrics.registry.gather()),
+            table(jobs::families([job].iter()).unwrap()),
+        )
+    }
+
+    #[test]
+    fn the_reference_page_is_what_a_scrape_shows() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("METRICS.md");
+        if std::env::var_os("UPDATE_DOCS").is_some() {
+            std::fs::write(&path, reference()).unwrap();
+        }
+        assert!(
+            std::fs::read_to_string(&path).unwrap_or_default() == reference(),
+            "METRICS.md is out of date: run UPDATE_DOCS=1 cargo test --release -p rlhf-operator the_reference_page"
+        );
     }
 }
