@@ -32,6 +32,10 @@ step "chart"
 tests/cluster/kubebox.sh
 .cache/bin/helm lint --strict --quiet charts/rlhf-operator
 
+step "alert rules"
+promtool check rules charts/rlhf-operator/files/alerts.yaml > /dev/null
+promtool test rules tests/prometheus/alerts_test.yaml
+
 step "generated files"
 mkdir -p target
 cargo run --release --locked --quiet --bin crdgen > target/rlhfjob.yaml
