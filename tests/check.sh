@@ -31,6 +31,7 @@ free_of rlhf-trainer 'kube|kube-.*|k8s-openapi'
 step "chart"
 tests/cluster/kubebox.sh
 .cache/bin/helm lint --strict --quiet charts/rlhf-operator
+tests/chart.sh
 
 step "alert rules"
 promtool check rules charts/rlhf-operator/files/alerts.yaml > /dev/null

@@ -35,9 +35,11 @@ pub mod env {
     pub const VOLUME: &str = "RLHF_VOLUME";
     /// `text` or `json`.
     pub const LOG_FORMAT: &str = "RLHF_LOG_FORMAT";
+    /// What a request for a worker's `/progress` has to carry as its bearer token; from a Secret, and nowhere else.
+    pub const PROGRESS_KEY: &str = "RLHF_PROGRESS_KEY";
     /// All of them, for the rule that refuses them in a pod template.
-    pub const RESERVED: [&str; 8] =
-        [MASTER_ADDR, MASTER_PORT, NODE_RANK, NNODES, NPROC_PER_NODE, ATTEMPT, VOLUME, LOG_FORMAT];
+    pub const RESERVED: [&str; 9] =
+        [MASTER_ADDR, MASTER_PORT, NODE_RANK, NNODES, NPROC_PER_NODE, ATTEMPT, VOLUME, LOG_FORMAT, PROGRESS_KEY];
 }
 
 /// The job to which a pod belongs.

@@ -53,6 +53,20 @@ pub fn stage(job: &str, stage: &str) -> String {
     format!("{job}-{stage}")
 }
 
+/// The Secret with the key to the progress of a job's trainers. The tag follows from the job's UID and the key, so that
+/// no Secret of an earlier job, nor one that somebody made beforehand, has this name.
+pub fn progress_secret(job: &str, tag: &str) -> String {
+    format!("{job}-progress-{tag}")
+}
+
+/// The entry of that Secret.
+pub const PROGRESS_SECRET_ENTRY: &str = "key";
+
+/// The NetworkPolicy of a job's pods.
+pub fn network_policy(job: &str) -> String {
+    format!("{job}-trainers")
+}
+
 /// The folder of a job below its volume. The UID keeps a job apart from an earlier one of the same name.
 pub fn job_dir(job: &str, uid: &str) -> String {
     let short: String = uid.chars().take(8).collect();

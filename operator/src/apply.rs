@@ -2,13 +2,13 @@
 //! version that was looked at, then the events that tell of it, then deletions, and last what is made.
 //!
 //! The status is applied server-side. Children are created, not applied over: creation is the one write that cannot
-//! touch an object that somebody else has put under the same name, and but for `suspend`, which is applied with the
-//! Job's UID as precondition, a child is never changed.
+//! touch an object that somebody else has put under the same name. But for two fields a child is never changed: a
+//! Job's `suspend` and the rules of a NetworkPolicy are applied, with the object's UID as precondition.
 
 #[cfg(test)]
 mod tests;
 
-use crate::build::Children;
+use crate::build::{Children, KeySecret};
 use crate::classify::NODE_LOST;
 use crate::controller::Context;
 use crate::decide::{Decision, JobRef, Notice, PodRef};
@@ -16,7 +16,8 @@ use crate::observe::is_owned;
 use jiff::Timestamp;
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::batch::v1::Job;
-use k8s_openapi::api::core::v1::{ConfigMap, ObjectReference, Pod};
+use k8s_openapi::api::core::v1::{ConfigMap, ObjectReference, Pod, Secret};
+use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions};
 use kube::core::Status;
@@ -209,7 +210,16 @@ async fn set_suspend(job: &RLHFJob, child: &JobRef, suspended: bool, ctx: &Conte
 
 /// Makes an attempt: what its pods need first, the Job last.
 async fn make_children(job: &RLHFJob, children: &Children, ctx: &Context) -> Result<(), Error> {
-    let Children { stage: _, config_map, service, job: attempt } = children;
+    let Children { stage: _, network_policy, secret, config_map, service, job: attempt } = children;
+    if let Some(policy) = network_policy
+        && let Some(old) = ensure(job, policy, ctx).await?
+        && old.spec != policy.spec
+    {
+        change_policy(job, &old, policy, ctx).await?;
+    }
+    if let Some(KeySecret(secret)) = secret {
+        make_secret(job, secret, ctx).await?;
+    }
     if let Some(old) = ensure(job, config_map, ctx).await?
         && old.data != config_map.data
     {
@@ -220,6 +230,33 @@ async fn make_children(job: &RLHFJob, children: &Children, ctx: &Context) -> Res
     }
     ensure(job, attempt, ctx).await?;
     Ok(())
+}
+
+/// The operator's settings were others when the policy was made.
+async fn change_policy(job: &RLHFJob, old: &NetworkPolicy, new: &NetworkPolicy, ctx: &Context) -> Result<(), Error> {
+    let name = old.name_any();
+    let body = json!({
+        "apiVersion": NetworkPolicy::api_version(&()),
+        "kind": NetworkPolicy::kind(&()),
+        "metadata": {"name": name, "uid": old.uid()},
+        "spec": new.spec,
+    });
+    let api: Api<NetworkPolicy> = ctx.api(job);
+    let params = PatchParams::apply(FIELD_MANAGER).force();
+    match ctx.metrics.api("patch", api.patch(&name, &params, &Patch::Apply(body)).await) {
+        Ok(_) => Ok(()),
+        Err(kube::Error::Api(s)) if s.is_not_found() || s.is_conflict() => Err(Error::Stale),
+        Err(source) => Err(Error::Api { what: title(new), source }),
+    }
+}
+
+/// The operator may create Secrets and read none. One that is there is the job's own: nobody else knows its name
+/// before it is made.
+async fn make_secret(job: &RLHFJob, secret: &Secret, ctx: &Context) -> Result<(), Error> {
+    match create(job, secret, ctx).await {
+        Err(Error::Stale) => Ok(()),
+        other => other,
+    }
 }
 
 /// A config that another version of the operator wrote. It is immutable, and no pod of the stage reads it now.

@@ -10,6 +10,7 @@ pub mod classify;
 pub mod controller;
 pub mod decide;
 pub mod http;
+pub mod keys;
 pub mod lease;
 pub mod listed;
 pub mod metrics;

@@ -9,9 +9,10 @@ use futures::future::BoxFuture;
 use kube::Client;
 use kube::runtime::events::Recorder;
 use rlhf_api::names::FIELD_MANAGER;
-use rlhf_operator::build::Settings;
+use rlhf_operator::build::{NetworkRules, Settings};
 use rlhf_operator::controller::{Context, Watches, check_crd};
 use rlhf_operator::http::{Served, serve};
+use rlhf_operator::keys::ProgressKeys;
 use rlhf_operator::lease::{Candidate, Leadership, Lost};
 use rlhf_operator::listed::Listed;
 use rlhf_operator::metrics::Metrics;
@@ -56,6 +57,17 @@ struct Args {
     /// Begins this process's name in the Lease.
     #[arg(long, env = "HOSTNAME", default_value = "rlhf-operator")]
     host: String,
+    /// The Secret, in the operator's own namespace, from which the keys to the progress of trainers follow.
+    #[arg(long, env = "RLHF_KEY_SECRET", default_value = "rlhf-operator-key")]
+    key_secret: String,
+    /// The network of trainer pods, as JSON: {"operator": [peer…], "prometheus": [peer…], "egress": "All" or
+    /// "Restricted"}, with peers as in a NetworkPolicy. Left out, no NetworkPolicy is made.
+    #[arg(long, env = "RLHF_NETWORK_POLICY", value_parser = network_rules)]
+    network_policy: Option<NetworkRules>,
+}
+
+fn network_rules(text: &str) -> Result<NetworkRules, serde_json::Error> {
+    serde_json::from_str(text)
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -103,6 +115,7 @@ async fn run(args: Args) -> Result<(), Box<dyn Error>> {
     let namespace = Some(args.watch_namespace.as_str()).filter(|n| !n.is_empty());
     let client = Client::try_default().await?;
     check_crd(&client, namespace).await?;
+    let keys = ProgressKeys::load(&client, client.default_namespace(), &args.key_secret).await?;
     let watches = Watches::default();
     let (jobs, pods) = watches.readers();
     let metrics = Arc::new(Metrics::new()?);
@@ -125,6 +138,8 @@ async fn run(args: Args) -> Result<(), Box<dyn Error>> {
             trainer_image: args.trainer_image,
             trainer_image_pull_policy: word(args.trainer_image_pull_policy),
             log_format: word(args.log_format),
+            keys,
+            network: args.network_policy,
         },
         metrics,
         progress: ProgressReader::new()?,

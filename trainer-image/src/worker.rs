@@ -11,7 +11,7 @@ use crate::stages::{self, Context};
 use crate::telemetry::{Telemetry, http, logging};
 use crate::{config_file, ending};
 use c10d::{ProcessGroup, Rendezvous};
-use rlhf_api::config::StageConfig;
+use rlhf_api::config::{StageConfig, env};
 use rlhf_api::report::{ExitCode, Output, TerminationMessage};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, ToSocketAddrs, UdpSocket};
 use std::path::PathBuf;
@@ -114,7 +114,7 @@ fn serve(first_port: u16, local_rank: u32, telemetry: &Telemetry) -> Result<()> 
     let port = port.map_err(|_| {
         Error::config(format!("--http-port {first_port}: local rank {local_rank} would need a port beyond 65535"))
     })?;
-    http::serve(port, telemetry.clone())
+    http::serve(port, telemetry.clone(), std::env::var(env::PROGRESS_KEY).ok().filter(|key| !key.is_empty()))
 }
 
 /// Meets the other ranks and makes sure that all have the same config; `None` for a rank alone.

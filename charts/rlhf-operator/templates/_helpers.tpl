@@ -35,3 +35,18 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- $tag := .image.tag | default .chart.AppVersion -}}
 {{- printf "%s:%s" .image.repository $tag -}}
 {{- end -}}
+
+{{/* The Secret from which the keys to the progress of trainers follow. */}}
+{{- define "rlhf.keySecret" -}}
+{{- printf "%s-key" (include "rlhf.name" . | trunc 59 | trimSuffix "-") -}}
+{{- end -}}
+
+{{/* The operator's pods, as a peer of a NetworkPolicy. */}}
+{{- define "rlhf.peer" -}}
+namespaceSelector:
+  matchLabels:
+    kubernetes.io/metadata.name: {{ .Release.Namespace }}
+podSelector:
+  matchLabels:
+    {{- include "rlhf.selector" . | nindent 4 }}
+{{- end -}}

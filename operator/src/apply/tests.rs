@@ -112,6 +112,8 @@ async fn status_is_written_before_anything_is_made_and_the_job_last() {
         [
             "PATCH rlhfjobs/demo/status",
             "POST events",
+            "GET networkpolicies/demo-trainers",
+            "POST networkpolicies",
             "GET configmaps/demo-prepare",
             "POST configmaps",
             "GET jobs/demo-prepare-1",
@@ -132,7 +134,8 @@ async fn a_stage_gets_its_service_before_its_pods() {
     decision.make.truncate(1);
     apply(&job, &decision, &ctx).await.unwrap();
     let posts: Vec<_> = lines(&log).into_iter().filter(|l| l.starts_with("POST")).collect();
-    assert_eq!(posts, ["POST configmaps", "POST services", "POST jobs"]);
+    assert_eq!(posts, ["POST networkpolicies", "POST secrets", "POST configmaps", "POST services", "POST jobs"]);
+    assert!(!lines(&log).iter().any(|l| l.starts_with("GET secrets")), "no Secret is read");
 }
 
 #[tokio::test]
@@ -165,7 +168,11 @@ async fn somebody_elses_object_is_left_alone_and_named_and_other_stages_go_on() 
     let writes: Vec<_> = lines(&log).into_iter().filter(|l| !l.starts_with("GET")).collect();
     assert_eq!(
         writes,
-        ["POST configmaps", "POST configmaps", "POST services", "POST jobs"],
+        [
+            ["POST networkpolicies", "POST secrets", "POST configmaps"].as_slice(),
+            &["POST networkpolicies", "POST secrets", "POST configmaps", "POST services", "POST jobs"],
+        ]
+        .concat(),
         "no Job of the blocked stage"
     );
 }
@@ -191,8 +198,44 @@ async fn a_config_of_another_version_is_replaced() {
     let mut decision = two_stages(&job);
     decision.make.truncate(1);
     apply(&job, &decision, &ctx).await.unwrap();
-    assert_eq!(lines(&log)[..3], ["GET configmaps/demo-tune", "DELETE configmaps/demo-tune", "POST configmaps"]);
+    let of_config: Vec<_> = lines(&log).into_iter().filter(|l| l.contains("configmaps")).collect();
+    assert_eq!(of_config, ["GET configmaps/demo-tune", "DELETE configmaps/demo-tune", "POST configmaps"]);
     assert_eq!(body(&log, "DELETE configmaps/demo-tune")["preconditions"]["uid"], "old");
+}
+
+/// The first stage alone.
+fn one_stage(job: &RLHFJob) -> Decision {
+    let mut decision = two_stages(job);
+    decision.make.truncate(1);
+    decision
+}
+
+#[tokio::test]
+async fn a_secret_that_is_there_is_the_jobs_own() {
+    let (ctx, log) = server(vec![("POST secrets", 409, failure("AlreadyExists", 409))]);
+    let job = started();
+    assert!(apply(&job, &one_stage(&job), &ctx).await.unwrap().is_none());
+    assert!(lines(&log).contains(&"POST jobs".to_owned()));
+}
+
+#[tokio::test]
+async fn a_network_policy_of_other_settings_is_changed_and_one_of_the_same_is_not() {
+    let job = started();
+    let mut old = serde_json::to_value(one_stage(&job).make[0].network_policy.as_ref().unwrap()).unwrap();
+    old["metadata"]["uid"] = json!("old");
+    let same = old.clone();
+    old["spec"]["ingress"] = json!([{}]);
+    for (there, patched) in [(old, true), (same, false)] {
+        let (ctx, log) = server(vec![("GET networkpolicies/demo-trainers", 200, there)]);
+        apply(&job, &one_stage(&job), &ctx).await.unwrap();
+        let patch = "PATCH networkpolicies/demo-trainers";
+        assert_eq!(lines(&log).iter().any(|l| l == patch), patched);
+        if patched {
+            let patch = body(&log, patch);
+            assert_eq!(patch["metadata"]["uid"], "old");
+            assert_eq!(patch["spec"]["ingress"].as_array().map(Vec::len), Some(2));
+        }
+    }
 }
 
 #[tokio::test]

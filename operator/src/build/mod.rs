@@ -6,16 +6,22 @@
 
 mod config;
 mod job;
+mod network_policy;
 mod pod;
+mod secret;
 mod service;
 
 pub(crate) use config::COLLECTIVE_TIMEOUT_SECONDS;
 pub use config::SpecError;
 pub use config::check;
+pub use network_policy::{Egress, NetworkRules};
 pub(crate) use pod::GRACE_SECONDS;
+pub use secret::KeySecret;
 
+use crate::keys::ProgressKeys;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{ConfigMap, ResourceRequirements, Service};
+use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
 use kube::{Resource, ResourceExt};
@@ -32,6 +38,10 @@ pub struct Settings {
     pub trainer_image_pull_policy: String,
     /// `text` or `json`: how trainers log.
     pub log_format: String,
+    /// Guard the progress of trainers.
+    pub keys: ProgressKeys,
+    /// Who reaches trainer pods and whom they reach; `None` leaves it to the cluster.
+    pub network: Option<NetworkRules>,
 }
 
 /// What an attempt runs: the check of model and data, or a stage.
@@ -82,6 +92,10 @@ fn prepare_resources() -> ResourceRequirements {
 pub struct Children {
     /// The stage (or prepare) to which they belong.
     pub stage: String,
+    /// The rules for the network of the job's pods, the same for all of its stages.
+    pub network_policy: Option<NetworkPolicy>,
+    /// The key to the progress of the job's trainers, the same for all of its stages.
+    pub secret: Option<KeySecret>,
     /// The config, the same for every attempt.
     pub config_map: ConfigMap,
     /// The pods' names in DNS, the same for every attempt. Before the Job, so that names are there when pods look.
@@ -95,6 +109,8 @@ pub fn children(job: &RLHFJob, task: Task<'_>, attempt: u32, settings: &Settings
     let service = matches!(task, Task::Stage(_)).then(|| service::build(job, task));
     Ok(Children {
         stage: task.name().to_owned(),
+        network_policy: settings.network.as_ref().map(|rules| network_policy::build(job, rules)),
+        secret: matches!(task, Task::Stage(_)).then(|| secret::build(job, &settings.keys)),
         config_map: config::build(job, task)?,
         service,
         job: job::build(job, task, attempt, settings),
@@ -103,11 +119,17 @@ pub fn children(job: &RLHFJob, task: Task<'_>, attempt: u32, settings: &Settings
 
 /// Labels that all of a stage's objects carry, and by which its pods are selected.
 fn labels(job: &RLHFJob, task: Task<'_>) -> BTreeMap<String, String> {
+    let mut labels = job_labels(job);
+    labels.insert(names::LABEL_STAGE.to_owned(), task.name().to_owned());
+    labels
+}
+
+/// Labels that all of a job's objects carry, and by which all of its pods are selected.
+fn job_labels(job: &RLHFJob) -> BTreeMap<String, String> {
     [
         (names::LABEL_MANAGED_BY, names::FIELD_MANAGER.to_owned()),
         (names::LABEL_JOB, job.name_any()),
         (names::LABEL_JOB_UID, job.uid().unwrap_or_default()),
-        (names::LABEL_STAGE, task.name().to_owned()),
     ]
     .map(|(k, v)| (k.to_owned(), v))
     .into()
@@ -141,7 +163,19 @@ pub(crate) mod tests {
             trainer_image: "docker.io/rlhf/trainer:test".into(),
             trainer_image_pull_policy: "IfNotPresent".into(),
             log_format: "json".into(),
+            keys: ProgressKeys::new([7; 32]),
+            network: Some(rules("All")),
         }
+    }
+
+    pub(crate) fn rules(egress: &str) -> NetworkRules {
+        serde_json::from_value(json!({
+            "operator": [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "sys"}},
+                          "podSelector": {"matchLabels": {"app.kubernetes.io/name": "rlhf-operator"}}}],
+            "prometheus": [{"namespaceSelector": {}, "podSelector": {"matchLabels": {"app.kubernetes.io/name": "prometheus"}}}],
+            "egress": egress,
+        }))
+        .unwrap()
     }
 
     /// SFT, a reward model from the base model, and PPO of both. Names differ from every label's and kind's own.
@@ -208,8 +242,10 @@ pub(crate) mod tests {
     fn every_child_is_owned_by_its_job_and_goes_with_it() {
         for (index, _) in Task::all(&job()).enumerate() {
             let c = build(&job(), index, 1);
+            let policy = &c.network_policy.as_ref().unwrap().metadata;
+            let optional = [c.service.as_ref().map(|s| &s.metadata), c.secret.as_ref().map(|s| &s.0.metadata)];
             for meta in
-                [&c.config_map.metadata, &c.job.metadata].into_iter().chain(c.service.as_ref().map(|s| &s.metadata))
+                [policy, &c.config_map.metadata, &c.job.metadata].into_iter().chain(optional.into_iter().flatten())
             {
                 let owners = meta.owner_references.as_ref().unwrap();
                 assert_eq!(
@@ -273,6 +309,64 @@ pub(crate) mod tests {
         assert_eq!(pod(&children).subdomain.as_deref(), Some("demo-tune"));
         let set: Vec<_> = container(&children).env.unwrap().into_iter().map(|e| e.name).collect();
         assert_eq!(set.len(), env::RESERVED.len(), "each of the contract's variables, once: {set:?}");
+    }
+
+    #[test]
+    fn the_key_to_the_progress_is_in_the_jobs_secret_and_nowhere_else() {
+        let children = build(&job(), 1, 2);
+        let secret = children.secret.clone().unwrap().0;
+        let key = settings().keys.of("0123456789-abc");
+        assert_eq!((secret.immutable, &secret.data.unwrap()["key"].0), (Some(true), &key.clone().into_bytes()));
+        let reference = container(&children).env.unwrap().into_iter().find(|e| e.name == env::PROGRESS_KEY).unwrap();
+        let reference = reference.value_from.unwrap().secret_key_ref.unwrap();
+        assert_eq!((Some(reference.name), reference.key.as_str()), (secret.metadata.name.clone(), "key"));
+        assert_eq!(reference.optional, None, "a pod without the key does not start");
+        assert!(build(&job(), 0, 1).secret.is_none(), "prepare tells of no progress");
+        let Children { network_policy, config_map, service, job: made, .. } = &children;
+        let rest = serde_json::to_string(&(network_policy, config_map, service, made)).unwrap();
+        assert!(!rest.contains(&key) && !format!("{children:?}{:?}", settings()).contains(&key));
+        let mut other = job();
+        other.metadata.uid = Some("another".into());
+        assert_ne!(build(&other, 1, 1).secret.unwrap().0.metadata.name, secret.metadata.name);
+    }
+
+    fn policy(job: &RLHFJob, rules: NetworkRules) -> Value {
+        let settings = Settings { network: Some(rules), ..settings() };
+        let children = children(job, Task::all(job).nth(1).unwrap(), 1, &settings).unwrap();
+        serde_json::to_value(children.network_policy.unwrap().spec.unwrap()).unwrap()
+    }
+
+    #[test]
+    fn the_network_lets_in_the_gang_everywhere_and_readers_at_the_workers_ports() {
+        let own = json!({"matchLabels": {"app.kubernetes.io/managed-by": "rlhf-operator", "rlhf.dev/job": "demo", "rlhf.dev/job-uid": "0123456789-abc"}});
+        let spec = policy(&job(), rules("All"));
+        assert_eq!((&spec["podSelector"], &spec["policyTypes"]), (&own, &json!(["Ingress"])));
+        assert_eq!(spec["ingress"][0], json!({"from": [{"podSelector": own}]}));
+        assert_eq!(spec["ingress"][1]["ports"], json!([{"protocol": "TCP", "port": 9400, "endPort": 9401}]));
+        let readers = spec["ingress"][1]["from"].as_array().unwrap();
+        let names = readers.iter().map(|r| &r["podSelector"]["matchLabels"]["app.kubernetes.io/name"]);
+        assert_eq!(names.collect::<Vec<_>>(), ["rlhf-operator", "prometheus"]);
+        assert_eq!(spec["ingress"].as_array().unwrap().len(), 2);
+        assert!(spec.get("egress").is_none());
+        for index in 0..4 {
+            let labels = build(&job(), index, 3).job.spec.unwrap().template.metadata.unwrap().labels.unwrap();
+            let wanted: BTreeMap<String, String> = serde_json::from_value(own["matchLabels"].clone()).unwrap();
+            assert!(wanted.iter().all(|(k, v)| labels.get(k) == Some(v)), "{labels:?}");
+        }
+    }
+
+    #[test]
+    fn a_restricted_network_lets_out_to_the_gang_and_to_dns_and_without_readers_nobody_reads() {
+        let spec = policy(&job(), NetworkRules { operator: vec![], prometheus: vec![], ..rules("Restricted") });
+        assert_eq!(spec["policyTypes"], json!(["Ingress", "Egress"]));
+        assert_eq!(spec["egress"][0]["to"][0]["podSelector"], spec["podSelector"]);
+        assert_eq!(
+            spec["egress"][1],
+            json!({"ports": [{"protocol": "UDP", "port": 53}, {"protocol": "TCP", "port": 53}]})
+        );
+        assert_eq!((spec["egress"].as_array().unwrap().len(), spec["ingress"].as_array().unwrap().len()), (2, 1));
+        let without = Settings { network: None, ..settings() };
+        assert!(children(&job(), Task::Prepare, 1, &without).unwrap().network_policy.is_none());
     }
 
     #[test]

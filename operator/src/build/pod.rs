@@ -3,13 +3,13 @@
 //! It meets the `restricted` Pod Security Standard and holds no credentials of the API server. What a user's pod
 //! template says is merged first, so that the operator's own fields win.
 
-use super::{Settings, Task};
+use super::{Settings, Task, secret};
 use crate::view::{CONTAINER, INDEX_ANNOTATION};
 use k8s_openapi::api::core::v1::{
     Affinity, Capabilities, ConfigMapVolumeSource, Container, ContainerPort, EmptyDirVolumeSource, EnvVar,
     EnvVarSource, ObjectFieldSelector, PersistentVolumeClaimVolumeSource, PodAffinityTerm, PodAntiAffinity,
-    PodSecurityContext, PodSpec, PodTemplateSpec, ResourceRequirements, SeccompProfile, SecurityContext, Volume,
-    VolumeMount, WeightedPodAffinityTerm,
+    PodSecurityContext, PodSpec, PodTemplateSpec, ResourceRequirements, SeccompProfile, SecretKeySelector,
+    SecurityContext, Volume, VolumeMount, WeightedPodAffinityTerm,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta};
@@ -111,7 +111,7 @@ fn own_env(job: &RLHFJob, task: Task<'_>, attempt: u32, compute: &Compute, setti
         (env::NNODES, compute.nodes.to_string()),
         (env::NPROC_PER_NODE, compute.workers_per_node().to_string()),
     ]);
-    values.into_iter().map(plain).chain([node_rank()]).collect()
+    values.into_iter().map(plain).chain([node_rank(), progress_key(job, settings)]).collect()
 }
 
 fn plain((name, value): (&str, String)) -> EnvVar {
@@ -124,6 +124,20 @@ fn node_rank() -> EnvVar {
     EnvVar {
         name: env::NODE_RANK.into(),
         value_from: Some(EnvVarSource { field_ref: Some(index), ..Default::default() }),
+        ..Default::default()
+    }
+}
+
+/// By reference, so that the key is in no Job and no pod.
+fn progress_key(job: &RLHFJob, settings: &Settings) -> EnvVar {
+    let key = SecretKeySelector {
+        name: secret::name(job, &settings.keys),
+        key: names::PROGRESS_SECRET_ENTRY.into(),
+        ..Default::default()
+    };
+    EnvVar {
+        name: env::PROGRESS_KEY.into(),
+        value_from: Some(EnvVarSource { secret_key_ref: Some(key), ..Default::default() }),
         ..Default::default()
     }
 }

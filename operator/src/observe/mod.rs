@@ -123,15 +123,15 @@ async fn refusal(job: &RLHFJob, attempt: u32, view: &StageView, ctx: &Context) -
 
 async fn read_progress(job: &RLHFJob, live: &[&StageStatus], stages: &mut BTreeMap<String, StageView>, ctx: &Context) {
     let stages_of_interest = live.iter().filter(|s| s.name != names::PREPARE);
-    let asked =
-        stages_of_interest.filter_map(|slot| {
-            let view = stages.get(&slot.name)?;
-            let pod = view.pods_of(slot.attempt).find(|p| p.index == 0 && p.state == PodState::Running)?;
-            let (pod, ip) = (pod.name.clone(), pod.ip.clone()?);
-            Some(async move {
-                (slot.name.clone(), ctx.progress.read(&job.namespace().unwrap_or_default(), &pod, &ip).await)
-            })
-        });
+    let asked = stages_of_interest.filter_map(|slot| {
+        let view = stages.get(&slot.name)?;
+        let pod = view.pods_of(slot.attempt).find(|p| p.index == 0 && p.state == PodState::Running)?;
+        let (pod, ip) = (pod.name.clone(), pod.ip.clone()?);
+        let guard = ctx.settings.keys.of(&job.uid().unwrap_or_default());
+        Some(async move {
+            (slot.name.clone(), ctx.progress.read(&job.namespace().unwrap_or_default(), &pod, &ip, &guard).await)
+        })
+    });
     for (stage, Heard { progress, silent_for, ask_again }) in join_all(asked.collect::<Vec<_>>()).await {
         let view = stages.entry(stage).or_default();
         view.progress = progress;

@@ -2,7 +2,7 @@
 //!
 //! A pod is asked at most once a period, whether it answers or not; between two questions the last answer stands.
 //! So passes that come for other reasons neither flood the trainer nor change the status. Pods are not trusted: an
-//! answer is bounded in time and size.
+//! answer is bounded in time and size. Trainers in turn answer only who has the key of their job.
 
 use crate::decide::PROGRESS_PERIOD;
 use rlhf_api::config::HTTP_PORT;
@@ -91,14 +91,14 @@ impl ProgressReader {
     }
 
     /// What the pod last told. It is asked if that is a period old.
-    pub async fn read(&self, namespace: &str, pod: &str, ip: &str) -> Heard {
+    pub async fn read(&self, namespace: &str, pod: &str, ip: &str, guard: &str) -> Heard {
         let period: Duration = PROGRESS_PERIOD.unsigned_abs();
         let key = (namespace.to_owned(), pod.to_owned());
         let last = self.lock().get(&key).cloned();
         if let Some(asked) = last.as_ref().filter(|asked| asked.at.elapsed() < period) {
             return asked.heard();
         }
-        let (answer, silent_since) = match self.ask(ip).await {
+        let (answer, silent_since) = match self.ask(ip, guard).await {
             Ok(answer) => (Some(answer), None),
             Err(error) => {
                 tracing::debug!(namespace, pod, %error, "no progress");
@@ -117,10 +117,10 @@ impl ProgressReader {
         self.answers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn ask(&self, ip: &str) -> Result<Progress, Error> {
+    async fn ask(&self, ip: &str, guard: &str) -> Result<Progress, Error> {
         let host = if ip.contains(':') { format!("[{ip}]") } else { ip.to_owned() };
         let url = format!("http://{host}:{}/progress", self.port);
-        let mut response = self.client.get(url).send().await?.error_for_status()?;
+        let mut response = self.client.get(url).bearer_auth(guard).send().await?.error_for_status()?;
         let mut body = Vec::new();
         while let Some(chunk) = response.chunk().await? {
             if body.len() + chunk.len() > MAX_BYTES {
@@ -144,17 +144,21 @@ fn trimmed(progress: Progress) -> Progress {
 mod tests {
     use super::*;
     use axum::Router;
+    use axum::http::{HeaderMap, StatusCode};
     use axum::routing::get;
     use std::sync::Arc;
     use std::sync::atomic::{AtomicUsize, Ordering};
+
+    const KEY: &str = "the job's key";
 
     /// A pod whose every answer is `body`; returns its port and how often it was asked.
     async fn pod(body: String) -> (u16, Arc<AtomicUsize>) {
         let asked = Arc::new(AtomicUsize::new(0));
         let count = asked.clone();
-        let answer = move || {
+        let answer = move |headers: HeaderMap| {
             count.fetch_add(1, Ordering::SeqCst);
-            std::future::ready(body)
+            let knows = headers.get("authorization").is_some_and(|a| *a == format!("Bearer {KEY}"));
+            std::future::ready(if knows { (StatusCode::OK, body) } else { (StatusCode::UNAUTHORIZED, String::new()) })
         };
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
@@ -167,7 +171,7 @@ mod tests {
         let (port, asked) = pod(r#"{"step": 3, "totalSteps": 9, "metrics": {"loss": 1.5}}"#.into()).await;
         let reader = ProgressReader::on_port(port).unwrap();
         for _ in 0..3 {
-            let Heard { progress, silent_for, ask_again } = reader.read("ns", "pod", "127.0.0.1").await;
+            let Heard { progress, silent_for, ask_again } = reader.read("ns", "pod", "127.0.0.1", KEY).await;
             let progress = progress.unwrap();
             assert!(ask_again <= PROGRESS_PERIOD.unsigned_abs() && silent_for.is_none());
             assert_eq!((progress.step, progress.total_steps, progress.metrics["loss"]), (3, 9, 1.5));
@@ -180,17 +184,26 @@ mod tests {
         let (port, asked) = pod("not json".into()).await;
         let reader = ProgressReader::on_port(port).unwrap();
         for _ in 0..2 {
-            let heard = reader.read("ns", "pod", "127.0.0.1").await;
+            let heard = reader.read("ns", "pod", "127.0.0.1", KEY).await;
             assert!(heard.progress.is_none() && heard.silent_for.is_some(), "{heard:?}");
         }
         assert_eq!(asked.load(Ordering::SeqCst), 1);
     }
 
     #[tokio::test]
+    async fn without_the_jobs_key_there_is_no_answer() {
+        let (port, _) = pod(r#"{"step": 3, "totalSteps": 9}"#.into()).await;
+        let reader = ProgressReader::on_port(port).unwrap();
+        assert!(reader.ask("127.0.0.1", KEY).await.is_ok());
+        let error = reader.ask("127.0.0.1", "another").await.unwrap_err().to_string();
+        assert!(error.contains("401") && !error.contains("another"), "{error}");
+    }
+
+    #[tokio::test]
     async fn an_answer_is_bounded() {
         let (port, _) = pod(format!(r#"{{"step": 1, "totalSteps": 1, "x": "{}"}}"#, "y".repeat(MAX_BYTES))).await;
         let reader = ProgressReader::on_port(port).unwrap();
-        assert!(matches!(reader.ask("127.0.0.1").await, Err(Error::TooLong)));
+        assert!(matches!(reader.ask("127.0.0.1", KEY).await, Err(Error::TooLong)));
         let many = (0..1000).map(|i| (format!("m{i}"), 1.0)).collect();
         assert_eq!(trimmed(Progress { metrics: many, ..Default::default() }).metrics.len(), MAX_METRICS);
     }

@@ -1,5 +1,8 @@
 //! The worker's HTTP server: `/metrics` for Prometheus, `/progress` for the operator, `/healthz` for anyone.
 //!
+//! Where the operator has set a key, `/progress` is for those who send it as their bearer token. It is compared in
+//! constant time and never logged.
+//!
 //! It runs in a thread of its own with its own small runtime, so that it answers while the training thread computes, and
 //! ends with the process. It only reads [`Telemetry`], whose lock is never held for longer than a copy.
 
@@ -7,27 +10,38 @@ use super::Telemetry;
 use crate::error::{Error, Result};
 use axum::Router;
 use axum::extract::State;
-use axum::http::{StatusCode, header::CONTENT_TYPE};
+use axum::http::header::{AUTHORIZATION, CONTENT_TYPE, WWW_AUTHENTICATE};
+use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use std::net::{Ipv4Addr, TcpListener};
+use std::sync::Arc;
+use subtle::ConstantTimeEq;
 
-/// Serves `telemetry` on `port` of every interface, until the process ends.
+/// What the pages are made of, and who may see them.
+#[derive(Clone)]
+struct Served {
+    telemetry: Telemetry,
+    key: Option<Arc<str>>,
+}
+
+/// Serves `telemetry` on `port` of every interface, until the process ends; its progress only to who has the `key`,
+/// where there is one.
 ///
 /// # Errors
 /// A port that cannot be had: Prometheus and the operator would look for this worker in vain.
-pub fn serve(port: u16, telemetry: Telemetry) -> Result<()> {
+pub fn serve(port: u16, telemetry: Telemetry, key: Option<String>) -> Result<()> {
     let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).map_err(|e| {
         Error::config(format!("port {port}, where this worker serves /metrics and /progress, cannot be used: {e}; end what uses it, or choose other ports with --http-port"))
     })?;
-    serve_on(listener, telemetry)
+    serve_on(listener, Served { telemetry, key: key.map(Arc::from) })
 }
 
-fn serve_on(listener: TcpListener, telemetry: Telemetry) -> Result<()> {
+fn serve_on(listener: TcpListener, served: Served) -> Result<()> {
     let failed = |e: std::io::Error| Error::bug(format!("the HTTP server cannot start: {e}"));
     listener.set_nonblocking(true).map_err(failed)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().map_err(failed)?;
-    let serve = async move { axum::serve(tokio::net::TcpListener::from_std(listener)?, router(telemetry)).await };
+    let serve = async move { axum::serve(tokio::net::TcpListener::from_std(listener)?, router(served)).await };
     let run = move || {
         if let Err(e) = runtime.block_on(serve) {
             tracing::error!("the HTTP server ended: {e}");
@@ -36,20 +50,29 @@ fn serve_on(listener: TcpListener, telemetry: Telemetry) -> Result<()> {
     std::thread::Builder::new().name("http".into()).spawn(run).map(drop).map_err(failed)
 }
 
-fn router(telemetry: Telemetry) -> Router {
+fn router(served: Served) -> Router {
     Router::new()
         .route("/metrics", get(metrics))
         .route("/progress", get(progress))
         .route("/healthz", get(async || "ok"))
-        .with_state(telemetry)
+        .with_state(served)
 }
 
-async fn metrics(State(telemetry): State<Telemetry>) -> Response {
+async fn metrics(State(Served { telemetry, .. }): State<Served>) -> Response {
     answer("text/plain; version=0.0.4; charset=utf-8", telemetry.render().map_err(|e| e.to_string()))
 }
 
-async fn progress(State(telemetry): State<Telemetry>) -> Response {
+async fn progress(State(Served { telemetry, key }): State<Served>, headers: HeaderMap) -> Response {
+    if key.is_some_and(|key| !has(&headers, &key)) {
+        return (StatusCode::UNAUTHORIZED, [(WWW_AUTHENTICATE, "Bearer")]).into_response();
+    }
     answer("application/json", serde_json::to_string(&telemetry.progress()).map_err(|e| e.to_string()))
+}
+
+/// Whether a request carries the key as its bearer token.
+fn has(headers: &HeaderMap, key: &str) -> bool {
+    let token = headers.get(AUTHORIZATION).and_then(|value| value.as_bytes().strip_prefix(b"Bearer "));
+    token.is_some_and(|token| token.ct_eq(key.as_bytes()).into())
 }
 
 fn answer(content_type: &'static str, body: std::result::Result<String, String>) -> Response {
@@ -69,8 +92,13 @@ mod tests {
 
     /// Head and body of the answer to `GET path`.
     fn fetch(address: SocketAddr, path: &str) -> (String, String) {
+        fetch_with(address, path, "")
+    }
+
+    /// The same, with more lines in the request's head.
+    fn fetch_with(address: SocketAddr, path: &str, lines: &str) -> (String, String) {
         let mut stream = TcpStream::connect(address).unwrap();
-        write!(stream, "GET {path} HTTP/1.1\r\nHost: t\r\nConnection: close\r\n\r\n").unwrap();
+        write!(stream, "GET {path} HTTP/1.1\r\nHost: t\r\nConnection: close\r\n{lines}\r\n").unwrap();
         let mut text = String::new();
         stream.read_to_string(&mut text).unwrap();
         let (head, body) = text.split_once("\r\n\r\n").unwrap();
@@ -81,7 +109,7 @@ mod tests {
     fn the_three_pages_show_the_telemetry_as_it_is_now() {
         let (telemetry, listener) = (telemetry(), TcpListener::bind("127.0.0.1:0").unwrap());
         let address = listener.local_addr().unwrap();
-        serve_on(listener, telemetry.clone()).unwrap();
+        serve_on(listener, Served { telemetry: telemetry.clone(), key: None }).unwrap();
         telemetry.record_step(3, &[(Figure::Loss, 0.5)]);
 
         let (head, body) = fetch(address, "/progress");
@@ -102,10 +130,34 @@ mod tests {
     }
 
     #[test]
+    fn with_a_key_progress_is_for_those_who_have_it_and_the_rest_for_all() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        serve_on(listener, Served { telemetry: telemetry(), key: Some("0a1b2c".into()) }).unwrap();
+        for (line, status) in [
+            ("", 401),
+            ("Authorization: Bearer 0a1b2c\r\n", 200),
+            ("authorization: Bearer 0a1b2d\r\n", 401),
+            ("Authorization: Bearer 0a1b2\r\n", 401),
+            ("Authorization: Bearer 0a1b2c0\r\n", 401),
+            ("Authorization: Bearer \r\n", 401),
+            ("Authorization: 0a1b2c\r\n", 401),
+            ("Authorization: Basic 0a1b2c\r\n", 401),
+        ] {
+            let (head, body) = fetch_with(address, "/progress", line);
+            assert!(head.starts_with(&format!("HTTP/1.1 {status}")), "{line}: {head}");
+            assert_eq!(body.contains("totalSteps"), status == 200, "{line}: {body}");
+        }
+        for path in ["/metrics", "/healthz"] {
+            assert!(fetch(address, path).0.starts_with("HTTP/1.1 200"), "{path}");
+        }
+    }
+
+    #[test]
     fn a_taken_port_is_a_clear_error() {
         let taken = TcpListener::bind("0.0.0.0:0").unwrap();
         let port = taken.local_addr().unwrap().port();
-        let error = serve(port, telemetry()).unwrap_err();
+        let error = serve(port, telemetry(), None).unwrap_err();
         assert_eq!(error.exit.code(), 64);
         assert!(error.message.contains(&port.to_string()) && error.message.contains("--http-port"), "{error}");
     }
