@@ -259,7 +259,8 @@ fn resources_schema(_: &mut SchemaGenerator) -> Schema {
     })
 }
 
-/// What a user may add to the pods. It cannot weaken their security context or reach the operator's own fields.
+/// What a user may add to the pods. It cannot weaken their security context or reach the operator's own fields, and it
+/// has no field by which a job would get what its author could not have: no service account, no volumes, no host.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct PodTemplate {
@@ -285,10 +286,10 @@ pub struct PodTemplate {
     /// The pods' runtime class.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub runtime_class_name: Option<String>,
-    /// Environment variables, except those that the operator sets.
+    /// Environment variables, except those that the operator sets. By value, or from fields of the pod.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 64))]
-    #[x_kube(merge_strategy = ListMerge::Map(vec!["name".into()]), validation = unreserved_env())]
+    #[x_kube(merge_strategy = ListMerge::Map(vec!["name".into()]), validation = unreserved_env(), validation = no_borrowed_env())]
     pub env: Vec<EnvVar>,
 }
 
@@ -309,6 +310,14 @@ fn unreserved_env() -> Rule {
     let list = RESERVED.map(|name| format!("'{name}'")).join(", ");
     let message = format!("the operator sets {}; leave them out of env", RESERVED.join(", "));
     Rule::new(format!("self.all(e, !(e.name in [{list}]))")).message(message.as_str())
+}
+
+/// A program tells of a variable that it cannot use, and a job's status shows what its pods tell: so a reference would
+/// let the author of a job read a Secret that is closed to them.
+fn no_borrowed_env() -> Rule {
+    Rule::new("self.all(e, !has(e.valueFrom) || has(e.valueFrom.fieldRef) || has(e.valueFrom.resourceFieldRef))").message(
+        "env takes values, and none from Secrets or ConfigMaps, which the author of a job need not be allowed to read; write the value",
+    )
 }
 
 /// One stage: a name and exactly one of `sft`, `rewardModel` and `ppo`.
