@@ -3,6 +3,9 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+# The version of cargo-deny, which deny.toml is written for.
+DENY=0.20.2
+
 step() { printf '\n== %s\n' "$*"; }
 die() { printf 'check: %s\n' "$*" >&2; exit 1; }
 
@@ -32,6 +35,13 @@ step "chart"
 tests/cluster/kubebox.sh
 .cache/bin/helm lint --strict --quiet charts/rlhf-operator
 tests/chart.sh
+
+step "dependencies"
+if [ "$(.cache/bin/cargo-deny --version 2> /dev/null)" != "cargo-deny $DENY" ]; then
+    # Three minutes or so, once.
+    cargo install --quiet --locked --root .cache --version "$DENY" cargo-deny
+fi
+.cache/bin/cargo-deny --locked check --hide-inclusion-graph bans licenses sources
 
 step "alert rules"
 promtool check rules charts/rlhf-operator/files/alerts.yaml > /dev/null
