@@ -19,7 +19,8 @@ mod volume;
 
 pub use scene::{History, Scene, Told, eventually, kill_worker, stage};
 pub use suite::{
-    Uninstalled, install, labelled, on_the_cluster, on_the_cluster_alone, operator_passes, operator_pods, uninstall,
+    Uninstalled, install, install_with, labelled, on_the_cluster, on_the_cluster_alone, operator_passes, operator_pods,
+    uninstall,
 };
 pub use volume::{SavedModel, Step, Volume};
 

@@ -119,6 +119,11 @@ async fn remove(operator: &mut Operator) {
 
 /// Installs the chart with the images that `tests/cluster/images.sh` made, under the restricted standard.
 pub async fn install(keep_crds: bool) {
+    install_with(keep_crds, &[]).await;
+}
+
+/// The same, with more of the chart's values.
+pub async fn install_with(keep_crds: bool, more: &[&str]) {
     let namespace = serde_json::json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {
         "name": SYSTEM, "labels": {"pod-security.kubernetes.io/enforce": "restricted"}}});
     tools::kubectl_with(&["apply", "--filename", "-"], &namespace).await.good();
@@ -133,7 +138,8 @@ pub async fn install(keep_crds: bool) {
     ];
     let run = format!("podAnnotations.tests=run-{now}");
     let mut args = vec!["upgrade", "--install", RELEASE, &chart, "--namespace", SYSTEM, "--wait", "--timeout", "1m"];
-    args.extend(values.iter().flat_map(|v| ["--set", v]).chain(["--set-string", &run]));
+    args.extend(values.iter().map(String::as_str).chain(more.iter().copied()).flat_map(|v| ["--set", v]));
+    args.extend(["--set-string", &run]);
     let Answer { ok, errors, .. } = helm(&args).await;
     if !ok {
         let pods = kubectl(&["describe", "pods", "--namespace", SYSTEM]).await;

@@ -7,4 +7,5 @@ mod example;
 mod failure;
 mod interruption;
 mod removal;
+mod security;
 mod stages;

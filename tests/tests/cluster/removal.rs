@@ -17,7 +17,7 @@ fn a_deleted_job_leaves_no_child() {
         let job = scene.await_stage(NAME, "sft", StagePhase::Running, 90).await;
         let children = format!("{}={}", names::LABEL_JOB_UID, job.uid().expect("a stored job has a UID"));
         let there = labelled(&children).await;
-        for kind in ["configmap/", "service/", "job.batch/", "pod/"] {
+        for kind in ["configmap/", "service/", "secret/", "networkpolicy.networking.k8s.io/", "job.batch/", "pod/"] {
             assert!(there.iter().any(|child| child.starts_with(kind)), "no {kind} among {there:?}");
         }
         scene.api::<RLHFJob>().delete(NAME, &DeleteParams::default()).await.expect("the job can be deleted");
