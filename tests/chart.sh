@@ -21,14 +21,14 @@ refused() {
 }
 
 is "the default's kinds" \
-    "ClusterRole ClusterRoleBinding CustomResourceDefinition Deployment Role RoleBinding Secret Service ServiceAccount" "$(kinds)"
+    "ClusterRole ClusterRoleBinding CustomResourceDefinition Deployment Lease Role RoleBinding Secret Service ServiceAccount" "$(kinds)"
 is "the kinds for one namespace" \
-    "CustomResourceDefinition Deployment Role RoleBinding Secret Service ServiceAccount" "$(kinds --set watchNamespace=team)"
+    "CustomResourceDefinition Deployment Lease Role RoleBinding Secret Service ServiceAccount" "$(kinds --set watchNamespace=team)"
 scraped=(--set metrics.serviceMonitor.enabled=true --set metrics.podMonitor.enabled=true --set metrics.prometheusRule.enabled=true)
 is "the kinds with every switch on" \
-    "ClusterRole ClusterRoleBinding ConfigMap CustomResourceDefinition Deployment PodMonitor PrometheusRule Role RoleBinding Secret Service ServiceAccount ServiceMonitor" \
+    "ClusterRole ClusterRoleBinding ConfigMap CustomResourceDefinition Deployment Lease PodMonitor PrometheusRule Role RoleBinding Secret Service ServiceAccount ServiceMonitor" \
     "$(kinds --set dashboard.enabled=true "${scraped[@]}")"
-is "the kinds without definition and roles" "Deployment Secret Service ServiceAccount" "$(kinds --set crds.enabled=false,rbac.create=false,rbac.aggregate=false)"
+is "the kinds without definition and roles" "Deployment Lease Secret Service ServiceAccount" "$(kinds --set crds.enabled=false,rbac.create=false,rbac.aggregate=false)"
 
 # rights VALUES...: what the operator may do, as `KIND NAMESPACE: resources verbs`, a rule a line.
 rights() {

@@ -214,8 +214,10 @@ mod tests {
     use super::*;
     use crate::build::tests::job;
     use jiff::Timestamp;
+    use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
     use rlhf_api::job::StagePhase;
     use rlhf_api::report::Progress;
+    use std::collections::BTreeSet;
     use std::fmt::Write;
     use std::path::Path;
 
@@ -265,6 +267,18 @@ mod tests {
         has(&metrics.render(std::iter::empty()).unwrap(), &lines);
     }
 
+    fn condition(kind: &str, holds: &str) -> Condition {
+        let since = Time(Timestamp::UNIX_EPOCH);
+        Condition {
+            type_: kind.into(),
+            status: holds.into(),
+            reason: "r".into(),
+            message: String::new(),
+            observed_generation: None,
+            last_transition_time: since,
+        }
+    }
+
     /// A job of whose first stage everything is known.
     fn known() -> RLHFJob {
         let progress = Some(Progress { step: 84, total_steps: 200, ..Default::default() });
@@ -280,6 +294,8 @@ mod tests {
         let mut job = in_phase(Phase::Running);
         if let Some(status) = &mut job.status {
             status.stages = vec![tune];
+            status.conditions =
+                [("Stalled", "True"), ("Waiting", "False")].map(|(kind, holds)| condition(kind, holds)).into();
             status.completion_time = Some(Timestamp::UNIX_EPOCH + jiff::SignedDuration::from_secs(90));
         }
         job
@@ -291,6 +307,8 @@ mod tests {
         let text = metrics.render([known()].iter()).unwrap();
         let lines = [
             "rlhf_operator_job_info{namespace=\"team\",phase=\"Running\",rlhf_job=\"demo\"} 1",
+            "rlhf_operator_job_condition{condition=\"Stalled\",namespace=\"team\",rlhf_job=\"demo\"} 1",
+            "rlhf_operator_job_condition{condition=\"Waiting\",namespace=\"team\",rlhf_job=\"demo\"} 0",
             "rlhf_operator_job_finished_timestamp_seconds{namespace=\"team\",rlhf_job=\"demo\"} 90",
             "rlhf_operator_stage_info{namespace=\"team\",phase=\"Running\",rlhf_job=\"demo\",stage=\"tune\"} 1",
             "rlhf_operator_stage_info{namespace=\"team\",phase=\"Pending\",rlhf_job=\"demo\",stage=\"act\"} 1",
@@ -317,6 +335,18 @@ mod tests {
             metrics.status_written(&job, &status);
             has(&metrics.render(std::iter::empty()).unwrap(), &["rlhf_operator_first_step_seconds_count 1"]);
         }
+    }
+
+    #[test]
+    fn alerts_ask_only_for_what_a_scrape_shows() {
+        let rules = Path::new(env!("CARGO_MANIFEST_DIR")).join("../charts/rlhf-operator/files/alerts.yaml");
+        let rules = std::fs::read_to_string(rules).unwrap();
+        let words = rules.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+        let asked: BTreeSet<_> = words.filter(|w| w.starts_with("rlhf_operator_")).collect();
+        assert!(asked.len() > 6, "{asked:?}");
+        let shown = reference();
+        let missing: Vec<_> = asked.iter().filter(|m| !shown.contains(&format!("| `{m}` |"))).collect();
+        assert!(missing.is_empty(), "{missing:?}");
     }
 
     /// `METRICS.md` as a scrape has it in which every metric has a value.

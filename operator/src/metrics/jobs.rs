@@ -34,6 +34,7 @@ const fn stage_phase(phase: StagePhase) -> &'static str {
 
 struct Series {
     info: IntGaugeVec,
+    condition: IntGaugeVec,
     finished: GaugeVec,
     stage_info: IntGaugeVec,
     attempt: IntGaugeVec,
@@ -52,6 +53,11 @@ impl Series {
                 "rlhf_operator_job_info",
                 "1 for each RLHFJob, with the phase in which it is.",
                 &[&JOB[..], &["phase"]].concat(),
+            )?,
+            condition: gauge(
+                "rlhf_operator_job_condition",
+                "1 for each condition of the RLHFJob's status that holds, 0 for one that held and does no more.",
+                &[&JOB[..], &["condition"]].concat(),
             )?,
             finished: GaugeVec::new(
                 Opts::new(
@@ -89,7 +95,7 @@ impl Series {
 
     fn registry(&self) -> prometheus::Result<Registry> {
         let registry = Registry::new();
-        for gauge in [&self.info, &self.stage_info, &self.attempt, &self.step, &self.total_steps] {
+        for gauge in [&self.info, &self.condition, &self.stage_info, &self.attempt, &self.step, &self.total_steps] {
             registry.register(Box::new(gauge.clone()))?;
         }
         for counter in [&self.restarts, &self.disruptions] {
@@ -103,6 +109,10 @@ impl Series {
         let (namespace, name) = (text(&job.metadata.namespace), text(&job.metadata.name));
         let status = job.status.clone().unwrap_or_default();
         self.info.with_label_values(&[namespace, name, phase(status.phase)]).set(1);
+        for condition in &status.conditions {
+            let holds = i64::from(condition.status == "True");
+            self.condition.with_label_values(&[namespace, name, &condition.type_]).set(holds);
+        }
         if let Some(at) = status.completion_time {
             self.finished.with_label_values(&[namespace, name]).set(at.as_second() as f64);
         }
