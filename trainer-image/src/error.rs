@@ -69,6 +69,8 @@ impl From<c10d::Error> for Error {
     fn from(error: c10d::Error) -> Self {
         let exit = match &error {
             c10d::Error::Distributed(_) | c10d::Error::Timeout(_) => ExitCode::PeerLost,
+            // Every attempt would find the same, so it is not the retryable loss of a peer.
+            c10d::Error::Disagreement(_) => ExitCode::BadConfig,
             c10d::Error::OutOfMemory(_) => ExitCode::DeviceOutOfMemory,
             c10d::Error::NotImplemented(_) | c10d::Error::Torch(_) => ExitCode::Bug,
         };

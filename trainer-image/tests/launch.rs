@@ -322,7 +322,7 @@ fn pods_with_different_configs_refuse_to_train_together() {
     (job.config["seed"], job.http_port) = (json!(2), other_ports);
     let two = job.pod("two", 1).env("NNODES", "2").env("NODE_RANK", "1").start();
     for pod in [one, two] {
-        pod.end().expect(75, "PeerLost", &["do not have the same config"]);
+        pod.end().expect(64, "BadConfig", &["do not have the same config"]);
     }
 }
 

@@ -12,12 +12,15 @@ pub enum Error {
     /// An operation refused its arguments, or failed inside.
     #[error("{0}")]
     Torch(String),
-    /// A peer or the store is gone, or the ranks do not fit together. The group is dead: meet again under a new attempt.
+    /// A peer or the store is gone. The group is dead: meet again under a new attempt.
     #[error("{0}")]
     Distributed(String),
     /// A peer or the store did not answer in time. The group is dead, as above.
     #[error("{0}")]
     Timeout(String),
+    /// The ranks were given different things where they must have the same. Meeting again will not help.
+    #[error("{0}")]
+    Disagreement(String),
     /// Memory of the device or the host ran out.
     #[error("{0}")]
     OutOfMemory(String),
@@ -47,6 +50,7 @@ impl Error {
             Error::Torch(m) => Error::Torch(format!("{context}: {m}")),
             Error::Distributed(m) => Error::Distributed(format!("{context}: {m}")),
             Error::Timeout(m) => Error::Timeout(format!("{context}: {m}")),
+            Error::Disagreement(m) => Error::Disagreement(format!("{context}: {m}")),
             Error::OutOfMemory(m) => Error::OutOfMemory(format!("{context}: {m}")),
             Error::NotImplemented(m) => Error::NotImplemented(format!("{context}: {m}")),
         }

@@ -169,7 +169,7 @@ impl ProcessGroup {
     }
 
     /// Makes sure that all ranks hold the same `digest` of `what` (a configuration, a plan). If they do not, every rank
-    /// gets the same [`Error::Distributed`], which names the ranks that differ from most.
+    /// gets the same [`Error::Disagreement`], which names the ranks that differ from most.
     pub fn agree(&self, what: &str, digest: &[u8; 32]) -> Result<()> {
         let mine = Tensor::f_from_slice(digest)?.f_to_device(self.device)?;
         let all = Tensor::f_zeros([self.size() as i64, 32], (Kind::Uint8, self.device))?;
@@ -179,7 +179,7 @@ impl ProcessGroup {
         let digests: Vec<&[u8]> = bytes.chunks_exact(32).collect();
         match disagreement(&digests) {
             None => Ok(()),
-            Some(who) => Err(Error::Distributed(format!(
+            Some(who) => Err(Error::Disagreement(format!(
                 "the ranks do not have the same {what}: {who}; give all ranks the same {what} and start again"
             ))),
         }

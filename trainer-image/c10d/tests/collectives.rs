@@ -164,7 +164,7 @@ fn ranks_that_differ_are_named_on_every_rank() {
             // The last byte too must count.
             digest[31] = if odd.contains(&rank.rank) { 8 } else { 7 };
             match group.agree("configuration", &digest) {
-                Err(Error::Distributed(message)) => message,
+                Err(Error::Disagreement(message)) => message,
                 other => panic!("{other:?}"),
             }
         };
