@@ -4,12 +4,16 @@
 use super::context::Context;
 use crate::data::order::permutation;
 use crate::engine::{Model, Step};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::optim::learning_rate;
 use crate::telemetry::{Figure, Phase};
+use rlhf_api::report::ExitCode;
 use rlhf_api::stage::{Batch, Optimizer};
 use serde_json::Value;
 use std::time::Instant;
+
+/// Records of a failed step that its error names.
+const NAMED_RECORDS: usize = 256;
 
 /// Which records make up each step.
 pub(super) struct Schedule<'a> {
@@ -84,8 +88,9 @@ pub(super) fn train(
         let started = Instant::now();
         let global_batch = schedule.global_batch(step, &mut order);
         let rate = learning_rate(optimizer, step, total);
-        let (mut sums, made) = make_step(context, model, objective, &global_batch, (optimizer, rate))
-            .map_err(|e| e.context(format!("step {}, records {global_batch:?}", step + 1)))?;
+        let learnt = make_step(context, model, objective, &global_batch, (optimizer, rate));
+        let learnt = learnt.map_err(|e| located(e, step + 1, &global_batch));
+        let (mut sums, made) = learnt?;
         sums.push(f64::from(u8::from(context.shutdown.requested())));
         context.group.sum(&mut sums)?;
         let stop = sums.pop().is_some_and(|votes| votes > 0.0);
@@ -118,6 +123,23 @@ pub(crate) fn make_step(
     })
 }
 
+/// Adds to the error of a step where it happened. The cause stands first, as a termination message is cut at its end. A lost
+/// peer has nothing to do with the records, and a stop with neither.
+fn located(error: Error, step: u64, records: &[usize]) -> Error {
+    let Error { exit, message } = error;
+    match exit {
+        ExitCode::Terminated => return Error { exit, message },
+        ExitCode::PeerLost => return Error::new(exit, format!("{message} (step {step})")),
+        _ => {}
+    }
+    let named: Vec<String> = records.iter().take(NAMED_RECORDS).map(usize::to_string).collect();
+    let more = match records.len() - named.len() {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    Error::new(exit, format!("{message} (step {step}, records [{}]{more})", named.join(", ")))
+}
+
 fn evaluate(context: &Context, model: &Model, objective: &impl Objective, step: u64) -> Result<Vec<(Figure, f64)>> {
     let figures = context.telemetry.phase(Phase::Eval, || objective.evaluate(context, model))?;
     context.report_evaluation(step, &figures)?;
@@ -127,6 +149,19 @@ fn evaluate(context: &Context, model: &Model, objective: &impl Objective, step: 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_cause_of_a_failed_step_stands_before_its_records() {
+        let error = located(Error::bug("odd"), 3, &[7, 1]);
+        assert_eq!((error.exit.code(), error.message.as_str()), (70, "odd (step 3, records [7, 1])"));
+        let many: Vec<usize> = (0..10_000).collect();
+        let error = located(Error::bug("odd"), 3, &many);
+        assert!(error.message.ends_with("254, 255] and 9744 more)") && error.message.len() < 2000, "{error}");
+        let stopped = located(Error::new(ExitCode::Terminated, "stopped"), 3, &many);
+        assert_eq!(stopped.message, "stopped");
+        let lost = located(Error::new(ExitCode::PeerLost, "lost"), 3, &many);
+        assert_eq!(lost.message, "lost (step 3)");
+    }
 
     #[test]
     fn an_epoch_visits_every_record_once_and_ends_with_what_is_left() {
