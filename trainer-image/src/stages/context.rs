@@ -78,10 +78,11 @@ impl Context {
             row.iter().for_each(|token| hasher.update(token.to_le_bytes()));
         }
         let digest: [u8; 32] = hasher.finalize().into();
-        if self.group.gather_digests(&digest)?.iter().any(|other| *other != digest) {
-            return Err(Error::input(
-                "the ranks have read different data: do not change a dataset while a stage starts",
-            ));
+        let digests = self.group.gather_digests(&digest)?;
+        if let Some(rank) = digests.iter().position(|other| *other != digests[0]) {
+            return Err(Error::input(format!(
+                "the ranks have read different data (rank {rank} not what rank 0 has): do not change a dataset while a stage starts, and mount the same volume in all pods"
+            )));
         }
         let _ = self.data.set(digest);
         Ok(())
