@@ -1,7 +1,7 @@
 //! Being asked to stop. SIGTERM and SIGINT ask; more of them ask nothing new.
 //!
-//! Who is told: the launcher hears the pod's signal and passes it on to every worker; a worker's training loop looks at
-//! [`Shutdown::requested`] at each step's edge. Who is waited for: everyone, since a worker ends by itself once its
+//! Who is told: the launcher hears the pod's signal and passes it on to every worker; a worker looks at
+//! [`Shutdown::requested`] between micro-batches, between decoded tokens and at each step's edge. Who is waited for: everyone, since a worker ends by itself once its
 //! checkpoint is written. How long: as long as the kubelet allows (`terminationGracePeriodSeconds`), after which it kills.
 
 use crate::error::{Error, Result};
@@ -14,19 +14,17 @@ use tokio::signal::unix::{SignalKind, signal};
 pub struct Shutdown(Arc<AtomicBool>);
 
 impl Shutdown {
-    /// Listens for SIGTERM and SIGINT from now on.
+    /// Listens for SIGTERM and SIGINT from now on. Until then they end the process.
     ///
     /// # Errors
     /// The system refuses a thread or a signal handler.
-    pub fn install() -> Result<Self> {
-        let this = Self::default();
-        let told = this.clone();
+    pub fn listen(&self) -> Result<()> {
+        let told = self.clone();
         on_signal(move || {
             if !told.0.swap(true, Ordering::Relaxed) {
-                tracing::info!("asked to stop: a checkpoint is written after this step");
+                tracing::info!("asked to stop: what is unfinished is given up, what is whole is saved");
             }
-        })?;
-        Ok(this)
+        })
     }
 
     /// Whether the process was asked to stop.
@@ -71,7 +69,8 @@ mod tests {
     fn signals_ask_once_and_do_not_end_the_process() {
         let (sender, heard) = channel();
         on_signal(move || sender.send(()).unwrap_or_default()).unwrap();
-        let shutdown = Shutdown::install().unwrap();
+        let shutdown = Shutdown::default();
+        shutdown.listen().unwrap();
         assert!(!shutdown.requested());
         for signal in [Signal::TERM, Signal::INT, Signal::TERM] {
             kill_process(getpid(), signal).unwrap();

@@ -1,7 +1,7 @@
 //! One rank: reads its config and environment, meets its peers, serves its telemetry, runs the stage, and leaves a report.
 //!
-//! Until the stage runs, SIGTERM ends the process at once, as there is nothing to save yet; from then on it asks the
-//! training loop to write a checkpoint and stop ([`crate::shutdown`]).
+//! Until data and models are loaded, SIGTERM ends the process at once, as there is nothing to save yet; from then on it
+//! asks the stage to stop, with a checkpoint of what is whole ([`crate::shutdown`]).
 
 use crate::engine::Group;
 use crate::environment::Environment;
@@ -77,7 +77,6 @@ fn train(options: &Options, environment: Environment, shown: &OnceLock<Telemetry
     serve(options.http_port, environment.local_rank, &telemetry)?;
     let peers = meet(&environment, &config.value, &config.digest, device)?;
     let group = Rc::new(Group::new(peers, rank, world_size, device));
-    let shutdown = Shutdown::install()?;
     tracing::info!(
         attempt = environment.attempt,
         world_size,
@@ -85,7 +84,7 @@ fn train(options: &Options, environment: Environment, shown: &OnceLock<Telemetry
         threads = tch::get_num_threads(),
         "training starts"
     );
-    stages::run(Context::new(config.value, environment, group, telemetry, shutdown, device))
+    stages::run(Context::new(config.value, environment, group, telemetry, Shutdown::default(), device))
 }
 
 /// The device of a worker: the GPU of its local rank, or the CPU where there is none.

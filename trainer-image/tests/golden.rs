@@ -111,7 +111,7 @@ fn greedy_generation_equals_that_of_transformers() {
     let requests: Vec<Request<'_>> = prompts.iter().map(|r| Request { prompt: r, id: 0 }).collect();
     for name in CAUSAL {
         let model = load(&model_dir(name), HeadKind::Lm, Recompute::None);
-        let responses = generate(&model, &requests, &Decoding::Greedy, -1, 8).unwrap();
+        let responses = generate(&model, &requests, &Decoding::Greedy, -1, 8, &|| false).unwrap();
         let actual: Vec<Vec<i64>> = responses.into_iter().map(|r| r.tokens).collect();
         assert_eq!(actual, rows(&golden_values["causal"][name]["greedy"]), "{name}");
     }
@@ -127,7 +127,9 @@ fn a_row_that_ends_changes_nothing_for_the_others() {
         let model = load(&model_dir(name), HeadKind::Lm, Recompute::None);
         let whole = rows(&golden_values["causal"][name]["greedy"]);
         for eos in whole.iter().flat_map(|r| [r[0], r[2], r[5]]) {
-            for (response, full) in generate(&model, &requests, &Decoding::Greedy, eos, 8).unwrap().iter().zip(&whole) {
+            for (response, full) in
+                generate(&model, &requests, &Decoding::Greedy, eos, 8, &|| false).unwrap().iter().zip(&whole)
+            {
                 let end = full.iter().position(|&t| t == eos);
                 assert_eq!(response.tokens, full[..end.map_or(8, |e| e + 1)], "{name}, end token {eos}");
                 assert_eq!(response.ended, end.is_some());

@@ -35,7 +35,8 @@ pub struct Response {
     pub ended: bool,
 }
 
-/// Answers every request with at most `max_new_tokens` tokens, stopping at `eos`.
+/// Answers every request with at most `max_new_tokens` tokens, stopping at `eos`. Where `stop` says so (on any of the ranks
+/// that must run the model together), it ends before the next token, and answers are short or missing.
 ///
 /// # Errors
 /// Where prompt and answer exceed the model's positions, or libtorch fails.
@@ -45,33 +46,46 @@ pub fn generate(
     decoding: &Decoding,
     eos: i64,
     max_new_tokens: usize,
+    stop: &dyn Fn() -> bool,
 ) -> Result<Vec<Response>> {
     let mut responses = Vec::with_capacity(requests.len());
     let mut parts = requests.chunks(ROWS);
     loop {
         let part = parts.next();
-        if !any_rank(model, part.is_some())? {
+        if !goes_on(model, part.is_some(), stop)? {
             return Ok(responses);
         }
         match part {
             Some(part) => {
-                responses.extend(Generation::start(model, part, max_new_tokens)?.run(decoding, eos, max_new_tokens)?);
+                let generation = Generation::start(model, part, max_new_tokens)?;
+                responses.extend(generation.run(decoding, eos, max_new_tokens, stop)?);
             }
-            None => keep_step(model, decoding, eos, max_new_tokens)?,
+            None => keep_step(model, decoding, eos, max_new_tokens, stop)?,
         }
     }
 }
 
-/// Whether any of the ranks that must run the model together says so; on a rank that runs it alone, whether it does.
-fn any_rank(model: &Model, here: bool) -> Result<bool> {
-    if model.runs_in_step() { model.group().any(here) } else { Ok(here) }
+/// Whether any of the ranks that must run the model together is `busy` and none is to stop; on a rank that runs it alone,
+/// whether that holds here.
+fn goes_on(model: &Model, busy: bool, stop: &dyn Fn() -> bool) -> Result<bool> {
+    let mut votes = [busy, stop()].map(|vote| f64::from(u8::from(vote)));
+    if model.runs_in_step() {
+        model.group().sum(&mut votes)?;
+    }
+    Ok(votes[0] > 0.0 && votes[1] == 0.0)
 }
 
 /// Runs the model as often as the other ranks do, over a row that nobody asked for.
-fn keep_step(model: &Model, decoding: &Decoding, eos: i64, max_new_tokens: usize) -> Result<()> {
+fn keep_step(
+    model: &Model,
+    decoding: &Decoding,
+    eos: i64,
+    max_new_tokens: usize,
+    stop: &dyn Fn() -> bool,
+) -> Result<()> {
     let mut generation = Generation::start(model, &[Request { prompt: &[0], id: 0 }], max_new_tokens)?;
     generation.responses[0].ended = true;
-    generation.run(decoding, eos, max_new_tokens)?;
+    generation.run(decoding, eos, max_new_tokens, stop)?;
     Ok(())
 }
 
@@ -120,7 +134,13 @@ impl<'a> Generation<'a> {
         })
     }
 
-    fn run(mut self, decoding: &Decoding, eos: i64, max_new_tokens: usize) -> Result<Vec<Response>> {
+    fn run(
+        mut self,
+        decoding: &Decoding,
+        eos: i64,
+        max_new_tokens: usize,
+        stop: &dyn Fn() -> bool,
+    ) -> Result<Vec<Response>> {
         for step in 0..max_new_tokens {
             let next = self.draw(decoding, step)?;
             for (&request, &token) in self.active.iter().zip(&next) {
@@ -131,7 +151,7 @@ impl<'a> Generation<'a> {
                 }
             }
             let going = self.active.iter().filter(|&&r| !self.responses[r].ended).count();
-            if !any_rank(self.model, going > 0)? || step + 1 == max_new_tokens {
+            if !goes_on(self.model, going > 0, stop)? || step + 1 == max_new_tokens {
                 break;
             }
             let next = self.drop_ended(next, going)?;

@@ -148,7 +148,8 @@ impl Context {
         Checkpoints::new(&self.config, &self.environment, data)
     }
 
-    /// Resumes from the newest checkpoint, if there is one, and says so.
+    /// Resumes from the newest checkpoint, if there is one, and says so. From here on the stage listens for requests to
+    /// stop.
     ///
     /// # Errors
     /// As [`Checkpoints::restore`].
@@ -160,7 +161,59 @@ impl Context {
             self.telemetry.resume_at(restored.step);
             self.telemetry.checkpoint(restored.checkpoint.clone());
         }
+        self.shutdown.listen()?;
         Ok(restored)
+    }
+
+    /// Gives up an unfinished step or evaluation where any rank was asked to stop, so that a stop does not have to wait
+    /// for its end. Every rank must call it.
+    ///
+    /// # Errors
+    /// [`ExitCode::Terminated`] on all ranks, or a peer was lost.
+    pub fn stop_point(&self) -> Result<()> {
+        match self.group.any(self.shutdown.requested())? {
+            true => Err(Error::new(ExitCode::Terminated, "stopped on request")),
+            false => Ok(()),
+        }
+    }
+
+    /// Saves what `step` whole steps have made, where that is not done yet, if `result` says that a stop interrupted the
+    /// next one. The models must be as those steps have left them. Every rank must call it.
+    ///
+    /// # Errors
+    /// What `result` says, or where saving failed.
+    pub fn save_if_stopped<T>(
+        &self,
+        result: Result<T>,
+        step: u64,
+        models: &[(&str, &Model)],
+        state: &Value,
+    ) -> Result<T> {
+        if result.as_ref().is_err_and(|e| e.exit == ExitCode::Terminated) {
+            self.finish_save(true)?;
+            if step > 0 && self.telemetry.progress().checkpoint.is_none_or(|c| c.step != step) {
+                let saving = self.checkpoints().start_save(&self.group, step, models, state)?;
+                self.telemetry.checkpoint(saving.finish(&self.group)?);
+            }
+        }
+        result
+    }
+
+    /// Ends a stage. Where it was stopped or its numbers are not finite, which all ranks find together, the save in flight
+    /// is finished first, and the error also says what is kept. Every rank must call it.
+    ///
+    /// # Errors
+    /// What `result` says, or where saving failed.
+    pub fn conclude<T>(&self, result: Result<T>) -> Result<T> {
+        let Err(Error { exit: exit @ (ExitCode::Terminated | ExitCode::NotFinite), message }) = result else {
+            return result;
+        };
+        self.finish_save(true)?;
+        let kept = match self.telemetry.progress().checkpoint {
+            Some(checkpoint) => format!("the last checkpoint is of step {}", checkpoint.step),
+            None => "there is no checkpoint yet".into(),
+        };
+        Err(Error::new(exit, format!("{message}; {kept}")))
     }
 
     /// Starts saving where a checkpoint is due after `step` of `total` steps, and ends the worker where it was asked to
@@ -181,10 +234,7 @@ impl Context {
             Ok::<_, Error>(())
         })?;
         if stop && step < total {
-            return Err(Error::new(
-                ExitCode::Terminated,
-                format!("stopped on request after step {step} of {total}; a checkpoint was written"),
-            ));
+            return Err(Error::new(ExitCode::Terminated, format!("stopped on request after step {step} of {total}")));
         }
         Ok(())
     }
@@ -248,6 +298,7 @@ impl Context {
         score: Option<ScoreNormalisation>,
         metrics: BTreeMap<String, f64>,
     ) -> Result<Output> {
+        self.stop_point().map_err(|e| e.context("before the model was written"))?;
         let (path, head, parameters) = (self.path(&self.config.paths.output), model.head_kind(), model.parameters()?);
         let base_model = self.path(&self.config.paths.base_model);
         self.group.while_first(move || {

@@ -20,9 +20,9 @@ use rlhf_api::stage::StageKind;
 /// With the exit code that the operator acts on; [`rlhf_api::report::ExitCode::Terminated`] after a checkpoint where
 /// the process was asked to stop.
 pub fn run(context: Context) -> Result<Output> {
-    match context.config.kind.clone() {
+    context.conclude(match context.config.kind.clone() {
         StageKind::Sft(settings) => sft::run(&context, &settings),
         StageKind::RewardModel(settings) => reward_model::run(&context, &settings),
         StageKind::Ppo(settings) => ppo::run(&context, &settings),
-    }
+    })
 }

@@ -67,6 +67,7 @@ impl Objective for PairwiseLogistic<'_> {
         let mut sums = vec![0.0; 4];
         let rounds = context.group.rounds(global_batch.len(), self.micro_size);
         for i in 0..rounds {
+            context.stop_point()?;
             let (batch, ends, spans) = collate(part(&share, i, self.micro_size), model.device());
             sums[0] += batch.lengths.iter().sum::<i64>() as f64;
             model.backward(&batch, &ends, i + 1 == rounds, |scores, _| {
@@ -117,6 +118,7 @@ fn scores(context: &Context, model: &Model, rankings: &[Ranking], micro_size: us
     let mut all = Vec::new();
     let share: Vec<&Ranking> = context.group.share(rankings);
     for i in 0..context.group.rounds(rankings.len(), micro_size) {
+        context.stop_point()?;
         let (batch, ends, spans) = collate(part(&share, i, micro_size), model.device());
         let flat = model.scalars(&batch, &ends)?;
         all.extend(spans.into_iter().map(|s| flat[s].to_vec()));

@@ -52,6 +52,7 @@ impl Objective for CrossEntropy<'_> {
         let (mut loss, mut tokens) = (0.0, 0);
         let rounds = context.group.rounds(global_batch.len(), self.micro_size);
         for i in 0..rounds {
+            context.stop_point()?;
             let (batch, positions, targets) = collate(part(&share, i, self.micro_size), model.device());
             tokens += batch.lengths.iter().sum::<i64>();
             model.backward(&batch, &positions, i + 1 == rounds, |logits, range| {
@@ -79,6 +80,7 @@ impl Objective for CrossEntropy<'_> {
         let share = context.group.share(self.held_out);
         let mut sums = [0.0, target_count(share.iter().copied()) as f64];
         for i in 0..context.group.rounds(self.held_out.len(), self.micro_size) {
+            context.stop_point()?;
             let (batch, positions, targets) = collate(part(&share, i, self.micro_size), model.device());
             model.visit_head(&model.hidden(&batch)?, &positions, |logits, range| {
                 sums[0] += summed_loss(logits, &targets[range])?.f_double_value(&[])?;

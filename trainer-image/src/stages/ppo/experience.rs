@@ -84,8 +84,11 @@ impl Run<'_> {
         self.context.telemetry.phase(phases[1], || {
             let size = self.settings.batch.micro_size as usize;
             let mut parts = mine.chunks_mut(size);
-            (0..self.context.group.rounds(prompts.len(), size))
-                .try_for_each(|_| self.score(parts.next().unwrap_or_default()))
+            (0..self.context.group.rounds(prompts.len(), size)).try_for_each(|_| {
+                // The first of these also ends the rollout of a rank that was asked to stop in it.
+                self.context.stop_point()?;
+                self.score(parts.next().unwrap_or_default())
+            })
         })?;
         let columns = self.settings.max_prompt_length as usize + self.settings.max_new_tokens as usize;
         let all = gather(&self.context.group, &mine, prompts.len(), columns, self.settings.max_new_tokens as usize)?;
@@ -96,8 +99,9 @@ impl Run<'_> {
     fn answer(&self, prompts: &[&(u64, &Prompt)], decoding: &Decoding) -> Result<Vec<Experience>> {
         let requests: Vec<Request<'_>> =
             prompts.iter().map(|(id, prompt)| Request { prompt: &prompt.tokens, id: *id }).collect();
-        let responses =
-            generate(&self.models.actor, &requests, decoding, self.eos, self.settings.max_new_tokens as usize)?;
+        let (eos, max_new_tokens) = (self.eos, self.settings.max_new_tokens as usize);
+        let stop = || self.context.shutdown.requested();
+        let responses = generate(&self.models.actor, &requests, decoding, eos, max_new_tokens, &stop)?;
         let join = |(request, response): (&Request<'_>, crate::rollout::Response)| Experience {
             tokens: [request.prompt, &response.tokens].concat(),
             prompt_len: request.prompt.len(),

@@ -129,6 +129,7 @@ fn run_mini_batch(context: &Context, settings: &Ppo, models: &mut Models, rows: 
     let rounds = context.group.rounds(rows.len(), size);
     let mut sums = Sums::default();
     for i in 0..rounds {
+        context.stop_point()?;
         let micro_batch = MicroBatch::new(part(&share, i, size), &models.actor, settings, tokens);
         micro_batch.run_actor(&mut models.actor, i + 1 == rounds, &mut sums)?;
         micro_batch.run_critic(&mut models.critic, i + 1 == rounds, &mut sums)?;

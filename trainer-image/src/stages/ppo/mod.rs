@@ -68,7 +68,7 @@ pub(super) fn run(context: &Context, settings: &Ppo) -> Result<Output> {
     for iteration in start..u64::from(settings.iterations) {
         let figures = run.iterate(iteration, &prompts.train)?;
         context.report(iteration + 1, &figures)?;
-        run.evaluate_if_due(iteration + 1, &held_out)?;
+        run.save_if_stopped(run.evaluate_if_due(iteration + 1, &held_out), iteration + 1)?;
         run.step_edge(iteration + 1)?;
     }
     let figures = run.evaluate(settings.iterations.into(), "eval-after", &held_out)?;
@@ -171,11 +171,12 @@ impl<'a> Run<'a> {
         let started = Instant::now();
         // 1-2. Answer prompts and score the answers (experience.rs).
         let stream = [context.config.seed, iteration];
-        let (mut experience, rollout_speed) =
-            self.roll_out(&self.prompts(iteration, prompts), stream, [Phase::Rollout, Phase::Score])?;
+        let rolled_out = self.roll_out(&self.prompts(iteration, prompts), stream, [Phase::Rollout, Phase::Score]);
+        let (mut experience, rollout_speed) = self.save_if_stopped(rolled_out, iteration)?;
         // 3. Advantages over response tokens, whitened over the global batch.
         experience::estimate_advantages(&mut experience, settings, self.state.kl_coefficient);
-        // 4. Several passes of clipped policy and value steps (learn.rs).
+        // 4. Several passes of clipped policy and value steps (learn.rs). A stop in them loses the iteration, as what is
+        //    learnt by half is not saved.
         let rates = [&settings.actor_optimizer, &settings.critic_optimizer]
             .map(|o| learning_rate(o, iteration, settings.iterations.into()));
         let learnt = context
@@ -206,9 +207,20 @@ impl<'a> Run<'a> {
     fn step_edge(&self, iteration: u64) -> Result<()> {
         let context = self.context;
         let stop = context.group.any(context.shutdown.requested())?;
-        let state = serde_json::to_value(&self.state).map_err(|e| Error::bug(e.to_string()))?;
-        let models = [("actor", &self.models.actor), ("critic", &self.models.critic)];
-        context.step_edge(iteration, self.settings.iterations.into(), stop, &models, &state)
+        context.step_edge(iteration, self.settings.iterations.into(), stop, &self.saved_models(), &self.saved_state()?)
+    }
+
+    /// As [`Context::save_if_stopped`], while the models are as `iterations` whole iterations have left them.
+    fn save_if_stopped<T>(&self, result: Result<T>, iterations: u64) -> Result<T> {
+        self.context.save_if_stopped(result, iterations, &self.saved_models(), &self.saved_state()?)
+    }
+
+    fn saved_models(&self) -> [(&'static str, &Model); 2] {
+        [("actor", &self.models.actor), ("critic", &self.models.critic)]
+    }
+
+    fn saved_state(&self) -> Result<serde_json::Value> {
+        serde_json::to_value(&self.state).map_err(|e| Error::bug(e.to_string()))
     }
 }
 
