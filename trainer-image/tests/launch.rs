@@ -4,13 +4,12 @@
 
 mod common;
 
-use common::Volume;
+use common::{Volume, fetch, free_port};
 use rlhf_api::report::{MAX_TERMINATION_BYTES, Progress, TerminationMessage};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use std::fs;
-use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpListener;
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
@@ -145,19 +144,6 @@ impl Ended {
             assert!(message.contains(part), "{part} is not in: {message}");
         }
     }
-}
-
-fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
-}
-
-/// The body of `GET path`, or `None` where nobody answers.
-fn fetch(port: u16, path: &str) -> Option<String> {
-    let mut stream = TcpStream::connect(("127.0.0.1", port)).ok()?;
-    write!(stream, "GET {path} HTTP/1.1\r\nHost: t\r\nConnection: close\r\n\r\n").ok()?;
-    let mut text = String::new();
-    stream.read_to_string(&mut text).ok()?;
-    Some(text.split_once("\r\n\r\n")?.1.to_owned())
 }
 
 /// Waits, for two minutes at most, until a worker's progress is what `reached` wants.

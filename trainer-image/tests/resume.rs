@@ -5,35 +5,10 @@
 
 mod common;
 
-use common::{Launch, Volume, ppo, relative_gap, reward, sft, wait_until};
+use common::{Volume, finished, ppo, relative_gap, reward, rewound, sft, wait_until};
 use serde_json::json;
 use std::fs;
 use std::process::Command;
-
-/// A volume on which `stage` has run to its end.
-fn finished(family: &str, launch: &Launch) -> Volume {
-    let volume = Volume::new(family);
-    if launch.config["stage"] == "ppo" {
-        volume.succeed(&reward());
-    }
-    volume.succeed(launch);
-    volume
-}
-
-/// What a pod finds that starts after `step`: later checkpoints and the model are gone.
-fn rewound(whole: &Volume, family: &str, stage: &str, step: u64) -> Volume {
-    let volume = Volume::new(family);
-    volume.copy_job(whole);
-    fs::remove_dir_all(volume.path(&format!("jobs/j/{stage}/model"))).unwrap();
-    for entry in fs::read_dir(volume.path(&format!("jobs/j/{stage}/checkpoints"))).unwrap() {
-        let entry = entry.unwrap();
-        let written: u64 = entry.file_name().to_str().unwrap().strip_prefix("step-").unwrap().parse().unwrap();
-        if written > step {
-            fs::remove_dir_all(entry.path()).unwrap();
-        }
-    }
-    volume
-}
 
 #[test]
 fn a_resumed_run_ends_bit_for_bit_as_one_that_was_never_stopped() {

@@ -3,11 +3,13 @@
 
 #![allow(dead_code)] // each test binary uses a part
 
+use rustix::process::{Pid, Signal, kill_process};
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::fs;
-use std::net::TcpListener;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -89,25 +91,33 @@ impl Volume {
         finished
     }
 
-    /// Starts a stage.
+    /// Starts a stage in one pod.
     pub fn start(&self, launch: &Launch) -> Running {
-        let stage = launch.config["stage"].as_str().unwrap();
-        let config = self.path(&format!("{stage}.json"));
+        self.start_as(launch, &Pod::default())
+    }
+
+    /// Starts a stage, or a pod of it.
+    pub fn start_as(&self, launch: &Launch, pod: &Pod) -> Running {
+        let name = format!("{}{}", launch.config["stage"].as_str().unwrap(), pod.name);
+        let config = self.path(&format!("{name}.json"));
         fs::write(&config, launch.config.to_string()).unwrap();
-        let (log, termination) = (self.path(&format!("{stage}.log")), self.path(&format!("{stage}.end")));
+        let (log, termination) = (self.path(&format!("{name}.log")), self.path(&format!("{name}.end")));
         let _ = fs::remove_file(&termination);
         let output = fs::File::create(&log).unwrap();
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let child = Command::new(env!("CARGO_BIN_EXE_rlhf-trainer"))
-            .args(["launch", "--http-port", "0", "--config"])
+        let program = env!("CARGO_BIN_EXE_rlhf-trainer").to_string();
+        let words: Vec<&String> = pod.wrapper.iter().chain([&program]).collect();
+        let child = Command::new(words[0])
+            .args(&words[1..])
+            .args(["launch", "--http-port", &pod.http_port.to_string(), "--config"])
             .arg(&config)
             .arg("--termination-file")
             .arg(&termination)
             .env("RLHF_VOLUME", self.root.path())
             .env("NPROC_PER_NODE", launch.processes.to_string())
             .env("RLHF_ATTEMPT", launch.attempt.to_string())
-            .env("MASTER_PORT", port.to_string())
+            .env("MASTER_PORT", free_port().to_string())
             .env("OMP_NUM_THREADS", "1")
+            .envs(pod.env.iter().map(|(name, value)| (name, value)))
             .stdout(Stdio::from(output.try_clone().unwrap()))
             .stderr(Stdio::from(output))
             .spawn()
@@ -143,13 +153,68 @@ impl Volume {
         fs::read(self.path(&format!("jobs/j/{stage}/model/model.safetensors"))).unwrap()
     }
 
+    /// The steps of a stage's checkpoints, in order.
+    pub fn checkpoints(&self, stage: &str) -> Vec<u64> {
+        let entries = fs::read_dir(self.path(&format!("jobs/j/{stage}/checkpoints"))).into_iter().flatten();
+        let names = entries.map(|e| e.unwrap().file_name().into_string().unwrap());
+        let mut steps: Vec<u64> = names.filter_map(|n| n.strip_prefix("step-")?.parse().ok()).collect();
+        steps.sort_unstable();
+        steps
+    }
+
     /// Copies another volume's job folder, as a new pod would find it.
     pub fn copy_job(&self, from: &Volume) {
         copy_dir(&from.path("jobs"), &self.path("jobs"));
     }
 }
 
-/// A stage that runs.
+/// What is particular about a pod.
+#[derive(Clone, Debug, Default)]
+pub struct Pod {
+    /// Tells its files from those of other pods on the same volume.
+    pub name: String,
+    /// The program that starts the trainer's, with its arguments; none starts it directly.
+    pub wrapper: Vec<String>,
+    pub env: Vec<(String, String)>,
+    /// The first worker's port; 0: none.
+    pub http_port: u16,
+}
+
+impl Pod {
+    /// Pod `node_rank` of `nodes`, which meet at `port`.
+    pub fn of_gang(node_rank: u32, nodes: u32, port: u16) -> Self {
+        Self { name: format!("-{node_rank}"), ..Self::default() }
+            .env("NODE_RANK", node_rank)
+            .env("NNODES", nodes)
+            .env("MASTER_PORT", port)
+    }
+
+    pub fn env(mut self, name: &str, value: impl ToString) -> Self {
+        self.env.push((name.into(), value.to_string()));
+        self
+    }
+
+    pub fn under(mut self, wrapper: &[&str]) -> Self {
+        self.wrapper = wrapper.iter().map(|word| word.to_string()).collect();
+        self
+    }
+}
+
+/// A port that is free now.
+pub fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+/// The body of `GET path`, or `None` where nobody answers.
+pub fn fetch(port: u16, path: &str) -> Option<String> {
+    let mut stream = TcpStream::connect(("127.0.0.1", port)).ok()?;
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: t\r\nConnection: close\r\n\r\n").ok()?;
+    let mut text = String::new();
+    stream.read_to_string(&mut text).ok()?;
+    Some(text.split_once("\r\n\r\n")?.1.to_owned())
+}
+
+/// A stage that runs. What is left of it when a test fails is killed.
 pub struct Running {
     pub child: Child,
     log: PathBuf,
@@ -163,13 +228,97 @@ impl Running {
         self.finish(status)
     }
 
+    /// What it has logged so far.
+    pub fn log(&self) -> String {
+        fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// Sends the launcher a signal.
+    pub fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
+    }
+
+    /// The process of a local rank.
+    pub fn worker(&self, local_rank: u32) -> Pid {
+        let wanted = format!("LOCAL_RANK={local_rank}");
+        let has_rank = |pid: &u32| {
+            fs::read(format!("/proc/{pid}/environ"))
+                .unwrap_or_default()
+                .split(|b| *b == 0)
+                .any(|v| v == wanted.as_bytes())
+        };
+        let pid = descendants(self.child.id()).into_iter().find(has_rank).unwrap();
+        Pid::from_raw(pid as i32).unwrap()
+    }
+
     fn finish(&self, status: ExitStatus) -> Finished {
         let message = fs::read_to_string(&self.termination)
             .ok()
             .and_then(|t| serde_json::from_str(&t).ok())
             .unwrap_or(Value::Null);
-        Finished { code: status.code(), message, log: fs::read_to_string(&self.log).unwrap_or_default() }
+        Finished { code: status.code(), message, log: self.log() }
     }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if self.child.try_wait().unwrap().is_none() {
+            for pid in descendants(self.child.id()).into_iter().chain([self.child.id()]) {
+                // One that ended by itself meanwhile is as dead.
+                let _ = kill_process(Pid::from_raw(pid as i32).unwrap(), Signal::KILL);
+            }
+            self.child.wait().unwrap();
+        }
+    }
+}
+
+/// The processes below a process.
+fn descendants(pid: u32) -> Vec<u32> {
+    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+    let children: Vec<u32> = children.split_whitespace().map(|child| child.parse().unwrap()).collect();
+    children.iter().copied().chain(children.iter().flat_map(|child| descendants(*child))).collect()
+}
+
+impl Finished {
+    /// Checks exit code, reason and parts of the message.
+    pub fn expect(&self, code: i32, reason: &str, parts: &[&str]) {
+        let (message, log) = (&self.message, &self.log);
+        assert_eq!(
+            (self.code, message["code"].as_i64(), message["reason"].as_str()),
+            (Some(code), Some(code.into()), Some(reason)),
+            "{message}\n{log}"
+        );
+        let text = message["message"].as_str().unwrap();
+        assert!(!text.contains('\n') && parts.iter().all(|part| text.contains(part)), "{parts:?} in {text}\n{log}");
+    }
+
+    /// The step of the last checkpoint.
+    pub fn checkpoint(&self) -> Option<u64> {
+        self.message["checkpoint"]["step"].as_u64()
+    }
+}
+
+/// A volume on which `stage` has run to its end.
+pub fn finished(family: &str, launch: &Launch) -> Volume {
+    let volume = Volume::new(family);
+    if launch.config["stage"] == "ppo" {
+        volume.succeed(&reward());
+    }
+    volume.succeed(launch);
+    volume
+}
+
+/// What a pod finds that starts after `step`: later checkpoints and the model are gone.
+pub fn rewound(whole: &Volume, family: &str, stage: &str, step: u64) -> Volume {
+    let volume = Volume::new(family);
+    volume.copy_job(whole);
+    fs::remove_dir_all(volume.path(&format!("jobs/j/{stage}/model"))).unwrap();
+    for written in volume.checkpoints(stage) {
+        if written > step {
+            fs::remove_dir_all(volume.path(&format!("jobs/j/{stage}/checkpoints/step-{written}"))).unwrap();
+        }
+    }
+    volume
 }
 
 /// Polls until a condition holds; fails the test after a minute.

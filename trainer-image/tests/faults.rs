@@ -1,0 +1,402 @@
+//! Faults of the world around a trainer, each with the real program: lost and hung peers, late names and ports, full disks,
+//! wrong data and numbers, and requests to stop at the worst time. Each ends in its exit code with a line that says what and
+//! where, and the next attempt goes on from the last checkpoint.
+//!
+//! Where a fault needs a mount, it is made in a user and mount namespace of the pod's own, so that no test needs
+//! privileges or touches the machine. (Damaged checkpoints are in `resume.rs`, refused configs and a killed worker's pod in
+//! `launch.rs`, collectives alone in `c10d/tests`.)
+
+#![allow(clippy::unwrap_used, clippy::panic)] // tests and what they are made of fail by panicking
+
+mod common;
+
+use common::{
+    Finished, Launch, Pod, Running, Volume, fetch, finished, free_port, ppo, reward, rewound, sft, wait_until,
+};
+use rustix::process::{Signal, kill_process};
+use safetensors::SafeTensors;
+use serde_json::{Value, json};
+use std::fs;
+use std::io::Write;
+use std::process::Command;
+use std::thread::sleep;
+use std::time::Duration;
+
+/// Trains for very long, saves every second step, and waits two seconds for a peer.
+fn endless(launch: Launch) -> Launch {
+    let mut launch = launch.with("/epochs", json!(100_000)).with("/maxSteps", json!(1_000_000));
+    launch.config["checkpoint"] = json!({"everySteps": 2, "keep": 3});
+    launch.config["collectiveTimeoutSeconds"] = json!(2);
+    launch
+}
+
+/// Two pods of one worker each that train together, past their second checkpoint.
+fn two_pods(volume: &Volume) -> [Running; 2] {
+    let port = free_port();
+    let pods = [0, 1].map(|node| volume.start_as(&endless(sft()), &Pod::of_gang(node, 2, port)));
+    wait_until("five steps", || volume.curve("sft", "loss").len() >= 5);
+    pods
+}
+
+/// Checks that the next attempt goes on from the newest checkpoint, for three more steps.
+fn goes_on(volume: &Volume, launch: Launch) {
+    let last = *volume.checkpoints("sft").last().unwrap();
+    volume.succeed(&launch.with("/maxSteps", json!(last + 3)).attempt(2));
+    assert_eq!(volume.trained("sft", 2), [last + 1, last + 2, last + 3]);
+}
+
+/// Checks that a pod ended because its peer was lost, and knows the newest checkpoint.
+fn lost_its_peer(volume: &Volume, pod: &Finished) {
+    pod.expect(75, "PeerLost", &[]);
+    assert!(!pod.message["message"].as_str().unwrap().is_empty());
+    assert!(volume.checkpoints("sft").contains(&pod.checkpoint().unwrap()), "{}", pod.message);
+}
+
+#[test]
+fn a_rank_killed_in_a_collective_is_named_and_missed() {
+    let volume = Volume::new("gpt2");
+    let [pod_0, pod_1] = two_pods(&volume);
+    // Once its peer has stopped, rank 0 gets no further than into the next collective.
+    kill_process(pod_1.worker(0), Signal::STOP).unwrap();
+    let mut steps = 0;
+    wait_until("rank 0 to wait for its peer", || {
+        sleep(Duration::from_millis(200));
+        let before = std::mem::replace(&mut steps, volume.curve("sft", "loss").len());
+        steps == before
+    });
+    kill_process(pod_1.worker(0), Signal::KILL).unwrap();
+    lost_its_peer(&volume, &pod_0.wait());
+    let killed = pod_1.wait();
+    killed.expect(137, "Killed", &["rank 1", "SIGKILL", "memory limit"]);
+    assert_eq!(killed.message["rank"], 1);
+    goes_on(&volume, endless(sft()));
+}
+
+#[test]
+fn a_rank_that_hangs_is_given_up_after_the_collective_timeout() {
+    let volume = Volume::new("gpt2");
+    let [pod_0, pod_1] = two_pods(&volume);
+    kill_process(pod_1.worker(0), Signal::STOP).unwrap();
+    lost_its_peer(&volume, &pod_0.wait());
+    // When it goes on, it finds that the others have gone.
+    kill_process(pod_1.worker(0), Signal::CONT).unwrap();
+    pod_1.wait().expect(75, "PeerLost", &[]);
+    goes_on(&volume, endless(sft()));
+}
+
+#[test]
+fn the_owner_of_the_store_is_missed_in_training_and_at_the_rendezvous() {
+    let volume = Volume::new("gpt2");
+    let [pod_0, pod_1] = two_pods(&volume);
+    kill_process(pod_0.worker(0), Signal::KILL).unwrap();
+    pod_0.wait().expect(137, "Killed", &["rank 0"]);
+    pod_1.wait().expect(75, "PeerLost", &[]);
+    goes_on(&volume, endless(sft()));
+
+    // The third never comes.
+    let port = free_port();
+    let [pod_0, pod_1] = [0, 1].map(|node| volume.start_as(&sft(), &Pod::of_gang(node, 3, port)));
+    wait_until("rank 1 to be connected for a while", || {
+        connected_to(port) && {
+            sleep(Duration::from_millis(300));
+            connected_to(port)
+        }
+    });
+    kill_process(pod_0.worker(0), Signal::KILL).unwrap();
+    pod_0.wait().expect(137, "Killed", &["rank 0"]);
+    pod_1.wait().expect(75, "PeerLost", &["rank 1"]);
+}
+
+/// Whether any process on this machine has two connections to a port of it: rank 0's own, and another's.
+fn connected_to(port: u16) -> bool {
+    let remote = format!(":{port:04X} 01 ");
+    let tables = ["tcp", "tcp6"].map(|t| fs::read_to_string(format!("/proc/net/{t}")).unwrap_or_default());
+    tables.concat().matches(&remote).count() >= 2
+}
+
+#[test]
+fn a_name_and_a_port_may_come_late() {
+    let volume = Volume::new("gpt2");
+    let hosts = volume.path("hosts");
+    fs::write(&hosts, "127.0.0.1 localhost\n").unwrap();
+    fs::write(volume.path("resolv.conf"), "").unwrap();
+    let own_names =
+        "mount --bind \"$0/hosts\" /etc/hosts && mount --bind \"$0/resolv.conf\" /etc/resolv.conf && exec \"$@\"";
+    let root = volume.path("").display().to_string();
+    let port = free_port();
+    let late = Pod::of_gang(1, 2, port)
+        .env("MASTER_ADDR", "trainer-0.late")
+        .under(&["unshare", "-rm", "sh", "-c", own_names, &root]);
+    let short = sft().with("/maxSteps", json!(3));
+    let pod_1 = volume.start_as(&short, &late);
+    wait_until("rank 1 to look for rank 0", || pod_1.log().contains("waiting for 2 ranks at trainer-0.late"));
+    // Time for a few tries without the name, and then without anybody at the port.
+    sleep(Duration::from_secs(1));
+    fs::OpenOptions::new().append(true).open(&hosts).unwrap().write_all(b"127.0.0.1 trainer-0.late\n").unwrap();
+    sleep(Duration::from_secs(1));
+    let pod_0 = volume.start_as(&short, &Pod::of_gang(0, 2, port));
+    pod_0.wait().expect(0, "Done", &[]);
+    pod_1.wait().expect(0, "Done", &[]);
+}
+
+#[test]
+fn a_full_disk_is_said_and_the_checkpoints_before_are_whole() {
+    let mut launch = sft().processes(2);
+    launch.config["checkpoint"] = json!({"everySteps": 4, "keep": 100});
+    let whole = finished("gpt2", &launch);
+
+    // A volume with room for two checkpoints of 370 KB; what is left on it is copied before it goes with its namespace.
+    let volume = Volume::new("gpt2");
+    let (jobs, left) = (volume.path("jobs"), volume.path("left"));
+    fs::create_dir_all(&jobs).unwrap();
+    let small_disk = "mount -t tmpfs -o size=1M none \"$0/jobs\" || exit; \"$@\"; code=$?; cp -a \"$0/jobs\" \"$0/left\"; exit $code";
+    let root = volume.path("").display().to_string();
+    let pod = Pod::default().under(&["unshare", "-rm", "sh", "-c", small_disk, &root]);
+    let end = volume.start_as(&launch, &pod).wait();
+    end.expect(74, "StorageFailed", &["No space left on device", "checkpoints/step-12"]);
+    assert_eq!(end.checkpoint(), Some(8));
+
+    fs::remove_dir(&jobs).unwrap();
+    fs::rename(left, jobs).unwrap();
+    assert_eq!(volume.checkpoints("sft"), [4, 8]);
+    volume.succeed(&launch.attempt(2));
+    assert_eq!(volume.trained("sft", 2).first(), Some(&9));
+    assert!(volume.weights("sft") == whole.weights("sft"));
+}
+
+#[test]
+fn ranks_that_read_different_data_do_not_train() {
+    let (one, other) = (Volume::new("gpt2"), Volume::new("gpt2"));
+    let data = other.path("data/sft.jsonl");
+    fs::write(&data, fs::read_to_string(&data).unwrap().replacen("w1", "w2", 1)).unwrap();
+    let port = free_port();
+    let pods = [(0, &one), (1, &other)].map(|(node, volume)| volume.start_as(&sft(), &Pod::of_gang(node, 2, port)));
+    for pod in pods {
+        pod.wait().expect(65, "BadInput", &["the ranks have read different data", "rank 1"]);
+    }
+}
+
+/// Overwrites numbers of one of a model's tensors.
+fn poison(volume: &Volume, model: &str, tensor: &str, number: f32, of: impl Fn(usize) -> bool) {
+    let path = volume.path(model).join("model.safetensors");
+    let mut bytes = fs::read(&path).unwrap();
+    let (header, metadata) = SafeTensors::read_metadata(&bytes).unwrap();
+    let (start, end) = metadata.info(tensor).unwrap().data_offsets;
+    let numbers = bytes[header + 8 + start..header + 8 + end].chunks_exact_mut(4);
+    numbers.enumerate().filter(|(i, _)| of(*i)).for_each(|(_, b)| b.copy_from_slice(&number.to_le_bytes()));
+    fs::write(&path, bytes).unwrap();
+}
+
+#[test]
+fn a_batch_that_is_not_finite_is_named_with_its_step_and_records() {
+    let volume = Volume::new("llama-gqa-untied");
+    // Only record 17 has the unknown token, whose embedding is finite, but not what comes of it.
+    let record = |i: i64| json!({"prompt": if i == 17 { "zzz" } else { "w1" }, "completion": format!("w{}", i)});
+    let records: Vec<String> = (0..24).map(|i| record(i).to_string()).collect();
+    fs::write(volume.path("data/sft.jsonl"), records.join("\n")).unwrap();
+    poison(&volume, "models/base", "model.embed_tokens.weight", 3e38, |i| i / 32 == 94);
+    let mut launch = sft().processes(2).with("/dataset/evalFraction", json!(0.0)).with("/epochs", json!(1));
+    launch.config["checkpoint"] = json!({"everySteps": 1});
+    let end = volume.run(&launch);
+    let step = volume.trained("sft", 1).len() + 1;
+    end.expect(76, "NotFinite", &[&format!("step {step}, records ["), "17", "NaN"]);
+    assert_eq!(end.checkpoint().unwrap_or_default(), step as u64 - 1, "{}", end.message);
+}
+
+#[test]
+fn weights_that_are_not_finite_are_refused_and_scores_found_by_the_first_evaluation_or_iteration() {
+    let volume = Volume::new("llama-gqa-untied");
+    poison(&volume, "models/base", "model.norm.weight", f32::NAN, |i| i == 0);
+    volume.run(&sft()).expect(65, "BadInput", &["'model.norm.weight' holds NaN or infinity"]);
+
+    let volume = finished("llama-gqa-untied", &reward());
+    poison(&volume, "jobs/j/reward/model", "score.weight", 3e38, |_| true);
+    volume.run(&ppo()).expect(76, "NotFinite", &["the evaluation after step 0", "evalReward"]);
+    let end = volume.run(&ppo().processes(2).with("/prompts/evalFraction", json!(0.0)));
+    end.expect(76, "NotFinite", &["iteration 1, pass 1"]);
+}
+
+#[test]
+fn a_stop_before_training_ends_at_once() {
+    let volume = Volume::new("gpt2");
+    let alone = volume.start_as(&sft(), &Pod::of_gang(0, 2, free_port()));
+    wait_until("the rendezvous", || alone.log().contains("waiting for 2 ranks"));
+    alone.signal(Signal::TERM);
+    alone.wait().expect(143, "Terminated", &["rank 0", "before training began"]);
+
+    let data = fs::read_to_string(volume.path("data/sft.jsonl")).unwrap() + "\n";
+    fs::write(volume.path("data/sft.jsonl"), data.repeat(5000)).unwrap();
+    let loading = volume.start(&endless(sft().processes(2)));
+    wait_until("data to be loaded", || loading.log().contains("training starts"));
+    loading.signal(Signal::TERM);
+    loading.wait().expect(143, "Terminated", &["before training began"]);
+}
+
+#[test]
+fn a_stop_in_a_save_leaves_no_half_checkpoint() {
+    let volume = Volume::new("gpt2");
+    let mut launch = endless(sft().processes(2));
+    launch.config["checkpoint"] = json!({"everySteps": 1, "keep": 2});
+    let running = volume.start(&launch);
+    let checkpoints = volume.path("jobs/j/sft/checkpoints");
+    let names = || -> Vec<String> {
+        let entries = fs::read_dir(&checkpoints).into_iter().flatten();
+        entries.map(|e| e.unwrap().file_name().into_string().unwrap()).collect()
+    };
+    wait_until("a save after the third", || {
+        (0..2000).any(|_| volume.checkpoints("sft").last() > Some(&3) && names().iter().any(|n| n.ends_with(".tmp")))
+    });
+    running.signal(Signal::TERM);
+    let end = running.wait();
+    end.expect(143, "Terminated", &["the last checkpoint is of step"]);
+    assert_eq!(end.message["step"].as_u64(), end.checkpoint());
+    assert_eq!(volume.checkpoints("sft").last().copied(), end.checkpoint());
+    assert!(names().iter().all(|name| !name.ends_with(".tmp")), "{:?}", names());
+    goes_on(&volume, launch);
+}
+
+#[test]
+fn a_stop_of_one_pod_stops_all_after_the_same_step() {
+    let volume = Volume::new("gpt2");
+    let pods = two_pods(&volume);
+    pods[1].signal(Signal::TERM);
+    let ends = pods.map(Running::wait);
+    for end in &ends {
+        end.expect(143, "Terminated", &["stopped on request"]);
+    }
+    assert!(ends[0].checkpoint() == ends[1].checkpoint() && ends[0].message["step"] == ends[1].message["step"]);
+    assert_eq!(ends[0].message["step"].as_u64(), ends[0].checkpoint());
+    goes_on(&volume, endless(sft()).processes(2));
+}
+
+#[test]
+fn a_stop_in_a_long_step_gives_it_up() {
+    let volume = Volume::new("gpt2");
+    let data = fs::read_to_string(volume.path("data/sft.jsonl")).unwrap() + "\n";
+    fs::write(volume.path("data/sft.jsonl"), data.repeat(500)).unwrap();
+    let launch = sft().processes(2).with("/dataset/evalFraction", json!(0.0)).with("/maxSteps", json!(3));
+    volume.succeed(&launch);
+    // The same records, in a step that takes a minute.
+    let long = launch.with("/batch", json!({"globalSize": 30_000, "microSize": 1})).with("/maxSteps", json!(9));
+    let running = volume.start(&long.attempt(2));
+    wait_until("the long step", || running.log().matches("resumed").count() == 2);
+    stop_with(running, 3);
+    assert_eq!(volume.trained("sft", 2), [0; 0]);
+}
+
+/// Sends SIGTERM and checks the end: 143, and a checkpoint of `step`.
+fn stop_with(running: Running, step: u64) {
+    running.signal(Signal::TERM);
+    let end = running.wait();
+    end.expect(143, "Terminated", &[&format!("the last checkpoint is of step {step}")]);
+    assert_eq!(end.checkpoint(), Some(step), "{}", end.message);
+}
+
+/// PPO on many prompts, of which a share is held out, that saves only at the end and at a stop.
+fn long_ppo(volume: &Volume, strategy: Value) -> Launch {
+    let prompts: Vec<String> =
+        (0..3000).map(|i| json!({"prompt": format!("w{} w{}", i % 90, i / 90)}).to_string()).collect();
+    fs::write(volume.path("data/prompts.jsonl"), prompts.join("\n")).unwrap();
+    let mut launch = ppo().processes(2).strategy(strategy);
+    launch.config["checkpoint"] = json!({"everySteps": 100});
+    launch
+}
+
+#[test]
+fn a_stop_in_an_evaluation_or_a_rollout_of_ppo_saves_the_whole_iterations() {
+    for strategy in [json!({}), json!({"sharding": "zero3"})] {
+        let volume = finished("llama-gqa-untied", &reward());
+        let evaluating = long_ppo(&volume, strategy.clone())
+            .with("/prompts/evalFraction", json!(0.8))
+            .with("/evalEveryIterations", json!(1));
+        let running = volume.start(&evaluating);
+        wait_until("the first iteration", || !volume.trained("ppo", 1).is_empty());
+        stop_with(running, 1);
+
+        // Long rollouts, of which little is learnt.
+        let rolling =
+            evaluating.with("/evalEveryIterations", json!(0)).with("/rolloutBatchSize", json!(6000)).attempt(2);
+        let rolling = rolling.with("/batch", json!({"globalSize": 6000, "microSize": 1500})).with("/epochs", json!(1));
+        let running = volume.start(&rolling);
+        wait_until("the second iteration", || !volume.trained("ppo", 2).is_empty());
+        stop_with(running, 2);
+        assert_eq!(volume.trained("ppo", 2), [2]);
+        let running = volume.start(&rolling.attempt(3));
+        wait_until("the third iteration", || !volume.trained("ppo", 3).is_empty());
+        assert_eq!(volume.trained("ppo", 3), [3]);
+        drop(running);
+    }
+}
+
+#[test]
+fn a_stop_while_ppo_learns_gives_up_the_iteration() {
+    for strategy in [json!({}), json!({"sharding": "zero2"})] {
+        let launch = ppo().processes(2).strategy(strategy);
+        let whole = finished("gpt2", &launch);
+        let volume = rewound(&whole, "gpt2", "ppo", 2);
+        let pod = Pod { http_port: free_port(), ..Pod::default() };
+        let running = volume.start_as(&launch.clone().with("/epochs", json!(1_000_000)).attempt(2), &pod);
+        wait_until("the answers to be scored", || {
+            let metrics = fetch(pod.http_port, "/metrics").unwrap_or_default();
+            metrics.lines().any(|l| {
+                l.starts_with("rlhf_phase_seconds_total{") && l.contains("phase=\"score\"") && !l.ends_with(" 0")
+            })
+        });
+        stop_with(running, 2);
+        assert_eq!(volume.trained("ppo", 2), [0; 0]);
+        volume.succeed(&launch.attempt(3));
+        assert!(volume.weights("ppo") == whole.weights("ppo"), "what was learnt by half is not in the weights");
+    }
+}
+
+#[test]
+fn a_stop_in_the_export_lets_the_model_become_whole() {
+    let volume = Volume::new("gpt2");
+    // The export copies the tokenizer's files, and waits at this one until somebody writes into it.
+    let pipe = volume.path("models/base/merges.txt");
+    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    let running = volume.start(&sft().processes(2));
+    let unfinished = volume.path("jobs/j/sft/model.tmp/config.json");
+    wait_until("the export", || unfinished.exists());
+    running.signal(Signal::TERM);
+    wait_until("the signal to arrive", || running.log().matches("asked to stop: what is").count() == 2);
+    assert!(!volume.path("jobs/j/sft/model").exists());
+    fs::write(pipe, "").unwrap();
+    running.wait().expect(0, "Done", &[]);
+    assert!(!common::numbers(&volume.weights("sft")).is_empty());
+}
+
+/// Runs two workers with a /dev of their own: `/dev/shm` of one MiB, and the devices named in `extra`.
+fn with_small_shm(volume: &Volume, extra: &str) -> Finished {
+    let own_dev = "d=\"$0/dev\"; mkdir \"$d\" && mount -t tmpfs none \"$d\" || exit; \
+        for f in null zero urandom random; do touch \"$d/$f\" && mount --bind \"/dev/$f\" \"$d/$f\" || exit; done; \
+        mkdir \"$d/shm\" && mount -t tmpfs -o size=1M none \"$d/shm\" || exit; \
+        for f in $1; do touch \"$d/$f\"; done; shift; mount --rbind \"$d\" /dev && exec \"$@\"";
+    let root = volume.path("").display().to_string();
+    let pod = Pod::default().under(&["unshare", "-rm", "sh", "-c", own_dev, &root, extra]);
+    volume.start_as(&sft().processes(2).with("/maxSteps", json!(2)), &pod).wait()
+}
+
+#[test]
+fn gpu_workers_need_shared_memory_and_others_do_not() {
+    let refused = with_small_shm(&Volume::new("gpt2"), "nvidiactl");
+    refused.expect(64, "BadConfig", &["/dev/shm has 1024 KiB", "emptyDir"]);
+    with_small_shm(&Volume::new("gpt2"), "").expect(0, "Done", &[]);
+}
+
+#[test]
+fn memory_that_cannot_be_had_is_said_with_where() {
+    let volume = Volume::new("gpt2");
+    let data = fs::read_to_string(volume.path("data/sft.jsonl")).unwrap() + "\n";
+    fs::write(volume.path("data/sft.jsonl"), data.repeat(200)).unwrap();
+    let small = sft().with("/dataset/evalFraction", json!(0.0)).with("/maxSteps", json!(2));
+    volume.succeed(&small);
+    // One step on 12000 records at once needs 1.3 GB of addresses, of which the program itself takes 0.6.
+    let large = small.with("/batch", json!({"globalSize": 12_000, "microSize": 12_000})).with("/maxSteps", json!(3));
+    let limited = Pod::default().under(&["prlimit", "--as=900000000"]);
+    let end = volume.start_as(&large.clone().attempt(2), &limited).wait();
+    end.expect(71, "DeviceOutOfMemory", &["can't allocate memory", "step 3, records ["]);
+    assert_eq!(end.checkpoint(), Some(2));
+    volume.succeed(&large.attempt(3));
+    assert_eq!(volume.trained("sft", 3), [3]);
+}
