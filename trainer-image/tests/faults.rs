@@ -22,11 +22,11 @@ use std::process::Command;
 use std::thread::sleep;
 use std::time::Duration;
 
-/// Trains for very long, saves every second step, and waits two seconds for a peer.
+/// Trains for very long, saves every second step, and waits five seconds for a peer.
 fn endless(launch: Launch) -> Launch {
     let mut launch = launch.with("/epochs", json!(100_000)).with("/maxSteps", json!(1_000_000));
     launch.config["checkpoint"] = json!({"everySteps": 2, "keep": 3});
-    launch.config["collectiveTimeoutSeconds"] = json!(2);
+    launch.config["collectiveTimeoutSeconds"] = json!(5);
     launch
 }
 
