@@ -40,7 +40,7 @@ impl Model {
     ///
     /// `loss` gets the head's output for a slice and which of `rows` it is, and returns a scalar tensor. With `last`
     /// (the step's last micro-batch on this rank) gradients that were kept whole until now are reduced. A rank that has
-    /// fewer micro-batches than others runs [`Batch::nothing`] with no rows instead.
+    /// fewer micro-batches than others runs a batch without rows instead.
     ///
     /// # Errors
     /// Where libtorch or `loss` fails, or a peer was lost.
