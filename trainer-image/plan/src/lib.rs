@@ -4,7 +4,20 @@
 //! Pure arithmetic over the shapes that the engine trains, with neither libtorch nor Kubernetes, so that the operator plans with
 //! the same numbers as the trainer.
 
+mod choose;
+mod estimate;
 mod presets;
+mod quantity;
+mod segment;
 pub mod spec;
+#[cfg(test)]
+mod tests;
 
+pub use choose::{
+    DEVICE_MARGIN, DoesNotFit, Fixed, HOST_MARGIN, Named, PROCESS_BYTES, Verdict, choose, fastest, next_more_frugal,
+    strategies, verdicts,
+};
+pub use estimate::{DeviceBytes, HEAD_SLICE_BYTES, HostBytes, Machines, Plan, ROLLOUT_ROWS, Stage, Task, estimate};
 pub use presets::{keys, preset};
+pub use quantity::parse_bytes;
+pub use segment::ALIGN;

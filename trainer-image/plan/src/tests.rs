@@ -1,0 +1,265 @@
+//! The figures that the plan is known by, and what must hold for every one.
+
+use crate::spec::{HeadKind, Mlp, ModelSpec, Norm, Positions};
+use crate::*;
+use proptest::prelude::*;
+use rlhf_api::stage::{Offload, Precision, Recompute, Sharding, Strategy};
+
+const GIB: u64 = 1 << 30;
+
+fn ppo(model: ModelSpec, rows: u32) -> Task {
+    let stage = Stage::Ppo { reward: model.clone(), rollout_rows: rows, new_tokens: 112 };
+    Task { stage, model, rows, time: 512 }
+}
+
+fn gpus(nodes: u32, devices: u32) -> Machines {
+    Machines { nodes, devices, device_memory: Some(80 * GIB), host_memory: 1024 * GIB }
+}
+
+fn bf16() -> Fixed {
+    Fixed { precision: Precision::Bf16, ..Fixed::default() }
+}
+
+#[test]
+fn full_ppo_of_24_billion_parameters_fits_one_device_of_80_gib() {
+    for rows in [1, 8, 64] {
+        let chosen = choose(&ppo(preset("24b").unwrap(), rows), &gpus(1, 1), bf16()).unwrap();
+        assert_eq!(chosen.plan.strategy.offload, Offload::Parameters);
+        assert!(chosen.plan.device.total() < (80 * GIB) as f64 && chosen.plan.host.total() < (1024 * GIB) as f64);
+    }
+}
+
+#[test]
+fn full_ppo_of_175_billion_parameters_fits_64_devices_of_80_gib() {
+    for rows in [1, 8] {
+        let chosen = choose(&ppo(preset("175b").unwrap(), rows), &gpus(8, 8), bf16()).unwrap();
+        let Strategy { sharding, offload, .. } = chosen.plan.strategy;
+        assert_eq!((sharding, offload), (Sharding::Zero3, Offload::Optimizer));
+    }
+}
+
+/// What the ColossalAI benchmark's sizes come to (fp32: 16 + 16 + 4 + 4 bytes a parameter; 16 bits: 18 + 18 + 2 + 2), all of it
+/// on the device, or all on the host.
+#[test]
+fn a_rank_alone_needs_forty_bytes_a_parameter_for_ppo() {
+    let model = preset("l").unwrap();
+    let parameters = (model.parameter_count(HeadKind::Lm) + model.parameter_count(HeadKind::Scalar)) as f64 / 2.0;
+    let task = ppo(model, 1);
+    for precision in [Precision::Fp32, Precision::Bf16, Precision::Fp16] {
+        let plan = |offload| estimate(&task, &gpus(1, 1), Strategy { precision, offload, ..Strategy::default() });
+        let (on_device, on_host) = (plan(Offload::None), plan(Offload::Parameters));
+        let DeviceBytes { parameters: copies, optimizer, gradients, .. } = on_device.device;
+        let host = on_host.host.total() - on_host.host.loading;
+        assert!((host / parameters - 40.0).abs() < 0.01, "{precision:?}: {}", host / parameters);
+        let device = (copies + optimizer + gradients) / parameters;
+        assert!((40.0..40.2).contains(&device), "{precision:?}: {device}");
+        assert_eq!(on_host.device.parameters + on_host.device.optimizer, 0.0);
+    }
+}
+
+#[test]
+fn what_does_not_fit_says_by_how_much_and_what_to_change() {
+    let machines =
+        |device: u64, host: u64| Machines { device_memory: Some(device * GIB), host_memory: host * GIB, ..gpus(1, 1) };
+    let refusal = |task: &Task, machines| choose(task, &machines, bf16()).unwrap_err().to_string();
+    let task = ppo(preset("8b").unwrap(), 8);
+    let text = refusal(&task, machines(80, 64));
+    assert!(
+        text.contains("of 6 strategies") && text.contains("too much") && text.contains("hosts more memory"),
+        "{text}"
+    );
+    let text = refusal(&task, machines(2, 1024));
+    assert!(text.contains("GiB of 2.00 GiB on each device") && text.contains("devices with more memory"), "{text}");
+    let text = refusal(&Task { rows: 512, stage: Stage::Sft, ..task.clone() }, machines(8, 1024));
+    assert!(text.contains("lower the micro-batch"), "{text}");
+    let long = Stage::Ppo { reward: task.model.clone(), rollout_rows: 64, new_tokens: 112 };
+    let text = refusal(&Task { rows: 1, stage: long, ..task }, machines(8, 1024));
+    assert!(text.contains("fewer prompts in a rollout"), "{text}");
+}
+
+#[test]
+fn a_cpu_is_its_own_device() {
+    let task = ppo(preset("s").unwrap(), 1);
+    let machines = |host_memory| Machines { nodes: 1, devices: 2, device_memory: None, host_memory };
+    let strategy = Strategy::default();
+    let plan = estimate(&task, &machines(GIB), strategy);
+    let verdict = Verdict::new(plan, &machines(GIB));
+    assert!(verdict.device_lacks == 0.0 && !verdict.fits());
+    let need = plan.host.total() + 2.0 * (plan.device.total() + PROCESS_BYTES);
+    let enough = machines((need / (1.0 - HOST_MARGIN)) as u64 + 1);
+    assert!(Verdict::new(plan, &enough).fits());
+}
+
+#[test]
+fn the_order_is_from_fast_to_frugal() {
+    assert_eq!(strategies(bf16(), 1).len(), 6);
+    let all = strategies(bf16(), 2);
+    assert_eq!(all.len(), 24);
+    assert!(all.is_sorted_by_key(|s| s.offload));
+    let fixed = Fixed { sharding: Some(Sharding::Zero2), recompute: Some(Recompute::Block), ..bf16() };
+    assert_eq!(strategies(fixed, 1).len(), 3);
+    assert!(strategies(fixed, 1).iter().all(|s| s.sharding == Sharding::Zero2 && s.recompute == Recompute::Block));
+}
+
+prop_compose! {
+    fn model()(
+        (layers, heads, per_group, head_dim) in (4usize..40, 1i64..9, 1i64..4, 4i64..40),
+        (vocab, ffn, llama, tied_head) in (100i64..40_000, 1i64..5, any::<bool>(), any::<bool>()),
+    ) -> ModelSpec {
+        let (kv_heads, heads, head_dim) = (heads, heads * per_group, 2 * head_dim);
+        let hidden = heads * head_dim;
+        ModelSpec {
+            vocab, hidden, layers, heads, kv_heads, head_dim, ffn: ffn * hidden, max_positions: 4096,
+            norm: if llama { Norm::Rms } else { Norm::Layer },
+            norm_eps: 1e-5,
+            positions: if llama { Positions::Rotary { theta: 1e4 } } else { Positions::Learned },
+            mlp: if llama { Mlp::SwiGlu } else { Mlp::Gelu },
+            qkv_bias: !llama, attention_output_bias: !llama, mlp_bias: !llama,
+            tied_head,
+        }
+    }
+}
+
+prop_compose! {
+    fn task()(model in model(), rows in 1u32..17, time in 16u32..1024, stage in 0u8..3, rollout_rows in 1u32..100) -> Task {
+        let stage = match stage {
+            0 => Stage::Sft,
+            1 => Stage::RewardModel,
+            _ => Stage::Ppo { reward: model.clone(), rollout_rows, new_tokens: time / 3 },
+        };
+        Task { stage, model, rows, time }
+    }
+}
+
+prop_compose! {
+    fn machines()(nodes in 1u32..9, devices in 1u32..9, gpu in any::<bool>()) -> Machines {
+        Machines { nodes, devices, device_memory: gpu.then_some(80 * GIB), host_memory: 1024 * GIB }
+    }
+}
+
+prop_compose! {
+    fn strategy()(
+        sharding in prop::sample::select(vec![Sharding::Ddp, Sharding::Zero1, Sharding::Zero2, Sharding::Zero3]),
+        offload in prop::sample::select(vec![Offload::None, Offload::Optimizer, Offload::Parameters]),
+        recompute in prop::sample::select(vec![Recompute::None, Recompute::Block]),
+        precision in prop::sample::select(vec![Precision::Fp32, Precision::Bf16, Precision::Fp16]),
+    ) -> Strategy {
+        Strategy { sharding, offload, recompute, precision }
+    }
+}
+
+/// What lies on a device and a host all the time.
+fn at_rest(plan: &Plan) -> (f64, f64) {
+    let HostBytes { parameters, optimizer, gradients, .. } = plan.host;
+    (plan.device.parameters + plan.device.optimizer, parameters + optimizer + gradients)
+}
+
+proptest! {
+    #[test]
+    fn every_retry_needs_less_of_the_device(task in task(), machines in machines(), strategy in strategy()) {
+        let mut before = estimate(&task, &machines, strategy);
+        let mut steps = 0;
+        while let Some(next) = next_more_frugal(&task, &machines, before.strategy) {
+            let need = |plan: &Plan| match machines.device_memory {
+                Some(_) => plan.device.total(),
+                None => f64::from(machines.devices) * plan.device.total() + plan.host.total(),
+            };
+            prop_assert!(need(&next.plan) < need(&before), "{:?} after {:?}", next.plan, before);
+            prop_assert_eq!(next.plan.strategy.precision, strategy.precision);
+            before = next.plan;
+            steps += 1;
+            prop_assert!(steps < 24);
+        }
+    }
+
+    #[test]
+    fn sharding_and_offloading_more_never_keeps_more_on_the_device(
+        task in task(), machines in machines(), strategy in strategy(),
+    ) {
+        let plan = |strategy| estimate(&task, &machines, strategy);
+        let (device, host) = at_rest(&plan(strategy));
+        for sharding in [Sharding::Ddp, Sharding::Zero1, Sharding::Zero2, Sharding::Zero3] {
+            if sharding > strategy.sharding {
+                let (less, less_host) = at_rest(&plan(Strategy { sharding, ..strategy }));
+                prop_assert!(less <= device && less_host <= host);
+            }
+        }
+        for offload in [Offload::None, Offload::Optimizer, Offload::Parameters] {
+            if offload > strategy.offload {
+                let (less, _) = at_rest(&plan(Strategy { offload, ..strategy }));
+                prop_assert!(less <= device);
+            }
+        }
+        let recompute = |recompute| plan(Strategy { recompute, ..strategy }).device.total();
+        prop_assert!(recompute(Recompute::Block) <= recompute(Recompute::None));
+    }
+
+    #[test]
+    fn more_of_anything_never_needs_less(task in task(), machines in machines(), strategy in strategy()) {
+        let need = |task: &Task| {
+            let plan = estimate(task, &machines, strategy);
+            (plan.device.total(), plan.host.total())
+        };
+        let (device, host) = need(&task);
+        let grown = |grow: &dyn Fn(&mut ModelSpec)| {
+            let mut task = task.clone();
+            grow(&mut task.model);
+            if let Stage::Ppo { reward, .. } = &mut task.stage {
+                grow(reward);
+            }
+            task
+        };
+        for larger in [
+            grown(&|m| m.layers += 1),
+            grown(&|m| m.ffn += 16),
+            grown(&|m| m.vocab += 160),
+            Task { rows: task.rows + 1, ..task.clone() },
+        ] {
+            let (d, h) = need(&larger);
+            // A slice holds whole rows of logits, so a larger vocabulary can make it smaller by one row.
+            prop_assert!(d >= device * 0.999 - 16.0 * 40_000.0 * 4.0 && h >= host, "{:?}: {} {} after {} {}", larger, d, h, device, host);
+        }
+    }
+
+    #[test]
+    fn more_ranks_never_need_more_of_what_is_sharded(task in task(), machines in machines(), strategy in strategy()) {
+        prop_assume!(machines.world_size() > 1);
+        let plan = |nodes| estimate(&task, &Machines { nodes, ..machines }, strategy);
+        let (few, many) = (plan(machines.nodes), plan(2 * machines.nodes));
+        // Chunks are padded to a multiple of the ranks.
+        let padding = 100.0 * f64::from(machines.world_size()) * 16.0 * 16.0;
+        prop_assert!(many.device.total() <= few.device.total() + padding);
+        prop_assert!(many.host.total() <= few.host.total() + padding * f64::from(machines.devices));
+        if strategy.sharding == Sharding::Zero3 {
+            prop_assert!(at_rest(&many).0 <= 0.6 * at_rest(&few).0 + padding);
+        }
+    }
+
+    #[test]
+    fn what_is_chosen_fits_and_nothing_faster_does(
+        task in task(), mut machines in machines(), device in 20u32..38, host in 28u32..42,
+    ) {
+        machines.device_memory = machines.device_memory.map(|_| 1 << device);
+        machines.host_memory = 1 << host;
+        let all = verdicts(&task, &machines, bf16());
+        match choose(&task, &machines, bf16()) {
+            Ok(chosen) => {
+                prop_assert!(chosen.fits());
+                let faster = all.iter().take_while(|v| v.plan.strategy != chosen.plan.strategy);
+                prop_assert!(faster.into_iter().all(|v| !v.fits()));
+            }
+            Err(refused) => {
+                prop_assert!(all.iter().all(|v| !v.fits()));
+                let closest = refused.closest.unwrap();
+                prop_assert!(closest.device_lacks + closest.host_lacks > 0.0);
+                // With what it says to lack, it fits.
+                let more = Machines {
+                    device_memory: machines.device_memory.map(|m| m + (closest.device_lacks / (1.0 - DEVICE_MARGIN)) as u64 + 2),
+                    host_memory: machines.host_memory + (closest.host_lacks / (1.0 - HOST_MARGIN)) as u64 + 2,
+                    ..machines
+                };
+                prop_assert!(Verdict::new(closest.plan, &more).fits());
+            }
+        }
+    }
+}
