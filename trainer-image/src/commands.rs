@@ -33,12 +33,12 @@ impl From<StrategyFlags> for Strategy {
 }
 
 /// Parses a value as it is written in a manifest.
-fn named<T: DeserializeOwned>(text: &str) -> std::result::Result<T, String> {
+pub(crate) fn named<T: DeserializeOwned>(text: &str) -> std::result::Result<T, String> {
     serde_json::from_value(serde_json::Value::String(text.into())).map_err(|e| e.to_string())
 }
 
 /// The shape of a model by its key, or of the one in a folder.
-fn shape(model: &str) -> Result<ModelSpec> {
+pub(crate) fn shape(model: &str) -> Result<ModelSpec> {
     if let Some(spec) = memory_plan::preset(model) {
         return Ok(spec);
     }

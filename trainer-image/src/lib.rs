@@ -17,6 +17,7 @@ pub mod files;
 pub mod launch;
 pub mod model;
 pub mod optim;
+pub mod plan_command;
 pub mod prepare;
 pub mod random;
 pub mod rollout;

@@ -9,6 +9,7 @@ use rlhf_api::report::{ExitCode, Output, TerminationMessage};
 use rlhf_trainer::commands::{self, BenchFlags};
 use rlhf_trainer::data::Summary;
 use rlhf_trainer::environment::Environment;
+use rlhf_trainer::plan_command::{self, PlanFlags};
 use rlhf_trainer::prepare::{self, StageReport};
 use rlhf_trainer::telemetry::logging;
 use rlhf_trainer::{config_file, ending, launch, worker};
@@ -44,6 +45,11 @@ enum Command {
     Bench {
         #[command(flatten)]
         flags: BenchFlags,
+    },
+    /// Says what each strategy needs on device and host, and which is the fastest that fits.
+    Plan {
+        #[command(flatten)]
+        flags: PlanFlags,
     },
     /// Checks the models and data of all of a job's stages.
     Prepare {
@@ -111,6 +117,7 @@ fn run(command: Command) -> TerminationMessage {
         }
         Command::Worker { config, http } => logged(|| worker::run(&options(config, http))),
         Command::Bench { flags } => by_hand(|| commands::bench(&flags)),
+        Command::Plan { flags } => by_hand(|| plan_command::plan(&flags)),
         Command::Prepare { config, termination } => leave(termination, logged(|| prepare(&config.config))),
     }
 }

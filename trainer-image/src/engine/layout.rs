@@ -2,10 +2,8 @@
 
 use crate::error::{Error, Result};
 use crate::model::ParamSpec;
+use memory_plan::ALIGN;
 use tch::{Device, Kind, Tensor};
-
-/// Each tensor starts at a multiple of this many elements (64 bytes in fp32, a cache line and a vector register).
-const ALIGN: i64 = 16;
 
 /// The fixed order, shapes and offsets of a chunk's parameters.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -19,6 +19,7 @@ pub use chunk::Chunk;
 pub use group::Group;
 pub use layout::{ChunkLayout, part};
 pub use loss_scale::LossScale;
+pub use memory_plan::HEAD_SLICE_BYTES;
 pub use model::{Model, ScalarInit};
-pub use placement::{HEAD_SLICE_BYTES, Placement};
+pub use placement::Placement;
 pub use train::Step;

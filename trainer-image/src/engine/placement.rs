@@ -4,9 +4,6 @@ use crate::error::Result;
 use rlhf_api::stage::{Offload, Precision, Sharding, Strategy};
 use tch::{Device, Kind, Tensor};
 
-/// The usual [`Placement::head_slice_bytes`]: 32 MiB, large enough for the kernels and small beside a model.
-pub const HEAD_SLICE_BYTES: i64 = 32 << 20;
-
 /// Where a model is placed and how it is run.
 #[derive(Clone, Copy, Debug)]
 pub struct Placement {

@@ -12,10 +12,8 @@ use crate::engine::Model;
 use crate::error::{Error, Result};
 use crate::model::Batch;
 use crate::model::transformer::LayerCache;
+use memory_plan::ROLLOUT_ROWS;
 use tch::{Kind, Tensor};
-
-/// Rows generated together, which bounds the cache: 64 as in the experience batches of the ColossalAI comparison (2023).
-const ROWS: usize = 64;
 
 /// A prompt and the number under which its random draws are made.
 #[derive(Clone, Copy, Debug)]
@@ -49,7 +47,7 @@ pub fn generate(
     stop: &dyn Fn() -> bool,
 ) -> Result<Vec<Response>> {
     let mut responses = Vec::with_capacity(requests.len());
-    let mut parts = requests.chunks(ROWS);
+    let mut parts = requests.chunks(ROLLOUT_ROWS as usize);
     loop {
         let part = parts.next();
         if !goes_on(model, part.is_some(), stop)? {

@@ -1,0 +1,154 @@
+//! The plan of memory against what was allocated: real processes train models of random weights under many settings, and
+//! the allocators' peaks, device and host apart, are within a tenth of the plan.
+
+#![allow(clippy::unwrap_used, clippy::panic)] // tests and what they are made of fail by panicking
+
+use memory_plan::{Machines, Stage, Task, estimate};
+use rlhf_api::stage::{Offload, Precision, Recompute, Sharding, Strategy};
+use rlhf_trainer::model::read_config;
+use serde_json::{Value, json};
+use std::fs;
+use std::net::TcpListener;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+const PROMPT_TOKENS: u32 = 100;
+const NEW_TOKENS: u32 = 28;
+
+/// A workload of `bench` on so many ranks.
+struct Case {
+    workload: &'static str,
+    family: &'static str,
+    /// Rows of a global batch or rollout, and those that a rank runs at a time.
+    rows: (u32, u32),
+    ranks: u32,
+    strategy: Strategy,
+}
+
+impl Case {
+    fn task(&self, folder: &Path) -> Task {
+        let (_, _, model) = read_config(folder).unwrap();
+        let share = self.rows.0.div_ceil(self.ranks);
+        let stage = match self.workload {
+            "sft" => Stage::Sft,
+            "reward" => Stage::RewardModel,
+            _ => Stage::Ppo { reward: model.clone(), rollout_rows: share, new_tokens: NEW_TOKENS },
+        };
+        Task { stage, model, rows: self.rows.1, time: PROMPT_TOKENS + NEW_TOKENS }
+    }
+
+    /// Runs it and returns what rank 0 measured.
+    fn measure(&self, folder: &Path) -> Value {
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let ranks: Vec<Child> = (0..self.ranks).map(|rank| self.start(folder, rank, port)).collect();
+        let outputs: Vec<_> = ranks.into_iter().map(|rank| rank.wait_with_output().unwrap()).collect();
+        for output in &outputs {
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        }
+        let text = String::from_utf8(outputs[0].stdout.clone()).unwrap();
+        serde_json::from_str(text.lines().last().unwrap()).unwrap()
+    }
+
+    fn start(&self, folder: &Path, rank: u32, port: u16) -> Child {
+        let named = |value: Value| value.as_str().unwrap().to_string();
+        let Strategy { sharding, offload, recompute, precision } = self.strategy;
+        let flags = [
+            ("--model", folder.display().to_string()),
+            ("--batch", self.rows.0.to_string()),
+            ("--micro", self.rows.1.to_string()),
+            ("--prompt-tokens", PROMPT_TOKENS.to_string()),
+            ("--new-tokens", NEW_TOKENS.to_string()),
+            ("--rounds", "1".into()),
+            ("--sharding", named(json!(sharding))),
+            ("--offload", named(json!(offload))),
+            ("--recompute", named(json!(recompute))),
+            ("--precision", named(json!(precision))),
+        ];
+        let mut command = Command::new(env!("CARGO_BIN_EXE_rlhf-trainer"));
+        command.args(["bench", self.workload, "--json"]).args(flags.iter().flat_map(|(f, v)| [*f, v.as_str()]));
+        command
+            .env("MASTER_ADDR", "127.0.0.1")
+            .env("MASTER_PORT", port.to_string())
+            .env("LOCAL_RANK", rank.to_string());
+        command.env("NPROC_PER_NODE", self.ranks.to_string()).env("OMP_NUM_THREADS", "1");
+        command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    }
+}
+
+/// Every setting of each kind is in one of them at least.
+fn cases() -> Vec<Case> {
+    use Precision::{Bf16, Fp16, Fp32};
+    use Recompute::{Block, None};
+    use Sharding::{Ddp, Zero1, Zero2, Zero3};
+    let (whole, optimizer, parameters) = (Offload::None, Offload::Optimizer, Offload::Parameters);
+    let case = |workload, family, rows, ranks, (sharding, offload, recompute, precision)| Case {
+        workload,
+        family,
+        rows,
+        ranks,
+        strategy: Strategy { sharding, offload, recompute, precision },
+    };
+    vec![
+        case("sft", "gpt2", (4, 4), 1, (Ddp, whole, None, Fp32)),
+        case("sft", "gpt2", (4, 4), 1, (Ddp, parameters, Block, Bf16)),
+        case("sft", "llama", (4, 4), 1, (Ddp, whole, None, Bf16)),
+        case("sft", "llama", (16, 16), 1, (Ddp, parameters, Block, Fp32)),
+        case("reward", "llama", (4, 4), 1, (Ddp, optimizer, None, Fp16)),
+        case("reward", "gpt2", (16, 16), 1, (Ddp, parameters, None, Bf16)),
+        case("ppo", "gpt2", (8, 2), 1, (Ddp, optimizer, Block, Bf16)),
+        case("ppo", "llama", (32, 2), 1, (Ddp, parameters, Block, Fp32)),
+        case("sft", "gpt2", (4, 2), 2, (Zero1, whole, None, Bf16)),
+        case("sft", "gpt2", (4, 2), 2, (Zero2, whole, None, Bf16)),
+        case("sft", "gpt2", (4, 2), 2, (Zero3, whole, Block, Fp32)),
+        case("sft", "gpt2", (4, 2), 2, (Zero2, optimizer, Block, Fp32)),
+        case("ppo", "gpt2", (4, 2), 2, (Zero3, parameters, Block, Bf16)),
+    ]
+}
+
+#[test]
+fn plans_are_within_a_tenth_of_what_was_allocated() {
+    let root = tempfile::tempdir().unwrap();
+    let folder = |family: &str, config: Value| {
+        fs::create_dir(root.path().join(family)).unwrap();
+        fs::write(root.path().join(family).join("config.json"), config.to_string()).unwrap();
+    };
+    folder(
+        "gpt2",
+        json!({
+            "model_type": "gpt2", "vocab_size": 8192, "n_embd": 384, "n_layer": 8, "n_head": 6, "n_positions": 1024,
+        }),
+    );
+    folder(
+        "llama",
+        json!({
+            "model_type": "llama", "vocab_size": 8192, "hidden_size": 384, "num_hidden_layers": 6,
+            "num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 1024,
+        }),
+    );
+    let mut wrong = Vec::new();
+    for case in cases() {
+        let folder = root.path().join(case.family);
+        let machines = Machines { nodes: 1, devices: case.ranks, device_memory: None, host_memory: 1 << 40 };
+        let plan = estimate(&case.task(&folder), &machines, case.strategy);
+        let measured = case.measure(&folder);
+        for (domain, planned) in [("device", plan.device.total()), ("host", plan.host.total() / f64::from(case.ranks))]
+        {
+            let bytes = measured[format!("peak_{domain}_bytes")].as_f64().unwrap();
+            let line = format!(
+                "{} {} on {}, {:?}: {domain} {:.1} MB planned, {:.1} MB measured ({:+.1} %)",
+                case.workload,
+                case.family,
+                case.ranks,
+                case.strategy,
+                planned / 1e6,
+                bytes / 1e6,
+                100.0 * (planned / bytes - 1.0)
+            );
+            println!("{line}");
+            if (planned / bytes - 1.0).abs() > 0.1 {
+                wrong.push(line);
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
