@@ -244,7 +244,8 @@ impl Rounds<'_> {
         let counted = self.count(|round| {
             let sampling = Sampling { top_k: 50, ..Sampling::default() };
             let decoding = Decoding::Sample { sampling, stream: [42, round] };
-            let work = || generate(model, &requests, &decoding, -1, self.options.new_tokens as usize);
+            let stop = || self.context.shutdown.requested();
+            let work = || generate(model, &requests, &decoding, -1, self.options.new_tokens as usize, &stop);
             self.context.telemetry.phase(Phase::Rollout, work).map(drop)
         })?;
         let (spec, new) = (&self.options.spec, u64::from(self.options.new_tokens));
