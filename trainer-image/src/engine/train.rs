@@ -147,7 +147,9 @@ impl Model {
         let mut gradients = c10d::grad(&[value], &[&value.f_full_like(scale)?], &inputs, false)?;
         let of_tied = tied.is_some().then(|| gradients.pop()).flatten();
         self.chunks[self.spec.layers + 1].accumulate(&gradients[1..])?;
-        self.chunks[0].accumulate(&of_tied)?;
+        if of_tied.is_some() {
+            self.chunks[0].accumulate(&of_tied)?;
+        }
         Ok(gradients[0].take())
     }
 
