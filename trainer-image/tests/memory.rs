@@ -75,9 +75,9 @@ impl Case {
     }
 }
 
-/// Every setting of each kind is in one of them at least.
+/// Every setting of each kind is in one of them at least, but fp16, which is as large as bf16 and takes a CPU minutes.
 fn cases() -> Vec<Case> {
-    use Precision::{Bf16, Fp16, Fp32};
+    use Precision::{Bf16, Fp32};
     use Recompute::{Block, None};
     use Sharding::{Ddp, Zero1, Zero2, Zero3};
     let (whole, optimizer, parameters) = (Offload::None, Offload::Optimizer, Offload::Parameters);
@@ -93,7 +93,7 @@ fn cases() -> Vec<Case> {
         case("sft", "gpt2", (4, 4), 1, (Ddp, parameters, Block, Bf16)),
         case("sft", "llama", (4, 4), 1, (Ddp, whole, None, Bf16)),
         case("sft", "llama", (16, 16), 1, (Ddp, parameters, Block, Fp32)),
-        case("reward", "llama", (4, 4), 1, (Ddp, optimizer, None, Fp16)),
+        case("reward", "llama", (4, 4), 1, (Ddp, optimizer, None, Bf16)),
         case("reward", "gpt2", (16, 16), 1, (Ddp, parameters, None, Bf16)),
         case("ppo", "gpt2", (8, 2), 1, (Ddp, optimizer, Block, Bf16)),
         case("ppo", "llama", (32, 2), 1, (Ddp, parameters, Block, Fp32)),

@@ -352,36 +352,47 @@ impl<'a> Placed<'a> {
         set.fetched(self.chunks.embed + self.chunks.block) + set.gathering(self.chunks.embed)
     }
 
-    /// Bytes of fp32 logits in one slice of `rows` positions.
-    fn slice(&self, rows: f64) -> f64 {
+    /// Positions in one of the head's slices of at most `positions`.
+    fn slice(&self, positions: f64) -> f64 {
         let row = FP32 * self.spec.vocab as f64;
-        row * (HEAD_SLICE_BYTES as f64 / row).floor().clamp(1.0, rows.max(1.0))
+        let most = if self.head == HeadKind::Lm { (HEAD_SLICE_BYTES as f64 / row).floor() } else { positions };
+        most.clamp(1.0, positions.max(1.0))
     }
 
-    /// What the head takes at `positions` positions without a graph, where a loss holds `slices` tensors as large as the
-    /// logits.
-    fn head_forward(&self, positions: f64, slices: f64) -> f64 {
+    /// A slice's input and what the norm makes of it.
+    fn slice_input(&self, positions: f64) -> f64 {
+        let pass = Pass { rows: positions, time: 1.0, bytes: self.setting.bytes(), fused: true };
+        pass.input(self.spec) + pass.saved_norm(self.spec)
+    }
+
+    /// What the head takes at `positions` positions without a graph, where `tensors` as large as the logits are made of them.
+    fn head_forward(&self, positions: f64, tensors: f64) -> f64 {
+        let slice = self.slice(positions);
         match self.head {
-            HeadKind::Lm => slices * self.slice(positions),
-            HeadKind::Scalar => positions * self.spec.hidden as f64 * (2.0 * self.setting.bytes() + FP32),
+            HeadKind::Lm => {
+                tensors * FP32 * slice * self.spec.vocab as f64 + slice * self.spec.hidden as f64 * self.setting.bytes()
+            }
+            HeadKind::Scalar => self.slice_input(slice) + FP32 * slice * self.spec.hidden as f64,
         }
     }
 
     /// What the head takes at `positions` positions with its backward, and whether its parameters' gradients have begun to
-    /// arrive: while logits, their log-softmax and its gradient are there, and while the output weights' gradient is.
+    /// arrive: while logits' log-softmax and its gradients are there, and while the output weights' gradient is.
     fn head_backward(&self, positions: f64) -> [(f64, bool); 2] {
-        let bytes = self.setting.bytes();
-        let hidden = self.spec.hidden as f64;
+        let (bytes, hidden) = (self.setting.bytes(), self.spec.hidden as f64);
+        let slice = self.slice(positions);
+        let input = self.slice_input(slice);
         match self.head {
             HeadKind::Lm => {
-                let weights = hidden * self.spec.vocab as f64;
-                let slice = self.slice(positions);
-                let slices = FP32 * self.spec.vocab as f64 * positions / slice;
+                let (logits, weights) = (slice * self.spec.vocab as f64, hidden * self.spec.vocab as f64);
                 // A CPU widens it as a whole before it is added to the sum.
                 let widened = if self.setting.gpu || bytes == FP32 { 0.0 } else { FP32 * weights };
-                [(3.0 * slice, slices > 1.0), (bytes * weights + (slice * bytes / FP32).max(widened), true)]
+                [
+                    (3.0 * FP32 * logits + input, positions > slice),
+                    (bytes * weights + (bytes * logits + input).max(widened), true),
+                ]
             }
-            HeadKind::Scalar => [(positions * hidden * (4.0 * bytes + 2.0 * FP32), true); 2],
+            HeadKind::Scalar => [(input + 2.0 * (FP32 + bytes) * slice * hidden, true); 2],
         }
     }
 

@@ -85,7 +85,7 @@ impl Pass {
     }
 
     /// A norm's output, which linears save, and what the norm itself does.
-    fn saved_norm(&self, spec: &ModelSpec) -> f64 {
+    pub fn saved_norm(&self, spec: &ModelSpec) -> f64 {
         let hidden = spec.hidden as f64;
         match spec.norm {
             Norm::Layer => self.tensor(hidden) + 2.0 * FP32 * self.tokens(),
