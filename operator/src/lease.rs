@@ -3,7 +3,7 @@
 //! The rules are those of Kubernetes' own components (client-go, `tools/leaderelection`). Every write carries the
 //! resource version that was read, so of two candidates one wins. A candidate trusts no clock but its own monotonic
 //! one: a Lease is free once it has not changed for its duration *as this process saw it*, whatever times stand in it.
-//! The holder gives up, and the process ends, when it could not renew the Lease for [`RENEW_DEADLINE`], which is
+//! The holder gives up, and the process ends, when it could not renew the Lease for its renewal deadline, which is
 //! shorter than the duration by more than a request takes. [`Leadership::holds`] turns false at the same time even
 //! while the process is too busy, or was stopped, to notice. A holder that is told to stop clears its name, so that
 //! the next one need not wait.

@@ -3,6 +3,7 @@
 use crate::tools::cache;
 use crate::{RELEASE, SYSTEM};
 use serde::Deserialize;
+use std::collections::BTreeMap;
 
 /// A write that the API server has answered.
 #[derive(Clone, Debug, Deserialize)]
@@ -18,6 +19,8 @@ pub struct Write {
 #[derive(Clone, Debug, Deserialize)]
 struct User {
     username: String,
+    #[serde(default)]
+    extra: BTreeMap<String, Vec<String>>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -35,6 +38,11 @@ impl Write {
         let ObjectRef { resource, subresource, name, .. } = self.object_ref.clone().unwrap_or_default();
         let part = if subresource.is_empty() { String::new() } else { format!("/{subresource}") };
         format!("{} {resource}{part} {name}", self.verb).trim_end().to_owned()
+    }
+
+    /// The pod whose token the writer had.
+    pub fn pod(&self) -> Option<&str> {
+        self.user.extra.get("authentication.kubernetes.io/pod-name")?.first().map(String::as_str)
     }
 
     /// Verb and resource.

@@ -17,10 +17,10 @@ mod suite;
 pub mod tools;
 mod volume;
 
-pub use scene::{History, Scene, Told, eventually, kill_worker, stage};
+pub use scene::{History, Scene, Told, eventually, kill_operator, kill_worker, stage};
 pub use suite::{
-    Uninstalled, install, install_with, labelled, on_the_cluster, on_the_cluster_alone, operator_passes, operator_pods,
-    uninstall,
+    Uninstalled, install, install_with, labelled, leader, on_the_cluster, on_the_cluster_alone, operator_passes,
+    operator_pods, uninstall,
 };
 pub use volume::{SavedModel, Step, Volume};
 

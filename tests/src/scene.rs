@@ -313,17 +313,27 @@ pub async fn eventually(what: &str, seconds: u64, holds: impl AsyncFn() -> bool)
         .unwrap_or_else(|_| panic!("{what} did not come within {seconds} s"));
 }
 
-/// Kills the one worker process of a pod with SIGKILL, as the kernel does when memory runs out. This machine is the
-/// pod's node: the worker is found among its processes by the pod's control group.
+/// Kills the one worker process of a pod with SIGKILL, as the kernel does when memory runs out.
 pub fn kill_worker(pod: &Pod) {
+    kill_in(pod, "worker", |command| command.nth(1) == Some("worker"));
+}
+
+/// Kills an operator with SIGKILL, so that it can neither end its passes nor release its lease.
+pub fn kill_operator(pod: &Pod) {
+    kill_in(pod, "operator", |command| command.next().is_some_and(|program| program.ends_with("rlhf-operator")));
+}
+
+/// Kills the one process of a pod whose command line is as wanted. This machine is the pod's node: the process is found
+/// among its own by the pod's control group.
+fn kill_in(pod: &Pod, what: &str, wanted: impl Fn(&mut std::str::Split<'_, char>) -> bool) {
     let uid = pod.uid().expect("a stored pod has a UID");
     let processes =
         fs::read_dir("/proc").expect("/proc can be read").filter_map(|e| e.ok()?.file_name().to_str()?.parse().ok());
     // A process that ends meanwhile cannot be read and is none of ours.
     let read = |pid: i32, file: &str| fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
-    let is_worker = |pid: i32| read(pid, "cmdline").split('\0').nth(1) == Some("worker");
-    let workers: Vec<i32> = processes.filter(|pid| read(*pid, "cgroup").contains(&uid) && is_worker(*pid)).collect();
-    let [worker] = workers[..] else { panic!("pod {} has workers {workers:?}, not one", pod.name_any()) };
-    let worker = Pid::from_raw(worker).expect("0 is no process of a pod");
-    kill_process(worker, Signal::KILL).unwrap_or_else(|e| panic!("the worker of {}: {e}", pod.name_any()));
+    let is_wanted = |pid: i32| wanted(&mut read(pid, "cmdline").split('\0'));
+    let found: Vec<i32> = processes.filter(|pid| read(*pid, "cgroup").contains(&uid) && is_wanted(*pid)).collect();
+    let [pid] = found[..] else { panic!("pod {} has processes {found:?} of the {what}, not one", pod.name_any()) };
+    let pid = Pid::from_raw(pid).expect("0 is no process of a pod");
+    kill_process(pid, Signal::KILL).unwrap_or_else(|e| panic!("the {what} of {}: {e}", pod.name_any()));
 }

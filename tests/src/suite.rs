@@ -4,6 +4,7 @@ use crate::scene::{Scene, eventually};
 use crate::tools::{self, Answer, helm, kubeconfig, kubectl};
 use crate::{RELEASE, SYSTEM};
 use futures::FutureExt;
+use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::ListParams;
 use kube::config::{KubeConfigOptions, Kubeconfig};
@@ -135,6 +136,8 @@ pub async fn install_with(keep_crds: bool, more: &[&str]) {
         "trainer.image.tag=dev".into(),
         format!("crds.keep={keep_crds}"),
         "dashboard.enabled=true".into(),
+        // One works, one stands by.
+        "replicas=2".into(),
     ];
     let run = format!("podAnnotations.tests=run-{now}");
     let mut args = vec!["upgrade", "--install", RELEASE, &chart, "--namespace", SYSTEM, "--wait", "--timeout", "1m"];
@@ -194,12 +197,18 @@ pub async fn operator_pods(scene: &Scene) -> (Api<Pod>, Vec<Pod>) {
     (api, pods.items)
 }
 
-/// How many passes over jobs the operator has made since it started, by its own metrics.
-pub async fn operator_passes(scene: &Scene) -> u64 {
+/// The operator's pod that leads.
+pub async fn leader(scene: &Scene) -> Option<Pod> {
+    let lease = Api::<Lease>::namespaced(scene.client.clone(), SYSTEM).get(RELEASE).await;
+    let lease = lease.unwrap_or_else(|e| panic!("Lease {RELEASE}: {e}"));
+    let holder = lease.spec.and_then(|s| s.holder_identity).unwrap_or_default();
     let (_, pods) = operator_pods(scene).await;
-    let [pod] = &pods[..] else {
-        panic!("expected one pod of the operator: {:?}", pods.iter().map(|p| p.name_any()).collect::<Vec<_>>())
-    };
+    pods.into_iter().find(|p| holder.starts_with(&format!("{}_", p.name_any())))
+}
+
+/// How many passes over jobs the leading operator has made since it started, by its own metrics.
+pub async fn operator_passes(scene: &Scene) -> u64 {
+    let pod = leader(scene).await.expect("an operator leads");
     let ip = pod.status.as_ref().and_then(|s| s.pod_ip.clone()).expect("the operator's pod has an address");
     let client = reqwest::Client::builder().no_proxy().build().expect("an HTTP client");
     let answer = client.get(format!("http://{ip}:8080/metrics")).send().await.expect("the operator serves metrics");

@@ -1,7 +1,7 @@
 //! Whatever is killed, deleted or suspended in the middle, the job goes on where it was.
 
 use e2e::manifest::{Manifest, NAME, example};
-use e2e::{Scene, Step, kill_worker, on_the_cluster, operator_pods, stage};
+use e2e::{Scene, Step, kill_worker, leader, on_the_cluster, operator_pods, stage};
 use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt;
 use kube::api::DeleteParams;
@@ -106,8 +106,8 @@ fn the_operator_killed_in_the_middle_changes_nothing() {
         scene.await_step(&job, "sft", 3, 120).await;
         let before = scene.attempts().await;
         assert_eq!(before.len(), 2, "prepare and sft: {before:?}");
-        let (operators, pods) = operator_pods(scene).await;
-        let killed = pods[0].name_any();
+        let (operators, _) = operator_pods(scene).await;
+        let killed = leader(scene).await.expect("an operator leads").name_any();
         operators
             .delete(&killed, &DeleteParams::default().grace_period(0))
             .await
