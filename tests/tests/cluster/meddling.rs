@@ -2,7 +2,7 @@
 
 use e2e::manifest::{NAME, example};
 use e2e::tools::kubectl;
-use e2e::{on_the_cluster, stage};
+use e2e::{eventually, on_the_cluster, stage};
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Service};
 use kube::api::DeleteParams;
@@ -46,6 +46,8 @@ fn case_9_22_and_29_edits_and_deletions_do_no_harm() {
         assert_eq!(sft.last_failure.map(|f| f.reason).as_deref(), Some("PodDeleted"));
         scene.api::<ConfigMap>().get(&config).await.expect("the config is there again");
         scene.api::<Service>().get(&config).await.expect("the Service is there again");
+        let goes_on = async || scene.volume.steps(&job, "sft").iter().any(|s| s.attempt == 2);
+        eventually("a step of the second attempt", 60, goes_on).await;
         let resumed = scene.resumed_at(&job, "sft", 2).await;
         assert!(resumed >= 3, "the deleted attempt's last step was lost: resumed at {resumed}");
 
