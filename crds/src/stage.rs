@@ -128,6 +128,76 @@ fn default_micro_size() -> u32 {
     8
 }
 
+/// A linear map of a transformer's block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub enum Linear {
+    /// The queries of attention.
+    Query,
+    /// The keys of attention.
+    Key,
+    /// The values of attention.
+    Value,
+    /// The output of attention.
+    Output,
+    /// The gate of the feed-forward network, where the model has one.
+    Gate,
+    /// The way into the feed-forward network.
+    Up,
+    /// The way out of the feed-forward network.
+    Down,
+}
+
+impl Linear {
+    /// All of them, in a block's order.
+    pub const ALL: [Linear; 7] =
+        [Linear::Query, Linear::Key, Linear::Value, Linear::Output, Linear::Gate, Linear::Up, Linear::Down];
+}
+
+/// Low-rank adaptation (Hu 2021): the model is frozen, and to the output of each target is added
+/// `alpha / rank * x A^T B^T`, of which A and B are trained. The head of a reward model and of a critic (with the norm
+/// before it) is trained whole. The stage's model is written merged, and its adapters beside it in the layout of PEFT.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Lora {
+    /// Rows of A and columns of B.
+    #[serde(default = "default_lora_rank")]
+    #[schemars(range(min = 1, max = 4096))]
+    pub rank: u32,
+    /// The adapters' output is scaled by this over the rank. By default twice the rank, so that another rank needs no other
+    /// learning rate. (PEFT's default is 8 for every rank.)
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1e-6, max = 1e6))]
+    pub alpha: Option<f64>,
+    /// Share of the adapters' inputs that is dropped in training. PPO compares probabilities of one policy and takes none.
+    #[serde(default)]
+    #[schemars(range(min = 0.0, max = 0.9))]
+    pub dropout: f64,
+    /// The linears of each block that get adapters; by default all.
+    #[serde(default = "default_lora_targets")]
+    #[schemars(length(min = 1, max = 7))]
+    pub targets: Vec<Linear>,
+}
+
+fn default_lora_rank() -> u32 {
+    8
+}
+fn default_lora_targets() -> Vec<Linear> {
+    Linear::ALL.to_vec()
+}
+
+impl Lora {
+    /// By what the adapters' output is scaled, times the rank.
+    pub fn alpha(&self) -> f64 {
+        self.alpha.unwrap_or(2.0 * f64::from(self.rank))
+    }
+
+    /// By what the adapters' output is scaled.
+    pub fn scale(&self) -> f64 {
+        self.alpha() / f64::from(self.rank)
+    }
+}
+
 /// Supervised fine-tuning of the job's model.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]

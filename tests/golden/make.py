@@ -4,7 +4,7 @@
     python3 -m venv VENV && VENV/bin/pip install -r tests/golden/requirements.txt
     tests/assets/fetch.sh && VENV/bin/python tests/golden/make.py
 
-Made with torch 2.11.0, transformers 5.24.0, numpy 2.2.6, safetensors 0.8.0, tokenizers 0.23.3 and glassllm 0.1.0, on CPU
+Made with torch 2.11.0, transformers 5.24.0, numpy 2.2.6, safetensors 0.8.0, tokenizers 0.23.3, peft 0.21.2 and glassllm 0.1.0, on CPU
 with one thread. What each file holds is in README.md. Run again, it writes the same numbers but for the last bits of
 floating-point sums, which depend on the CPU.
 """
@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import peft
 import torch
 import transformers
 from safetensors.numpy import save_file
@@ -179,7 +180,7 @@ def cross_entropy_gradients(model, rows):
     loss = torch.nn.functional.cross_entropy(logits[valid], ids[:, 1:][valid])
     model.zero_grad()
     loss.backward()
-    norms = {name: float(parameter.grad.norm()) for name, parameter in model.named_parameters()}
+    norms = {name: float(parameter.grad.norm()) for name, parameter in model.named_parameters() if parameter.requires_grad}
     return {"loss": loss.item(), "gradient_norms": norms}
 
 
@@ -380,6 +381,34 @@ def make_adamw():
         **settings, "weight_shape": [2, 3], "start": start, "steps": steps})
 
 
+# --- 6: adapters -------------------------------------------------------------------------------------------------------
+
+def make_adapters():
+    """Random adapters as PEFT writes them, and what PEFT computes with them, beside their base and merged into it."""
+    rows, tensors, cases = sequences(), {}, {}
+    for name, targets in (("gpt2", ["c_attn", "c_proj", "c_fc"]),
+                          ("llama-gqa-untied", [f"{part}_proj" for part in ("q", "k", "v", "o", "gate", "up", "down")])):
+        base = transformers.AutoModelForCausalLM.from_pretrained(HERE / "models" / name, attn_implementation="eager")
+        torch.manual_seed(31)
+        model = peft.get_peft_model(base, peft.LoraConfig(
+            r=3, lora_alpha=5, target_modules=targets, fan_in_fan_out=name == "gpt2", task_type="CAUSAL_LM"))
+        trained = {key: value for key, value in model.named_parameters() if value.requires_grad}
+        for value in trained.values():
+            value.data = torch.randn_like(value) * 0.3
+        cases[name] = {"trained_parameters": sum(value.numel() for value in trained.values()),
+                       **cross_entropy_gradients(model, rows)}
+        model.save_pretrained(HERE / "adapters" / name)
+        (HERE / "adapters" / name / "README.md").unlink(missing_ok=True)
+        config = HERE / "adapters" / name / "adapter_config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": f"models/{name}"}, indent=2) + "\n")
+        with torch.no_grad():
+            for how, whole in (("adapter", model.eval()), ("merged", model.merge_and_unload())):
+                for i, row in enumerate(rows):
+                    tensors[f"{name}.{how}.{i}"] = run(whole, *padded([row], "left")).logits[0].numpy()
+    save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, HERE / "peft.safetensors")
+    write_json("peft.json", {"source": f"peft {peft.__version__} with torch {torch.__version__}, fp32 on CPU", "cases": cases})
+
+
 def main():
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
@@ -387,6 +416,7 @@ def main():
     make_tiny_models()
     make_losses()
     make_adamw()
+    make_adapters()
     for path in HERE.rglob("*.safetensors"):
         path.chmod(0o644)
     total = sum(path.stat().st_size for path in HERE.rglob("*") if path.is_file())

@@ -4,8 +4,8 @@
 #![allow(clippy::unwrap_used, clippy::panic)] // helpers of tests
 
 use rlhf_api::stage::{Recompute, Strategy};
-use rlhf_trainer::engine::{Group, HEAD_SLICE_BYTES, Model, Placement, ScalarInit};
-use rlhf_trainer::model::{Batch, HeadKind, Source, write_model};
+use rlhf_trainer::engine::{Backbone, Group, HEAD_SLICE_BYTES, Model, Placement, ScalarInit};
+use rlhf_trainer::model::{Batch, HeadKind, Param, Segment, Source, read_adapters, write_adapters, write_model};
 use rlhf_trainer::rollout::{Decoding, Request, generate};
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -184,7 +184,7 @@ fn run_backward(model: &mut Model, rows: &[&[i64]]) -> f64 {
 
 fn compare_gradients(name: &str, source: &Source, model: &mut Model, expected: &Value) {
     let mut seen = 0;
-    for (segment, chunk) in source.spec.segments().into_iter().zip(model.chunks_mut()) {
+    for (segment, chunk) in source.spec.segments().into_iter().zip(model.trained_mut()) {
         let specs = source.spec.params(segment, HeadKind::Lm);
         let gradients = chunk.gradients().unwrap();
         for entry in source.family.tensors(&source.spec, segment) {
@@ -251,15 +251,8 @@ fn a_written_model_is_the_one_that_was_read() {
         let folder = tempfile::tempdir().unwrap();
         let target = folder.path().join("model");
         let model = load(&model_dir(name), head, Recompute::None);
-        write_model(
-            &target,
-            &Source::open(&model_dir(name)).unwrap(),
-            head,
-            None,
-            &model.parameters().unwrap(),
-            |_| Ok(()),
-        )
-        .unwrap();
+        let source = Source::open(&model_dir(name)).unwrap();
+        write_model(&target, &source, head, None, &model.parameters(&source).unwrap(), |_| Ok(())).unwrap();
         let read = |dir: &Path| std::fs::read(dir.join("model.safetensors")).unwrap();
         let (before, after) = (read(&model_dir(name)), read(&target));
         let (before, after) = (SafeTensors::deserialize(&before).unwrap(), SafeTensors::deserialize(&after).unwrap());
@@ -273,5 +266,110 @@ fn a_written_model_is_the_one_that_was_read() {
             names(&before).iter().all(|n| before.tensor(n).unwrap().data() == after.tensor(n).unwrap().data()),
             "{name}: the same bytes"
         );
+    }
+}
+
+const ADAPTED: [&str; 2] = ["gpt2", "llama-gqa-untied"];
+
+/// The golden model of this name with the adapters in a folder.
+fn adapted(name: &str, adapters: &Path) -> (Source, Model) {
+    let source = Source::open(&model_dir(name)).unwrap();
+    let adapters = read_adapters(adapters, source.family, &source.spec).unwrap();
+    let placement = Placement {
+        device: Device::Cpu,
+        trainable: true,
+        strategy: Strategy::default(),
+        head_slice_bytes: HEAD_SLICE_BYTES,
+    };
+    let backbone = Backbone::load(&source, HeadKind::Lm, placement, &Rc::new(Group::alone())).unwrap();
+    let model = backbone.language_model(&adapters, 0).unwrap();
+    (source, model)
+}
+
+fn compare_with_peft(name: &str, how: &str, model: &Model) {
+    let (rows, expected) = (rows(&json("transformers.json")["ids"]), tensors("peft.safetensors"));
+    for (i, row) in rows.iter().enumerate() {
+        let actual = logits(model, &Batch::right_padded(&[row], Device::Cpu)).remove(0);
+        let off = gap(&actual, &expected[&format!("{name}.{how}.{i}")]);
+        assert!(off < LOGIT_TOLERANCE, "{name}, row {i}, {how}: off by {off}");
+    }
+}
+
+#[test]
+fn logits_with_adapters_and_of_the_merged_model_equal_those_of_peft() {
+    for name in ADAPTED {
+        let (source, model) = adapted(name, &golden().join("adapters").join(name));
+        compare_with_peft(name, "adapter", &model);
+        let folder = tempfile::tempdir().unwrap();
+        let merged = folder.path().join("model");
+        write_model(&merged, &source, HeadKind::Lm, None, &model.parameters(&source).unwrap(), |_| Ok(())).unwrap();
+        compare_with_peft(name, "merged", &load(&merged, HeadKind::Lm, Recompute::None));
+        // The live model is as it was.
+        compare_with_peft(name, "adapter", &model);
+    }
+}
+
+#[test]
+fn written_adapters_are_those_that_were_read() {
+    for name in ADAPTED {
+        let theirs = golden().join("adapters").join(name);
+        let (source, model) = adapted(name, &theirs);
+        let folder = tempfile::tempdir().unwrap();
+        let ours = folder.path().join("adapter");
+        write_adapters(&ours, &model.adapters().unwrap().unwrap(), &source, "base", None).unwrap();
+        compare_with_peft(name, "adapter", &adapted(name, &ours).1);
+        let read = |dir: &Path| std::fs::read(dir.join("adapter_model.safetensors")).unwrap();
+        let (ours, theirs) = (read(&ours), read(&theirs));
+        let (ours, theirs) = (SafeTensors::deserialize(&ours).unwrap(), SafeTensors::deserialize(&theirs).unwrap());
+        let mut names = ours.names();
+        names.sort_unstable();
+        let mut expected = theirs.names();
+        expected.sort_unstable();
+        assert_eq!(names, expected, "{name}: PEFT's names");
+        // Queries, keys and values share one A in PEFT's GPT-2, and are written with one each.
+        let same = names.iter().filter(|n| !n.contains("c_attn"));
+        assert!(same.clone().count() > 0);
+        for tensor in same {
+            assert!(ours.tensor(tensor).unwrap().data() == theirs.tensor(tensor).unwrap().data(), "{name}, {tensor}");
+        }
+    }
+}
+
+#[test]
+fn loss_and_every_gradient_of_adapters_equal_those_of_peft() {
+    let rows = rows(&json("transformers.json")["ids"]);
+    let rows: Vec<&[i64]> = rows.iter().map(Vec::as_slice).collect();
+    for name in ADAPTED {
+        let expected = &json("peft.json")["cases"][name];
+        let (source, mut model) = adapted(name, &golden().join("adapters").join(name));
+        let (loss, reference) = (run_backward(&mut model, &rows), expected["loss"].as_f64().unwrap());
+        assert!((loss - reference).abs() < 1e-5 * reference, "{name}: loss {loss}, expected {reference}");
+        let lora = model.adapters().unwrap().unwrap().lora;
+        // Queries, keys and values share one A in PEFT's GPT-2.
+        let shared = if name == "gpt2" { 2 * source.spec.layers as i64 * 3 * source.spec.hidden } else { 0 };
+        assert_eq!(Some(model.trained_parameters() - shared), expected["trained_parameters"].as_i64(), "{name}");
+        let params: Vec<Param> = source.spec.adapter_params(&lora).iter().map(|s| s.param).collect();
+        let mut seen = 0;
+        for (block, chunk) in model.trained_mut().enumerate() {
+            let gradients = chunk.gradients().unwrap();
+            let of = |param| &gradients[params.iter().position(|p| *p == param).unwrap()];
+            for entry in source.family.tensors(&source.spec, Segment::Block(block)) {
+                let Some(linears) = entry.parts.iter().map(|p| p.as_weight()).collect::<Option<Vec<_>>>() else {
+                    continue;
+                };
+                let module = format!("base_model.model.{}", entry.name.strip_suffix(".weight").unwrap());
+                // What shares one A there has its gradients added up.
+                let a = linears.iter().map(|l| of(Param::LoraA(*l)).shallow_clone()).reduce(|x, y| x + y).unwrap();
+                let b = Tensor::cat(&linears.iter().map(|l| of(Param::LoraB(*l))).collect::<Vec<_>>(), 0);
+                for (factor, gradient) in [("A", a), ("B", b)] {
+                    let key = format!("{module}.lora_{factor}.default.weight");
+                    let expected = expected["gradient_norms"][&key].as_f64().unwrap();
+                    let norm = gradient.norm().double_value(&[]);
+                    assert!((norm - expected).abs() < 1e-4 * expected, "{name}, {key}: {norm}, expected {expected}");
+                    seen += 1;
+                }
+            }
+        }
+        assert_eq!(seen, expected["gradient_norms"].as_object().unwrap().len(), "{name}: every gradient is compared");
     }
 }

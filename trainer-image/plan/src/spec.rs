@@ -1,5 +1,7 @@
 //! The switches that tell one decoder-only transformer from another, and the parameters that follow from them.
 
+use rlhf_api::stage::{Linear, Lora};
+
 /// How activations are normalised.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Norm {
@@ -116,6 +118,28 @@ pub enum Param {
     LmHeadWeight,
     ScalarHeadWeight,
     ScalarHeadBias,
+    LoraA(Linear),
+    LoraB(Linear),
+}
+
+impl Param {
+    /// The weight and the bias of a block's linear.
+    pub fn of(linear: Linear) -> (Param, Param) {
+        match linear {
+            Linear::Query => (Param::QueryWeight, Param::QueryBias),
+            Linear::Key => (Param::KeyWeight, Param::KeyBias),
+            Linear::Value => (Param::ValueWeight, Param::ValueBias),
+            Linear::Output => (Param::OutputWeight, Param::OutputBias),
+            Linear::Gate => (Param::GateWeight, Param::GateBias),
+            Linear::Up => (Param::UpWeight, Param::UpBias),
+            Linear::Down => (Param::DownWeight, Param::DownBias),
+        }
+    }
+
+    /// The linear of which this is the weight.
+    pub fn as_weight(self) -> Option<Linear> {
+        Linear::ALL.into_iter().find(|linear| Param::of(*linear).0 == self)
+    }
 }
 
 /// A parameter and its shape; matrices are `[out, in]`.
@@ -159,18 +183,41 @@ impl ModelSpec {
     }
 
     fn block_params(&self, list: &mut ParamList) {
-        let (query, key_value) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
         list.norm(self, Param::AttentionNormWeight, Param::AttentionNormBias);
-        list.linear(Param::QueryWeight, Param::QueryBias, query, self.hidden, self.qkv_bias);
-        list.linear(Param::KeyWeight, Param::KeyBias, key_value, self.hidden, self.qkv_bias);
-        list.linear(Param::ValueWeight, Param::ValueBias, key_value, self.hidden, self.qkv_bias);
-        list.linear(Param::OutputWeight, Param::OutputBias, self.hidden, query, self.attention_output_bias);
-        list.norm(self, Param::MlpNormWeight, Param::MlpNormBias);
-        if self.mlp == Mlp::SwiGlu {
-            list.linear(Param::GateWeight, Param::GateBias, self.ffn, self.hidden, self.mlp_bias);
+        for (linear, [out, input], has_bias) in self.linears() {
+            let (weight, bias) = Param::of(linear);
+            list.linear(weight, bias, out, input, has_bias);
+            if linear == Linear::Output {
+                list.norm(self, Param::MlpNormWeight, Param::MlpNormBias);
+            }
         }
-        list.linear(Param::UpWeight, Param::UpBias, self.ffn, self.hidden, self.mlp_bias);
-        list.linear(Param::DownWeight, Param::DownBias, self.hidden, self.ffn, self.mlp_bias);
+    }
+
+    /// The linears of a block: their shapes `[out, in]`, and whether they have a bias.
+    fn linears(&self) -> impl Iterator<Item = (Linear, [i64; 2], bool)> {
+        let (query, key_value) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
+        let of = move |linear| match linear {
+            Linear::Query => ([query, self.hidden], self.qkv_bias),
+            Linear::Key | Linear::Value => ([key_value, self.hidden], self.qkv_bias),
+            Linear::Output => ([self.hidden, query], self.attention_output_bias),
+            Linear::Gate | Linear::Up => ([self.ffn, self.hidden], self.mlp_bias),
+            Linear::Down => ([self.hidden, self.ffn], self.mlp_bias),
+        };
+        let gated = self.mlp == Mlp::SwiGlu;
+        Linear::ALL.into_iter().filter(move |l| gated || *l != Linear::Gate).map(move |linear| {
+            let (shape, has_bias) = of(linear);
+            (linear, shape, has_bias)
+        })
+    }
+
+    /// The parameters of a block's adapters (LoRA, Hu 2021): A `[rank, in]` and B `[out, rank]` of each target.
+    pub fn adapter_params(&self, lora: &Lora) -> Vec<ParamSpec> {
+        let rank = i64::from(lora.rank);
+        let targets = self.linears().filter(|(linear, ..)| lora.targets.contains(linear));
+        let factors = targets.flat_map(|(linear, [out, input], _)| {
+            [(Param::LoraA(linear), vec![rank, input]), (Param::LoraB(linear), vec![out, rank])]
+        });
+        factors.map(|(param, shape)| ParamSpec { param, shape }).collect()
     }
 
     fn head_params(&self, list: &mut ParamList, head: HeadKind) {

@@ -127,7 +127,7 @@ impl Checkpoints {
         let entry = |model: &Model| ModelEntry {
             updates: model.updates(),
             loss_scale: model.loss_scale(),
-            chunks: model.chunks().iter().map(Chunk::numel).collect(),
+            chunks: model.trained().map(Chunk::numel).collect(),
         };
         Manifest {
             format: manifest::FORMAT,
@@ -187,7 +187,7 @@ impl Checkpoints {
         for (name, model) in models.iter_mut() {
             let entry =
                 manifest.models.get(*name).ok_or_else(|| self.mismatch(step, format!("it has no model '{name}'")))?;
-            let chunks: Vec<i64> = model.chunks().iter().map(Chunk::numel).collect();
+            let chunks: Vec<i64> = model.trained().map(Chunk::numel).collect();
             if entry.chunks != chunks {
                 return Err(self.mismatch(step, format!("its model '{name}' has another shape")));
             }

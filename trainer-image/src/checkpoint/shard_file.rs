@@ -24,7 +24,7 @@ fn key(model: &str, chunk: usize, part: &str) -> String {
 pub(super) fn copies(models: &[(&str, &Model)]) -> Result<Vec<(String, Outgoing)>> {
     let mut outgoing = Vec::new();
     for (model_name, model) in models {
-        for (i, chunk) in model.chunks().iter().enumerate() {
+        for (i, chunk) in model.trained().enumerate() {
             for (part, piece) in chunk.saved()? {
                 let copy = c10d::on_host(|| piece.f_to_device_(Device::Cpu, Kind::Float, false, true))?;
                 outgoing.push((key(model_name, i, part), Outgoing::new(&copy)?));
@@ -48,7 +48,7 @@ pub(super) fn read(dir: &Path, files: &[FileEntry], model_name: &str, model: &mu
     for (rank, file) in (0u32..).zip(files) {
         let path = dir.join(&file.name);
         let pieces = Pieces::open(&path)?;
-        for (i, chunk) in model.chunks_mut().iter_mut().enumerate() {
+        for (i, chunk) in model.trained_mut().enumerate() {
             let range = part(chunk.numel(), rank, world_size);
             for name in Chunk::SAVED {
                 let piece = pieces.tensor(&key(model_name, i, name), range.end - range.start)?;

@@ -130,6 +130,11 @@ impl Chunk {
         Ok(chunk)
     }
 
+    /// Whether it has a gradient and an optimizer state.
+    pub fn is_trained(&self) -> bool {
+        self.training.is_some()
+    }
+
     /// Elements of the chunk, without padding for the ranks.
     pub fn numel(&self) -> i64 {
         self.layout.numel

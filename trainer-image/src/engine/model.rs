@@ -3,14 +3,16 @@
 //! Segments run in order, and each one's chunk is fetched while the segment before it runs. Where a chunk rests whole on
 //! the device, fetching costs nothing.
 
-use super::chunk::{Chunk, Fetch, Held};
+use super::chunk::Chunk;
 use super::group::Group;
 use super::layout::ChunkLayout;
+use super::link::{HeldLink, Link, LinkFetch};
 use super::loss_scale::LossScale;
 use super::placement::Placement;
 use crate::error::Result;
 use crate::model::transformer::{self, AttentionContext, LayerCache};
 use crate::model::{Batch, HeadKind, ModelSpec, Param, ParamSpec, ScoreNormalisation, Segment, Source};
+use rlhf_api::stage::Lora;
 use std::ops::Range;
 use std::rc::Rc;
 use tch::{Device, Kind, Tensor};
@@ -28,19 +30,21 @@ pub struct ScalarInit {
 pub struct Model {
     pub(super) spec: ModelSpec,
     pub(super) head: HeadKind,
-    pub(super) chunks: Vec<Chunk>,
+    pub(super) links: Vec<Link>,
+    /// What its adapters are, where it has some, and what seeds their dropout.
+    pub(super) lora: Option<(Lora, u64)>,
     pub(super) placement: Placement,
     pub(super) group: Rc<Group>,
     pub(super) updates: i64,
     pub(super) loss_scale: Option<LossScale>,
-    /// The chunk whose reduction is in flight.
+    /// The link whose reduction is in flight.
     pub(super) reducing: Option<usize>,
 }
 
 /// The head's chunk while it is in use, and that of the embedding where the head is tied to it.
 pub(super) struct HeldHead {
-    head: Held,
-    embed: Option<Held>,
+    head: HeldLink,
+    embed: Option<HeldLink>,
 }
 
 impl HeldHead {
@@ -54,9 +58,9 @@ impl HeldHead {
         self.embed.as_ref().map(|e| e.params().get(Param::TokenEmbedding)).transpose()
     }
 
-    /// The head's own parameters, in order.
-    pub(super) fn own(&self) -> impl Iterator<Item = &Tensor> {
-        self.head.params().tensors()
+    /// The head's own parameters that are trained, in order.
+    pub(super) fn trained(&self) -> impl Iterator<Item = &Tensor> {
+        self.head.trained()
     }
 }
 
@@ -73,13 +77,7 @@ impl Model {
         group: &Rc<Group>,
     ) -> Result<Self> {
         Self::build(&source.spec, head, placement, group, |segment, specs| {
-            let values = source.segment(segment, head)?.into_iter().zip(specs);
-            values
-                .map(|(value, s)| {
-                    let value = value.map_or_else(|| scalar_init(&source.spec, s.param, &s.shape, init), Ok)?;
-                    folded(value, s.param, init.fold)
-                })
-                .collect()
+            source_values(source, segment, head, specs, init)
         })
     }
 
@@ -99,24 +97,22 @@ impl Model {
         group: &Rc<Group>,
         mut values: impl FnMut(Segment, &[ParamSpec]) -> Result<Vec<Tensor>>,
     ) -> Result<Self> {
-        let mut chunks = Vec::new();
-        for segment in spec.segments() {
-            let specs = spec.params(segment, head);
-            let values = c10d::on_host(|| values(segment, &specs))?;
-            let many = !matches!(segment, Segment::Block(_));
-            chunks.push(Chunk::new(ChunkLayout::new(specs), &values, many, placement, group)?);
-        }
-        let scaled = placement.trainable && placement.kind() == Kind::Half;
-        Ok(Self {
-            spec: spec.clone(),
-            head,
-            chunks,
-            placement,
-            group: group.clone(),
-            updates: 0,
-            loss_scale: scaled.then(LossScale::default),
-            reducing: None,
-        })
+        let chunk = |segment| segment_chunk(spec, segment, head, placement, group, &mut values).map(Link::own);
+        let links = spec.segments().into_iter().map(chunk).collect::<Result<_>>()?;
+        Ok(Self::of(spec.clone(), head, links, None, placement, group))
+    }
+
+    pub(super) fn of(
+        spec: ModelSpec,
+        head: HeadKind,
+        links: Vec<Link>,
+        lora: Option<(Lora, u64)>,
+        placement: Placement,
+        group: &Rc<Group>,
+    ) -> Self {
+        let loss_scale = (placement.trainable && placement.kind() == Kind::Half).then(LossScale::default);
+        let group = group.clone();
+        Self { spec, head, links, lora, placement, group, updates: 0, loss_scale, reducing: None }
     }
 
     /// The model's shape.
@@ -149,22 +145,19 @@ impl Model {
         self.loss_scale
     }
 
-    /// The chunks in segment order.
-    pub fn chunks(&self) -> &[Chunk] {
-        &self.chunks
+    /// The chunks that are trained, in segment order.
+    pub fn trained(&self) -> impl Iterator<Item = &Chunk> {
+        self.links.iter().filter_map(Link::trained)
     }
 
-    /// The chunks in segment order, to be restored; [`Model::restored`] follows.
-    pub fn chunks_mut(&mut self) -> &mut [Chunk] {
-        &mut self.chunks
+    /// The chunks that are trained, in segment order, to be restored; [`Model::restored`] follows.
+    pub fn trained_mut(&mut self) -> impl Iterator<Item = &mut Chunk> {
+        self.links.iter_mut().filter_map(Link::trained_mut)
     }
 
-    /// The parameters' fp32 values on the CPU, segment by segment. Every rank calls it.
-    ///
-    /// # Errors
-    /// Where libtorch fails or a peer was lost.
-    pub fn parameters(&self) -> Result<Vec<(Segment, Vec<Tensor>)>> {
-        self.spec.segments().into_iter().zip(&self.chunks).map(|(s, c)| Ok((s, c.values()?))).collect()
+    /// Elements of what is trained, without the padding between tensors.
+    pub fn trained_parameters(&self) -> i64 {
+        self.trained().map(|chunk| chunk.specs().map(|s| s.shape.iter().product::<i64>()).sum::<i64>()).sum()
     }
 
     /// Whether running it takes part in collectives, so that every rank must run it equally often.
@@ -215,17 +208,17 @@ impl Model {
         mut caches: Option<&mut [LayerCache]>,
     ) -> Result<Tensor> {
         tch::no_grad(|| {
-            let mut coming = self.chunks[0].fetch()?;
+            let mut coming = self.links[0].fetch()?;
             let mut x = Tensor::new();
             for i in 0..=self.spec.layers {
                 // The next block's parameters come while this segment runs.
-                let next = (i < self.spec.layers).then(|| self.chunks[i + 1].fetch()).transpose()?;
+                let next = (i < self.spec.layers).then(|| self.links[i + 1].fetch()).transpose()?;
                 let held = coming.ready()?;
                 x = match i.checked_sub(1) {
                     None => transformer::embed(held.params(), tokens, positions)?,
                     Some(block) => {
                         let cache = caches.as_deref_mut().and_then(|c| c.get_mut(block));
-                        transformer::block(&self.spec, held.params(), &x, context, cache)?
+                        transformer::block(&self.spec, held.block(block, self.scale(), None), &x, context, cache)?
                     }
                 };
                 let Some(next) = next else { break };
@@ -236,15 +229,15 @@ impl Model {
     }
 
     /// Starts fetching what the head needs.
-    pub(super) fn fetch_head(&self) -> Result<(Fetch, Option<Fetch>)> {
-        let head = self.chunks[self.spec.layers + 1].fetch()?;
+    pub(super) fn fetch_head(&self) -> Result<(LinkFetch, Option<LinkFetch>)> {
+        let head = self.links[self.spec.layers + 1].fetch()?;
         let tied = self.head == HeadKind::Lm && self.spec.tied_head;
-        Ok((head, tied.then(|| self.chunks[0].fetch()).transpose()?))
+        Ok((head, tied.then(|| self.links[0].fetch()).transpose()?))
     }
 
     pub(super) fn hold_head(&self) -> Result<HeldHead> {
         let (head, embed) = self.fetch_head()?;
-        Ok(HeldHead { head: head.ready()?, embed: embed.map(Fetch::ready).transpose()? })
+        Ok(HeldHead { head: head.ready()?, embed: embed.map(LinkFetch::ready).transpose()? })
     }
 
     /// Runs the head over `rows` (indices into the flattened `[b * t]` of `hidden`), slice by slice: `visit` gets the
@@ -287,10 +280,15 @@ impl Model {
     /// # Errors
     /// Where libtorch fails or a peer was lost.
     pub fn scalar_bias(&self) -> Result<f64> {
-        let head = &self.chunks[self.spec.layers + 1];
+        let head = self.links[self.spec.layers + 1].base();
         let values = head.values()?;
         let bias = head.specs().position(|s| s.param == Param::ScalarHeadBias).and_then(|i| values.get(i));
         bias.map_or(Ok(0.0), |b| Ok(b.f_double_value(&[0])?))
+    }
+
+    /// What the adapters' output is multiplied by.
+    pub(super) fn scale(&self) -> f64 {
+        self.lora.as_ref().map_or(1.0, |(lora, _)| lora.scale())
     }
 
     pub(super) fn indices(&self, rows: &[i64]) -> Tensor {
@@ -313,6 +311,37 @@ fn random_value(spec: &ParamSpec) -> Result<Tensor> {
         _ if spec.shape.len() < 2 => Tensor::f_zeros(&spec.shape, options)?,
         _ => Tensor::f_randn(&spec.shape, options)? * 0.02,
     })
+}
+
+/// A segment's chunk.
+pub(super) fn segment_chunk(
+    spec: &ModelSpec,
+    segment: Segment,
+    head: HeadKind,
+    placement: Placement,
+    group: &Rc<Group>,
+    values: &mut impl FnMut(Segment, &[ParamSpec]) -> Result<Vec<Tensor>>,
+) -> Result<Chunk> {
+    let specs = spec.params(segment, head);
+    let values = c10d::on_host(|| values(segment, &specs))?;
+    let many = !matches!(segment, Segment::Block(_));
+    Chunk::new(ChunkLayout::new(specs), &values, many, placement, group)
+}
+
+/// A segment's parameters as they lie on disk; a scalar head that is not there starts as `init` says.
+pub(super) fn source_values(
+    source: &Source,
+    segment: Segment,
+    head: HeadKind,
+    specs: &[ParamSpec],
+    init: ScalarInit,
+) -> Result<Vec<Tensor>> {
+    let values = source.segment(segment, head)?.into_iter().zip(specs);
+    let value = |(value, s): (Option<Tensor>, &ParamSpec)| {
+        let value = value.map_or_else(|| scalar_init(&source.spec, s.param, &s.shape, init), Ok)?;
+        folded(value, s.param, init.fold)
+    };
+    values.map(value).collect()
 }
 
 /// The scalar head's start: weight from N(0, 1/(h+1)), bias 0.

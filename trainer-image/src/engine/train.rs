@@ -5,12 +5,13 @@
 //! over the ranks while the next segment's backward runs. No hooks are needed, and every segment's memory is free as early
 //! as it can be.
 
-use super::chunk::{Chunk, Fetch, Held};
+use super::chunk::Chunk;
+use super::link::{HeldLink, LinkFetch};
 use super::loss_scale::LossScale;
 use super::model::{HeldHead, Model};
 use crate::error::{Error, Result};
 use crate::model::transformer::{self, AttentionContext};
-use crate::model::{Batch, Param};
+use crate::model::{Batch, Dropout, Param};
 use c10d::AdamW;
 use rlhf_api::report::ExitCode;
 use rlhf_api::stage::{Optimizer, Recompute};
@@ -22,8 +23,14 @@ struct Kept {
     input: Tensor,
     output: Option<Tensor>,
     /// The block's parameters: those that a graph refers to, and those of the last block, whose backward follows at once.
-    held: Option<Held>,
+    held: Option<HeldLink>,
     parked: bool,
+}
+
+/// What a block's forward needs beside its parameters and its input.
+struct Pass {
+    attention: AttentionContext,
+    dropout: Option<Dropout>,
 }
 
 /// What an optimizer step did.
@@ -51,8 +58,9 @@ impl Model {
         last: bool,
         loss: impl FnMut(&Tensor, Range<usize>) -> Result<Tensor>,
     ) -> Result<()> {
-        let context = self.attention(&batch.positions, batch.mask.as_ref())?;
-        let (mut kept, output) = self.forward_kept(batch, &context)?;
+        let pass =
+            Pass { attention: self.attention(&batch.positions, batch.mask.as_ref())?, dropout: self.dropout(batch)? };
+        let (mut kept, output) = self.forward_kept(batch, &pass)?;
         let mut upstream = self.head_backward(&output, rows, loss)?;
         drop(output);
         self.reduce(self.spec.layers + 1, last)?;
@@ -60,7 +68,7 @@ impl Model {
         while let (Some(segment), Some(fetch)) = (kept.pop(), coming.take()) {
             coming = self.fetch_kept(&mut kept)?;
             let i = kept.len();
-            upstream = self.block_backward(i, segment, fetch.ready()?, &upstream, &context)?;
+            upstream = self.block_backward(i, segment, fetch.ready()?, &upstream, &pass)?;
             self.reduce(i + 1, last)?;
         }
         self.embed_backward(batch, &upstream)?;
@@ -68,30 +76,45 @@ impl Model {
         self.finish_reductions()
     }
 
-    /// Starts a chunk's reduction and ends the one before it, so that one is in flight while a segment's backward runs.
-    fn reduce(&mut self, chunk: usize, last: bool) -> Result<()> {
-        self.chunks[chunk].start_reduction(last)?;
-        match self.reducing.replace(chunk) {
-            Some(before) => self.chunks[before].finish_reduction(),
-            None => Ok(()),
-        }
+    /// Starts the reduction of a link's trained chunk and ends the one before it, so that one is in flight while a segment's backward runs.
+    fn reduce(&mut self, link: usize, last: bool) -> Result<()> {
+        let Some(trained) = self.links[link].trained_mut() else { return Ok(()) };
+        trained.start_reduction(last)?;
+        let before = self.reducing.replace(link);
+        self.finish_reduction(before)
     }
 
     fn finish_reductions(&mut self) -> Result<()> {
-        self.reducing.take().map_or(Ok(()), |chunk| self.chunks[chunk].finish_reduction())
+        let last = self.reducing.take();
+        self.finish_reduction(last)
     }
 
-    fn forward_kept(&self, batch: &Batch, context: &AttentionContext) -> Result<(Vec<Kept>, Tensor)> {
+    fn finish_reduction(&mut self, link: Option<usize>) -> Result<()> {
+        link.and_then(|link| self.links[link].trained_mut()).map_or(Ok(()), Chunk::finish_reduction)
+    }
+
+    /// What the adapters drop of this batch, where they drop something.
+    fn dropout(&self, batch: &Batch) -> Result<Option<Dropout>> {
+        let dropping = self.lora.as_ref().filter(|(lora, _)| lora.dropout > 0.0);
+        dropping.map(|(lora, seed)| Dropout::new(lora.dropout, *seed, self.updates as u64, batch)).transpose()
+    }
+
+    fn run_block(&self, block: usize, held: &HeldLink, input: &Tensor, pass: &Pass) -> Result<Tensor> {
+        let params = held.block(block, self.scale(), pass.dropout.as_ref());
+        transformer::block(&self.spec, params, input, &pass.attention, None)
+    }
+
+    fn forward_kept(&self, batch: &Batch, pass: &Pass) -> Result<(Vec<Kept>, Tensor)> {
         let layers = self.spec.layers;
         let mut kept = Vec::with_capacity(layers);
-        let embed = self.chunks[0].fetch()?;
-        let mut coming = Some(self.chunks[1].fetch()?);
+        let embed = self.links[0].fetch()?;
+        let mut coming = Some(self.links[1].fetch()?);
         let mut x = tch::no_grad(|| transformer::embed(embed.ready()?.params(), &batch.tokens, &batch.positions))?;
         for i in 0..layers {
-            let Some(held) = coming.take().map(Fetch::ready).transpose()? else { break };
-            coming = (i + 1 < layers).then(|| self.chunks[i + 2].fetch()).transpose()?;
+            let Some(held) = coming.take().map(LinkFetch::ready).transpose()? else { break };
+            coming = (i + 1 < layers).then(|| self.links[i + 2].fetch()).transpose()?;
             let input = x.f_detach()?.f_set_requires_grad(true)?;
-            let run = || transformer::block(&self.spec, held.params(), &input, context, None);
+            let run = || self.run_block(i, &held, &input, pass);
             let (output, graph) = match self.placement.strategy.recompute {
                 Recompute::Block => (tch::no_grad(run)?, false),
                 Recompute::None => (run()?, true),
@@ -108,13 +131,13 @@ impl Model {
     }
 
     /// Starts fetching the parameters of the last of `kept`.
-    fn fetch_kept(&self, kept: &mut [Kept]) -> Result<Option<Fetch>> {
-        let chunk = &self.chunks[kept.len()];
+    fn fetch_kept(&self, kept: &mut [Kept]) -> Result<Option<LinkFetch>> {
+        let link = &self.links[kept.len()];
         let Some(segment) = kept.last_mut() else { return Ok(None) };
         Ok(Some(match segment.held.take() {
-            Some(held) if segment.parked => chunk.fetch_again(held)?,
+            Some(held) if segment.parked => link.fetch_again(held)?,
             Some(held) => held.into(),
-            None => chunk.fetch()?,
+            None => link.fetch()?,
         }))
     }
 
@@ -141,39 +164,44 @@ impl Model {
 
     /// The gradient of a slice's loss `value` with regard to its input `x`.
     fn head_slice_backward(&mut self, head: &HeldHead, x: &Tensor, value: &Tensor) -> Result<Option<Tensor>> {
-        let tied = head.tied()?;
-        let inputs: Vec<&Tensor> = std::iter::once(x).chain(head.own()).chain(tied).collect();
+        let tied = head.tied()?.filter(|t| t.requires_grad());
+        let inputs: Vec<&Tensor> = std::iter::once(x).chain(head.trained()).chain(tied).collect();
         let scale = self.loss_scale.map_or(1.0, |s| s.scale);
         let mut gradients = c10d::grad(&[value], &[&value.f_full_like(scale)?], &inputs, false)?;
         let of_tied = tied.is_some().then(|| gradients.pop()).flatten();
-        self.chunks[self.spec.layers + 1].accumulate(&gradients[1..])?;
+        self.accumulate(self.spec.layers + 1, &gradients[1..])?;
         if of_tied.is_some() {
-            self.chunks[0].accumulate(&of_tied)?;
+            self.accumulate(0, &of_tied)?;
         }
         Ok(gradients[0].take())
+    }
+
+    /// Adds gradients to those of the link's trained chunk, where it has one.
+    fn accumulate<'g>(&mut self, link: usize, gradients: impl IntoIterator<Item = &'g Option<Tensor>>) -> Result<()> {
+        self.links[link].trained_mut().map_or(Ok(()), |chunk| chunk.accumulate(gradients))
     }
 
     fn block_backward(
         &mut self,
         i: usize,
         kept: Kept,
-        held: Held,
+        held: HeldLink,
         upstream: &Tensor,
-        context: &AttentionContext,
+        pass: &Pass,
     ) -> Result<Tensor> {
         let output = match kept.output {
             Some(output) => output,
-            None => transformer::block(&self.spec, held.params(), &kept.input, context, None)?,
+            None => self.run_block(i, &held, &kept.input, pass)?,
         };
-        let inputs: Vec<&Tensor> = std::iter::once(&kept.input).chain(held.params().tensors()).collect();
+        let inputs: Vec<&Tensor> = std::iter::once(&kept.input).chain(held.trained()).collect();
         let mut gradients = c10d::grad(&[&output], &[upstream], &inputs, false)?;
-        self.chunks[i + 1].accumulate(&gradients[1..])?;
+        self.accumulate(i + 1, &gradients[1..])?;
         gradients[0].take().ok_or_else(|| Error::bug("a block's output does not depend on its input"))
     }
 
     /// An embedding's gradient needs no parameters: it is `upstream`, added up by token and by position.
     fn embed_backward(&mut self, batch: &Batch, upstream: &Tensor) -> Result<()> {
-        let chunk = &mut self.chunks[0];
+        let Some(chunk) = self.links[0].trained_mut() else { return Ok(()) };
         let rows = upstream.f_reshape([-1, self.spec.hidden])?;
         let params: Vec<Param> = chunk.specs().map(|s| s.param).collect();
         for (slot, param) in params.into_iter().enumerate() {
@@ -203,8 +231,9 @@ impl Model {
             weight_decay: 0.0,
         };
         self.updates += 1;
-        for chunk in &mut self.chunks {
-            chunk.optimize(&adamw, settings.weight_decay, clip / scale, self.updates)?;
+        let updates = self.updates;
+        for chunk in self.trained_mut() {
+            chunk.optimize(&adamw, settings.weight_decay, clip / scale, updates)?;
         }
         self.publish()?;
         if let Some(scale) = &mut self.loss_scale {
@@ -215,7 +244,7 @@ impl Model {
 
     /// The L2 norm of the whole gradient, over all ranks.
     fn gradient_norm(&self) -> Result<f64> {
-        let squares = self.chunks.iter().map(Chunk::squared_norm).collect::<Result<Vec<_>>>()?;
+        let squares = self.trained().map(Chunk::squared_norm).collect::<Result<Vec<_>>>()?;
         let squares: Vec<Tensor> = squares.into_iter().flatten().collect();
         let mut sum = [Tensor::f_stack(&squares, 0)?.f_sum(Kind::Double)?.f_double_value(&[])?];
         if self.placement.shards_state() {
@@ -231,12 +260,12 @@ impl Model {
             return Err(Error::new(ExitCode::NotFinite, message));
         };
         scale.shrink().map_err(|e| e.context(format!("optimizer step {step}")))?;
-        self.chunks.iter_mut().try_for_each(Chunk::skip)?;
+        self.trained_mut().try_for_each(Chunk::skip)?;
         Ok(Step::Skipped)
     }
 
     fn publish(&mut self) -> Result<()> {
-        let exchanges = self.chunks.iter_mut().map(Chunk::publish).collect::<Result<Vec<_>>>()?;
+        let exchanges = self.trained_mut().map(Chunk::publish).collect::<Result<Vec<_>>>()?;
         exchanges.into_iter().flatten().try_for_each(super::group::Gather::finish)
     }
 

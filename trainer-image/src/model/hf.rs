@@ -49,12 +49,28 @@ pub struct Source {
     tensors: HashMap<String, Location>,
 }
 
+/// A tensor in a file that is mapped into memory.
 #[derive(Debug)]
-struct Location {
+pub(super) struct Location {
     map: Arc<Mmap>,
     offset: usize,
     shape: Vec<i64>,
     dtype: Dtype,
+}
+
+impl Location {
+    /// An fp32 copy of the tensor called `name` in a file in `dir`.
+    pub(super) fn copy(&self, dir: &Path, name: &str) -> Result<Tensor> {
+        let error = |what: String| Error::input(format!("{}: tensor '{name}' {what}", dir.display()));
+        let kind = kind_of(self.dtype)
+            .ok_or_else(|| error(format!("has type {:?}; F32, F16 and BF16 are supported", self.dtype)))?;
+        let view = c10d::from_mmap(self.map.clone(), self.offset, &self.shape, kind)?;
+        let copy = view.f_to_dtype(Kind::Float, false, true)?;
+        if copy.f_isfinite()?.f_all()?.f_int64_value(&[])? == 0 {
+            return Err(error("holds NaN or infinity".into()));
+        }
+        Ok(copy)
+    }
 }
 
 /// Reads and checks only the config of the model in `dir`.
@@ -108,7 +124,7 @@ impl Source {
             self.split(entry, &shapes, &mut found)?;
         }
         if let Some(weight) = self.tensors.get(SCORE_WEIGHT).filter(|_| shapes.contains_key(&Param::ScalarHeadWeight)) {
-            found.insert(Param::ScalarHeadWeight, self.copy(SCORE_WEIGHT, weight)?);
+            found.insert(Param::ScalarHeadWeight, weight.copy(&self.dir, SCORE_WEIGHT)?);
             found.insert(Param::ScalarHeadBias, Tensor::zeros([1], (Kind::Float, tch::Device::Cpu)));
         }
         specs.iter().map(|p| self.checked(found.remove(&p.param), p.param, &p.shape)).collect()
@@ -140,7 +156,7 @@ impl Source {
         let short = entry.name.strip_prefix(self.family.backbone_prefix());
         let location = self.tensors.get(&entry.name).or_else(|| short.and_then(|s| self.tensors.get(s)));
         let location = location.ok_or_else(|| self.error(format!("tensor '{}' is missing", entry.name)))?;
-        let whole = self.copy(&entry.name, location)?;
+        let whole = location.copy(&self.dir, &entry.name)?;
         let whole = if entry.transposed {
             whole.f_transpose(0, 1).map_err(|_| self.error(format!("tensor '{}' is not a matrix", entry.name)))?
         } else {
@@ -158,18 +174,6 @@ impl Source {
         let parts = whole.f_split_with_sizes(sizes, 0)?;
         found.extend(entry.parts.iter().copied().zip(parts));
         Ok(())
-    }
-
-    fn copy(&self, name: &str, location: &Location) -> Result<Tensor> {
-        let kind = kind_of(location.dtype).ok_or_else(|| {
-            self.error(format!("tensor '{name}' has type {:?}; F32, F16 and BF16 are supported", location.dtype))
-        })?;
-        let view = c10d::from_mmap(location.map.clone(), location.offset, &location.shape, kind)?;
-        let copy = view.f_to_dtype(Kind::Float, false, true)?;
-        if copy.f_isfinite()?.f_all()?.f_int64_value(&[])? == 0 {
-            return Err(self.error(format!("tensor '{name}' holds NaN or infinity")));
-        }
-        Ok(copy)
     }
 
     fn error(&self, what: String) -> Error {
@@ -199,7 +203,7 @@ fn weight_files(dir: &Path) -> Result<Vec<PathBuf>> {
 }
 
 /// Adds the tensors of one safetensors file, every range checked by its header's own rules.
-fn locate(path: &Path, tensors: &mut HashMap<String, Location>) -> Result<()> {
+pub(super) fn locate(path: &Path, tensors: &mut HashMap<String, Location>) -> Result<()> {
     let wrong = |e: &dyn std::fmt::Display| Error::input(format!("{}: {e}", path.display()));
     let map = c10d::map_file(path).map_err(|e| Error::unreadable(path, &e))?;
     let (header, metadata): (usize, Metadata) = SafeTensors::read_metadata(&map).map_err(|e| wrong(&e))?;
@@ -291,7 +295,7 @@ pub fn write_model(
 }
 
 /// Joins a segment's parameters into the tensors of a checkpoint.
-fn join(
+pub(super) fn join(
     source: &Source,
     segment: Segment,
     head: HeadKind,

@@ -4,11 +4,17 @@
 //! and the parameters it needs; where those parameters live and how the segments are chained is the engine's.
 //! Shapes: `b` batch, `t` time, `h` hidden, `n` heads, `d` head dimension, `v` vocabulary.
 
+mod adapters;
 mod batch;
+mod dropout;
 pub mod families;
 mod hf;
+mod peft;
 pub mod transformer;
 
+pub use adapters::Adapters;
 pub use batch::Batch;
+pub use dropout::Dropout;
 pub use hf::{Outgoing, ScoreNormalisation, Source, read_config, write_model};
 pub use memory_plan::spec::{HeadKind, Mlp, ModelSpec, Norm, Param, ParamSpec, Positions, Segment};
+pub use peft::{base_of, read_adapters, write_adapters};

@@ -1,7 +1,9 @@
 //! The mathematics of each segment, over views of its parameters. Nothing here knows of ranks or shards.
 
+use super::dropout::Dropout;
 use super::{Mlp, ModelSpec, Norm, Param, Positions};
 use crate::error::{Error, Result};
+use rlhf_api::stage::Linear;
 use tch::{Device, Kind, Tensor};
 
 /// A segment's parameters, as views into its chunk.
@@ -34,8 +36,9 @@ impl Params {
         self.list.iter().map(|(_, t)| t)
     }
 
-    fn linear(&self, x: &Tensor, weight: Param, bias: Param) -> Result<Tensor> {
-        Ok(x.f_linear(self.get(weight)?, self.find(bias))?)
+    /// The tensors that autograd follows, in the segment's order.
+    pub fn trained(&self) -> impl Iterator<Item = &Tensor> {
+        self.tensors().filter(|t| t.requires_grad())
     }
 
     fn norm(&self, spec: &ModelSpec, x: &Tensor, weight: Param, bias: Param) -> Result<Tensor> {
@@ -49,6 +52,52 @@ impl Params {
                 scaled.f_mul(weight)?
             }
         })
+    }
+}
+
+/// What a block runs with: its own parameters, and its adapters where it has some.
+#[derive(Clone, Copy, Debug)]
+pub struct BlockParams<'p> {
+    /// Its own parameters.
+    pub base: &'p Params,
+    /// Its adapters.
+    pub adapter: Option<Adapter<'p>>,
+}
+
+/// A block's adapters (LoRA, Hu 2021).
+#[derive(Clone, Copy, Debug)]
+pub struct Adapter<'p> {
+    /// A and B of each target.
+    pub params: &'p Params,
+    /// What their output is multiplied by.
+    pub scale: f64,
+    /// What is dropped of their inputs.
+    pub dropout: Option<&'p Dropout>,
+    /// The block's index, of which what is dropped depends.
+    pub block: usize,
+}
+
+impl BlockParams<'_> {
+    fn linear(&self, x: &Tensor, linear: Linear) -> Result<Tensor> {
+        let (weight, bias) = Param::of(linear);
+        let out = x.f_linear(self.base.get(weight)?, self.base.find(bias))?;
+        Ok(match self.adapter.map(|adapter| adapter.run(x, linear)).transpose()?.flatten() {
+            Some(adapted) => out.f_add(&adapted)?,
+            None => out,
+        })
+    }
+}
+
+impl Adapter<'_> {
+    /// What is added to the output of `linear`, where that is a target.
+    fn run(&self, x: &Tensor, linear: Linear) -> Result<Option<Tensor>> {
+        let (Some(a), Some(b)) = (self.params.find(Param::LoraA(linear)), self.params.find(Param::LoraB(linear)))
+        else {
+            return Ok(None);
+        };
+        let dropped = self.dropout.map(|dropout| dropout.apply(x, self.block, linear)).transpose()?;
+        let inner = dropped.as_ref().unwrap_or(x).f_linear(a, None::<&Tensor>)?;
+        Ok(Some(inner.f_linear(b, None::<&Tensor>)?.f_mul_scalar(self.scale)?))
     }
 }
 
@@ -152,31 +201,31 @@ pub fn embed(params: &Params, tokens: &Tensor, positions: &Tensor) -> Result<Ten
 /// Where libtorch fails.
 pub fn block(
     spec: &ModelSpec,
-    params: &Params,
+    params: BlockParams<'_>,
     x: &Tensor,
     context: &AttentionContext,
     cache: Option<&mut LayerCache>,
 ) -> Result<Tensor> {
-    let normed = params.norm(spec, x, Param::AttentionNormWeight, Param::AttentionNormBias)?;
+    let normed = params.base.norm(spec, x, Param::AttentionNormWeight, Param::AttentionNormBias)?;
     let x = x.f_add(&attention(spec, params, &normed, context, cache)?)?;
-    let normed = params.norm(spec, &x, Param::MlpNormWeight, Param::MlpNormBias)?;
+    let normed = params.base.norm(spec, &x, Param::MlpNormWeight, Param::MlpNormBias)?;
     Ok(x.f_add(&mlp(spec, params, &normed)?)?)
 }
 
 fn attention(
     spec: &ModelSpec,
-    params: &Params,
+    params: BlockParams<'_>,
     x: &Tensor,
     context: &AttentionContext,
     cache: Option<&mut LayerCache>,
 ) -> Result<Tensor> {
     let (rows, time) = (x.size()[0], x.size()[1]);
-    let heads = |weight, bias, count| -> Result<Tensor> {
-        Ok(params.linear(x, weight, bias)?.f_view([rows, time, count, spec.head_dim])?.f_transpose(1, 2)?)
+    let heads = |linear, count| -> Result<Tensor> {
+        Ok(params.linear(x, linear)?.f_view([rows, time, count, spec.head_dim])?.f_transpose(1, 2)?)
     };
-    let mut queries = heads(Param::QueryWeight, Param::QueryBias, spec.heads)?;
-    let mut keys = heads(Param::KeyWeight, Param::KeyBias, spec.kv_heads)?;
-    let mut values = heads(Param::ValueWeight, Param::ValueBias, spec.kv_heads)?;
+    let mut queries = heads(Linear::Query, spec.heads)?;
+    let mut keys = heads(Linear::Key, spec.kv_heads)?;
+    let mut values = heads(Linear::Value, spec.kv_heads)?;
     if let Some(tables) = &context.rotary {
         queries = rotate(&queries, tables)?;
         keys = rotate(&keys, tables)?;
@@ -196,16 +245,16 @@ fn attention(
         grouped,
     )?;
     let mixed = mixed.f_transpose(1, 2)?.f_reshape([rows, time, spec.heads * spec.head_dim])?;
-    params.linear(&mixed, Param::OutputWeight, Param::OutputBias)
+    params.linear(&mixed, Linear::Output)
 }
 
-fn mlp(spec: &ModelSpec, params: &Params, x: &Tensor) -> Result<Tensor> {
-    let up = params.linear(x, Param::UpWeight, Param::UpBias)?;
+fn mlp(spec: &ModelSpec, params: BlockParams<'_>, x: &Tensor) -> Result<Tensor> {
+    let up = params.linear(x, Linear::Up)?;
     let inner = match spec.mlp {
-        Mlp::SwiGlu => params.linear(x, Param::GateWeight, Param::GateBias)?.f_silu()?.f_mul(&up)?,
+        Mlp::SwiGlu => params.linear(x, Linear::Gate)?.f_silu()?.f_mul(&up)?,
         Mlp::Gelu => up.f_gelu("tanh")?,
     };
-    params.linear(&inner, Param::DownWeight, Param::DownBias)
+    params.linear(&inner, Linear::Down)
 }
 
 /// Final norm and output head over selected positions `[n, h]`: logits `[n, v]` or scalars `[n]`, always in fp32.

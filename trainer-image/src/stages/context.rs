@@ -299,7 +299,8 @@ impl Context {
         metrics: BTreeMap<String, f64>,
     ) -> Result<Output> {
         self.stop_point().map_err(|e| e.context("before the model was written"))?;
-        let (path, head, parameters) = (self.path(&self.config.paths.output), model.head_kind(), model.parameters()?);
+        let (path, head, parameters) =
+            (self.path(&self.config.paths.output), model.head_kind(), model.parameters(source)?);
         let base_model = self.path(&self.config.paths.base_model);
         self.group.while_first(move || {
             let tokenizer = Tokenizer::load(&base_model)?;
