@@ -330,6 +330,9 @@ fn no_borrowed_env() -> Rule {
     validation = Rule::new("!has(self.ppo) || self.ppo.rolloutBatchSize % self.ppo.batch.globalSize == 0").message(
         "ppo.rolloutBatchSize must be a multiple of ppo.batch.globalSize, the mini-batch; change one of them"
     ),
+    validation = Rule::new("!has(self.ppo) || !has(self.ppo.lora) || self.ppo.lora.dropout == 0.0").message(
+        "ppo.lora.dropout must be 0: PPO compares probabilities of one policy; leave it out"
+    ),
 )]
 pub struct Stage {
     /// Unique in the job; part of the names of the stage's pods.

@@ -222,6 +222,9 @@ pub struct Sft {
     /// Also learn to predict the prompt.
     #[serde(default)]
     pub train_on_prompt: bool,
+    /// Trains adapters in place of the whole model.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lora: Option<Lora>,
     /// The optimizer.
     pub optimizer: Optimizer,
 }
@@ -253,6 +256,9 @@ pub struct RewardModel {
     #[serde(default)]
     #[schemars(range(min = 0.0, max = 10.0))]
     pub centering_coefficient: f64,
+    /// Trains adapters in place of the whole model.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lora: Option<Lora>,
     /// The optimizer.
     pub optimizer: Optimizer,
 }
@@ -391,6 +397,10 @@ pub struct Ppo {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0.0))]
     pub target_kl: Option<f64>,
+    /// Trains adapters of actor and critic in place of the whole models; the reference is then the actor without its
+    /// adapters, and costs no memory. The critic goes on with the reward model's adapters where that has some.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lora: Option<Lora>,
     /// The actor's optimizer.
     pub actor_optimizer: Optimizer,
     /// The critic's optimizer.
@@ -430,6 +440,15 @@ impl StageKind {
             StageKind::Sft(_) => "sft",
             StageKind::RewardModel(_) => "rewardModel",
             StageKind::Ppo(_) => "ppo",
+        }
+    }
+
+    /// The adapters that it trains, where it does.
+    pub fn lora(&self) -> Option<&Lora> {
+        match self {
+            StageKind::Sft(s) => s.lora.as_ref(),
+            StageKind::RewardModel(s) => s.lora.as_ref(),
+            StageKind::Ppo(s) => s.lora.as_ref(),
         }
     }
 }

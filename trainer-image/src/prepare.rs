@@ -5,7 +5,7 @@
 use crate::data::{self, Summary, dataset_path};
 use crate::error::{Error, Result};
 use crate::files;
-use crate::model::Source;
+use crate::model::{Adapters, Source};
 use crate::tokenizer::Tokenizer;
 use rlhf_api::config::{PrepareConfig, StageConfig};
 use rlhf_api::stage::StageKind;
@@ -47,6 +47,7 @@ pub fn run(config: &PrepareConfig, volume: &Path) -> Result<PrepareReport> {
     check_vocabulary(&model, &tokenizer)?;
     for stage in &config.stages {
         check_length(stage, &model)?;
+        check_targets(stage, &model)?;
     }
     let stages = config.stages.iter().map(|stage| check_dataset(stage, volume, &tokenizer)).collect::<Result<_>>()?;
     Ok(PrepareReport { stages })
@@ -97,6 +98,12 @@ fn check_length(stage: &StageConfig, model: &Source) -> Result<()> {
         "stage '{}': {settings} is more than the {positions} positions of the model ({dir}); lower it to {positions} or less",
         stage.stage
     )))
+}
+
+/// Adapters must have something to adapt.
+fn check_targets(stage: &StageConfig, model: &Source) -> Result<()> {
+    let checked = stage.kind.lora().map(|lora| Adapters::check(&model.spec, lora)).transpose();
+    checked.map(|_| ()).map_err(|e| e.context(format!("stage '{}'", stage.stage)))
 }
 
 /// Reads a stage's whole dataset.

@@ -84,6 +84,10 @@ fn close(what: &str, actual: &[f64], expected: &[f64]) {
 
 /// Runs a stage plainly and in every split, on volumes that `prepare` has filled, and compares the figures.
 fn holds(family: &str, plain: &Launch, figures: &[&str], prepare: impl Fn(&Volume)) {
+    holds_for(&Setting::chosen(family), family, plain, figures, prepare);
+}
+
+fn holds_for(settings: &[Setting], family: &str, plain: &Launch, figures: &[&str], prepare: impl Fn(&Volume)) {
     let stage = plain.config["stage"].as_str().unwrap().to_string();
     let run = |launch: &Launch| {
         let volume = Volume::new(family);
@@ -92,7 +96,7 @@ fn holds(family: &str, plain: &Launch, figures: &[&str], prepare: impl Fn(&Volum
         volume
     };
     let expected = run(plain);
-    for setting in Setting::chosen(family) {
+    for setting in settings {
         let what = format!("{stage}, {family}, {}", setting.name());
         let actual = run(&setting.apply(plain.clone()));
         for figure in figures {
@@ -103,6 +107,11 @@ fn holds(family: &str, plain: &Launch, figures: &[&str], prepare: impl Fn(&Volum
         let gap = relative_gap(&actual.weights(&stage), &expected.weights(&stage));
         println!("{what}: parameters within {gap:.1e}");
         assert!(gap <= TOLERANCE, "{what}: parameters differ by {gap}");
+        if let Some(adapters) = expected.adapter_weights(&stage) {
+            let gap = relative_gap(&actual.adapter_weights(&stage).unwrap(), &adapters);
+            println!("{what}: adapters within {gap:.1e}");
+            assert!(gap <= TOLERANCE, "{what}: adapters differ by {gap}");
+        }
     }
 }
 
@@ -141,6 +150,31 @@ fn ppo_with_every_option_does_not_depend_on_how_it_is_split() {
         .with("/clipReward", json!(2.0))
         .with("/sampling", json!({"temperature": 0.8, "topK": 20, "topP": 0.9}));
     holds("gpt2", &options, &["reward", "kl", "policyLoss", "approxKl"], |volume| volume.copy_job(&trained));
+}
+
+/// Settings under which stages that train adapters are compared with the plain run.
+const ADAPTED: [Setting; 3] = [
+    Setting { sharding: "zero3", offload: "parameters", recompute: "block", processes: 2, micro: 2 },
+    Setting { sharding: "zero1", offload: "none", recompute: "none", processes: 2, micro: 1 },
+    Setting { sharding: "ddp", offload: "optimizer", recompute: "none", processes: 1, micro: 2 },
+];
+
+#[test]
+fn adapters_do_not_depend_on_how_they_are_trained() {
+    for family in ["gpt2", "llama-gqa-untied"] {
+        let dropped = json!({"rank": 4, "dropout": 0.1});
+        holds_for(&ADAPTED, family, &sft().lora(dropped.clone()), &["loss", "evalLoss"], |_| {});
+        let some = json!({"rank": 4, "alpha": 4, "targets": ["query", "value", "up"]});
+        let scored = reward().lora(some.clone());
+        holds_for(&ADAPTED, family, &scored, &["loss", "accuracy", "margin", "evalAccuracy"], |_| {});
+        let figures = ["reward", "kl", "policyLoss", "valueLoss", "clipFraction", "responseLength", "evalReward"];
+        // The reward model by adapters from the actor's start, with which it then shares a backbone; and trained whole.
+        for (reward, settings) in [(scored, &ADAPTED[..]), (reward(), &ADAPTED[..1])] {
+            let trained = Volume::new(family);
+            trained.succeed(&reward);
+            holds_for(settings, family, &ppo().lora(json!({"rank": 4})), &figures, |volume| volume.copy_job(&trained));
+        }
+    }
 }
 
 /// 16 bits round, so their runs cannot equal those of fp32; they must stay beside them, under the plainest and under the most

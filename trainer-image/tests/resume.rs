@@ -20,7 +20,10 @@ fn a_resumed_run_ends_bit_for_bit_as_one_that_was_never_stopped() {
         (sft().processes(2), 10),
         (ppo().processes(2), 2),
         (sft().strategy(json!({"precision": "fp16", "sharding": "zero1"})).processes(2), 10),
-        (ppo().strategy(frugal).processes(2), 2),
+        (ppo().strategy(frugal.clone()).processes(2), 2),
+        (sft().lora(json!({"dropout": 0.1})), 10),
+        (reward().lora(json!({})).processes(2), 10),
+        (ppo().lora(json!({})).strategy(frugal).processes(2), 2),
     ];
     for (launch, step) in runs {
         let stage = launch.config["stage"].as_str().unwrap().to_string();

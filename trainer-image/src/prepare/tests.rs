@@ -204,3 +204,13 @@ fn a_tokenizer_that_begins_with_bos_still_counts_within_the_lengths() {
     let report = prepare(volume.path(), |_| ()).unwrap();
     assert_eq!(report.stages.iter().map(|s| s.dataset.longest_tokens).collect::<Vec<_>>(), [4, 4, 2]);
 }
+
+#[test]
+fn adapters_without_a_target_in_the_model_are_refused() {
+    let volume = volume();
+    let gpt2 = json!({"model_type": "gpt2", "vocab_size": VOCAB, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": POSITIONS});
+    write(&volume.path().join("models/m"), "config.json", &gpt2);
+    let with = |targets: Value| prepare(volume.path(), |s| s[0]["kind"]["sft"]["lora"] = json!({"targets": targets}));
+    check(&with(json!(["gate"])).unwrap_err(), 64, &["stage 'sft'", "lora.targets"]);
+    assert!(with(json!(["gate", "up"])).is_ok());
+}

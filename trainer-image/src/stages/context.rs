@@ -2,11 +2,11 @@
 
 use crate::checkpoint::{Checkpoints, Restored, Saving};
 use crate::data::dataset_path;
-use crate::engine::{Group, HEAD_SLICE_BYTES, Model, Placement, ScalarInit};
+use crate::engine::{Backbone, Group, HEAD_SLICE_BYTES, Model, Placement, ScalarInit};
 use crate::environment::Environment;
 use crate::error::{Error, Result};
 use crate::files;
-use crate::model::{HeadKind, ScoreNormalisation, Source, write_model};
+use crate::model::{Adapters, HeadKind, ScoreNormalisation, Source, write_adapters, write_model};
 use crate::shutdown::Shutdown;
 use crate::telemetry::{Figure, Phase, Telemetry};
 use crate::tokenizer::Tokenizer;
@@ -17,7 +17,7 @@ use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 use std::cell::{OnceCell, RefCell};
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use tch::Device;
 
@@ -126,19 +126,49 @@ impl Context {
         trainable: bool,
         fold: Option<ScoreNormalisation>,
     ) -> Result<Model> {
-        let init = ScalarInit { seed: self.config.seed, fold };
-        let strategy = self.config.strategy;
-        let placement = Placement { device: self.device, trainable, strategy, head_slice_bytes: HEAD_SLICE_BYTES };
-        Model::load(source, head, init, placement, &self.group)
+        Model::load(source, head, self.scalar_init(fold), self.placement(trainable), &self.group)
     }
 
-    /// The model from which the stage starts, as it lies on disk, and loaded to be trained with this head.
+    /// Loads what models with adapters share, as the stage's strategy places it.
+    ///
+    /// # Errors
+    /// Names the file or tensor that is wrong, or says that the device has no room.
+    pub fn backbone(&self, source: &Source, head: HeadKind) -> Result<Backbone> {
+        Backbone::load(source, head, self.placement(false), &self.group)
+    }
+
+    fn placement(&self, trainable: bool) -> Placement {
+        let strategy = self.config.strategy;
+        Placement { device: self.device, trainable, strategy, head_slice_bytes: HEAD_SLICE_BYTES }
+    }
+
+    /// What a scalar head starts from.
+    pub fn scalar_init(&self, fold: Option<ScoreNormalisation>) -> ScalarInit {
+        ScalarInit { seed: self.config.seed, fold }
+    }
+
+    /// The model from which the stage starts, as it lies on disk, and loaded to be trained with this head: whole, or by
+    /// adapters where the stage asks for them.
     ///
     /// # Errors
     /// Names the file or tensor that is wrong, or says that the device has no room.
     pub fn start_model(&self, head: HeadKind) -> Result<(Source, Model)> {
         let source = Source::open(&self.path(&self.config.paths.start_model))?;
-        let model = self.load(&source, head, true, None)?;
+        let seed = self.config.seed;
+        let model = match self.config.kind.lora() {
+            None => self.load(&source, head, true, None)?,
+            Some(lora) => {
+                let adapters = Adapters::fresh(&source.spec, lora, seed)?;
+                let backbone = self.backbone(&source, head)?;
+                match head {
+                    HeadKind::Lm => backbone.language_model(&adapters, seed)?,
+                    HeadKind::Scalar => {
+                        backbone.scalar_model(&source, self.scalar_init(None), Some(&adapters), true)?
+                    }
+                }
+            }
+        };
+        tracing::info!(parameters = model.trained_parameters(), "the model is loaded");
         Ok((source, model))
     }
 
@@ -287,7 +317,8 @@ impl Context {
         files::append_line(&dir.join(HISTORY), &Value::Object(line).to_string())
     }
 
-    /// Writes the trained model in Hugging Face layout, with the job's tokenizer; rank 0 does.
+    /// Writes the trained model in Hugging Face layout, with the job's tokenizer, and beside it the adapters where it was
+    /// trained by some; rank 0 does.
     ///
     /// # Errors
     /// Where storage failed or a peer was lost.
@@ -301,9 +332,19 @@ impl Context {
         self.stop_point().map_err(|e| e.context("before the model was written"))?;
         let (path, head, parameters) =
             (self.path(&self.config.paths.output), model.head_kind(), model.parameters(source)?);
+        let (adapters, start_model) = (model.adapters()?, self.config.paths.start_model.as_str());
         let base_model = self.path(&self.config.paths.base_model);
         self.group.while_first(move || {
             let tokenizer = Tokenizer::load(&base_model)?;
+            let beside = adapter_dir(&path);
+            match &adapters {
+                Some(adapters) => {
+                    let trained_head = parameters.last().filter(|_| head == HeadKind::Scalar);
+                    let trained_head = trained_head.map(|(_, values)| values.as_slice());
+                    write_adapters(&beside, adapters, source, start_model, trained_head)?;
+                }
+                None => files::remove_dir(&beside)?,
+            }
             write_model(&path, source, head, score, &parameters, |dir| tokenizer.copy_files(dir))
         })?;
         if self.group.is_first() {
@@ -312,6 +353,11 @@ impl Context {
         }
         Ok(Output { path: self.config.paths.output.clone(), metrics })
     }
+}
+
+/// Where the adapters lie with which the model in `model` was trained.
+pub fn adapter_dir(model: &Path) -> PathBuf {
+    model.with_file_name("adapter")
 }
 
 /// Figures by their keys, as an output carries them.

@@ -162,6 +162,11 @@ impl Volume {
         steps
     }
 
+    /// The bytes of a stage's trained adapters, where it has trained some.
+    pub fn adapter_weights(&self, stage: &str) -> Option<Vec<u8>> {
+        fs::read(self.path(&format!("jobs/j/{stage}/adapter/adapter_model.safetensors"))).ok()
+    }
+
     /// Copies another volume's job folder, as a new pod would find it.
     pub fn copy_job(&self, from: &Volume) {
         copy_dir(&from.path("jobs"), &self.path("jobs"));
@@ -432,6 +437,11 @@ impl Launch {
         let (parent, key) = pointer.rsplit_once('/').unwrap();
         self.config["kind"][&kind].pointer_mut(parent).unwrap()[key] = value;
         self
+    }
+
+    /// Trains adapters.
+    pub fn lora(self, settings: Value) -> Self {
+        self.with("/lora", settings)
     }
 
     pub fn micro(self, size: u32) -> Self {

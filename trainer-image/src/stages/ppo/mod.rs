@@ -8,19 +8,19 @@ mod evaluate;
 mod experience;
 mod learn;
 
-use super::context::{Context, keyed};
+use super::context::{Context, adapter_dir, keyed};
 use super::math::{adapted_kl_coefficient, explained_variance};
 use crate::data::order::permutation;
 use crate::data::{Prompt, load_prompts};
-use crate::engine::Model;
+use crate::engine::{Backbone, Model};
 use crate::error::{Error, Result};
-use crate::model::{HeadKind, ScoreNormalisation, Source};
+use crate::model::{Adapters, HeadKind, ScoreNormalisation, Source, base_of, read_adapters};
 use crate::optim::learning_rate;
 use crate::telemetry::{Figure, Phase};
 use evaluate::HeldOut;
 use experience::Experience;
 use rlhf_api::report::Output;
-use rlhf_api::stage::Ppo;
+use rlhf_api::stage::{Lora, Ppo};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -61,7 +61,7 @@ pub(super) fn run(context: &Context, settings: &Ppo) -> Result<Output> {
     })?;
     context.agree_on_data(prompts.train.iter().chain(&prompts.eval).map(|p| p.tokens.as_slice()))?;
     let source = Source::open(&context.path(&context.config.paths.start_model))?;
-    let models = Models::load(context, &source)?;
+    let models = Models::load(context, &source, settings.lora.as_ref())?;
     let mut run = Run::new(context, settings, tokenizer.eos(), models);
     let held_out = HeldOut { prompts: &prompts.eval, tokenizer: &tokenizer };
     let start = run.restore_or_evaluate(&held_out)?;
@@ -87,7 +87,7 @@ fn warn_of_cuts(settings: &Ppo) {
 }
 
 impl Models {
-    fn load(context: &Context, actor: &Source) -> Result<Self> {
+    fn load(context: &Context, actor: &Source, lora: Option<&Lora>) -> Result<Self> {
         let reward_path = context
             .config
             .paths
@@ -108,13 +108,70 @@ impl Models {
                 reward.dir.display()
             )));
         }
-        Ok(Self {
-            actor: context.load(actor, HeadKind::Lm, true, None)?,
-            critic: context.load(&reward, HeadKind::Scalar, true, Some(score))?,
-            reference: context.load(actor, HeadKind::Lm, false, None)?,
-            reward: context.load(&reward, HeadKind::Scalar, false, None)?,
-            score,
-        })
+        match lora {
+            Some(lora) => Self::adapted(context, actor, &reward, score, lora),
+            None => Ok(Self {
+                actor: context.load(actor, HeadKind::Lm, true, None)?,
+                critic: context.load(&reward, HeadKind::Scalar, true, Some(score))?,
+                reference: context.load(actor, HeadKind::Lm, false, None)?,
+                reward: context.load(&reward, HeadKind::Scalar, false, None)?,
+                score,
+            }),
+        }
+    }
+
+    /// The models on frozen backbones: one for actor and reference, and one for critic and reward model, which is the same
+    /// where the reward model was itself trained by adapters from the actor's start.
+    fn adapted(
+        context: &Context,
+        actor: &Source,
+        reward: &Source,
+        score: ScoreNormalisation,
+        lora: &Lora,
+    ) -> Result<Self> {
+        if lora.dropout > 0.0 {
+            return Err(Error::config(
+                "ppo.lora.dropout must be 0: PPO compares probabilities of one policy; leave it out",
+            ));
+        }
+        let seed = context.config.seed;
+        let backbone = context.backbone(actor, HeadKind::Lm)?;
+        let trained = backbone.language_model(&Adapters::fresh(&actor.spec, lora, seed)?, seed)?;
+        let adapters = adapter_dir(&reward.dir);
+        let shares = base_of(&adapters)?.is_some_and(|base| base == context.config.paths.start_model);
+        let scorer = if shares {
+            let adapters = read_adapters(&adapters, actor.family, &actor.spec)?;
+            Scorer { backbone: &backbone, critic: &adapters, reward: Some(&adapters) }.load(context, reward, score)?
+        } else {
+            let (backbone, fresh) =
+                (context.backbone(reward, HeadKind::Scalar)?, Adapters::fresh(&reward.spec, lora, seed)?);
+            Scorer { backbone: &backbone, critic: &fresh, reward: None }.load(context, reward, score)?
+        };
+        let [critic, reward] = scorer;
+        tracing::info!(
+            actor = trained.trained_parameters(),
+            critic = critic.trained_parameters(),
+            one_backbone = shares,
+            "adapters are trained"
+        );
+        Ok(Self { reference: trained.without_adapters()?, actor: trained, critic, reward, score })
+    }
+}
+
+/// What critic and reward model stand on. The critic starts as the reward model.
+struct Scorer<'a> {
+    backbone: &'a Backbone,
+    critic: &'a Adapters,
+    reward: Option<&'a Adapters>,
+}
+
+impl Scorer<'_> {
+    /// Critic and reward model, with the head of `reward`.
+    fn load(&self, context: &Context, reward: &Source, score: ScoreNormalisation) -> Result<[Model; 2]> {
+        Ok([
+            self.backbone.scalar_model(reward, context.scalar_init(Some(score)), Some(self.critic), true)?,
+            self.backbone.scalar_model(reward, context.scalar_init(None), self.reward, false)?,
+        ])
     }
 }
 
