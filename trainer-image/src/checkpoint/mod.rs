@@ -12,6 +12,7 @@ use crate::engine::{Chunk, Group, Model};
 use crate::environment::Environment;
 use crate::error::{Error, Result};
 use crate::files;
+use crate::telemetry::memory;
 use manifest::{FileEntry, MANIFEST, Manifest, ModelEntry, ReadError};
 use rlhf_api::config::StageConfig;
 use rlhf_api::report::Checkpoint;
@@ -28,6 +29,8 @@ pub struct Checkpoints {
     stage: String,
     keep: usize,
     attempt: u32,
+    /// Ranks that share this one's memory.
+    workers_per_node: u64,
     data: String,
 }
 
@@ -85,6 +88,7 @@ impl Checkpoints {
     pub fn new(config: &StageConfig, environment: &Environment, data: [u8; 32]) -> Self {
         Self {
             attempt: environment.attempt,
+            workers_per_node: environment.workers_per_node.into(),
             data: manifest::hex(&data),
             dir: environment.volume.join(&config.paths.checkpoints),
             relative: config.paths.checkpoints.clone(),
@@ -103,7 +107,8 @@ impl Checkpoints {
     }
 
     /// Starts saving the models and the stage's state after `step` steps: takes a copy of what this rank keeps and writes it
-    /// in the background, while training goes on. Every rank must call it, and [`Saving::finish`] later.
+    /// in the background, while training goes on. Where host memory has no room for the copies, everything is written before
+    /// it returns. Every rank must call it, and [`Saving::finish`] later.
     ///
     /// # Errors
     /// Where storage failed or a peer was lost; the checkpoints that were there are still there.
@@ -116,9 +121,16 @@ impl Checkpoints {
         }
         group.barrier()?;
         let manifest = self.manifest(step, models, state);
-        let pieces = shard_file::copies(models)?;
         let (dir, rank) = (temporary.clone(), group.rank());
-        let writer = std::thread::spawn(move || shard_file::write(&dir, rank, pieces));
+        let bytes = shard_file::bytes(models)?;
+        let writer = if memory::host_room().is_none_or(|room| bytes.saturating_mul(self.workers_per_node) < room) {
+            let pieces = shard_file::pieces(models, true)?;
+            std::thread::spawn(move || shard_file::write(&dir, rank, pieces))
+        } else {
+            tracing::info!(step, bytes, "host memory has no room to copy what is saved: training waits for it");
+            let written = shard_file::write(&dir, rank, shard_file::pieces(models, false)?);
+            std::thread::spawn(move || written)
+        };
         Ok(Saving { checkpoints: self, temporary, manifest, writer })
     }
 

@@ -20,18 +20,26 @@ fn key(model: &str, chunk: usize, part: &str) -> String {
     format!("{model}.{chunk}.{part}")
 }
 
-/// Copies of what this rank keeps of the models, by their names in its file. They lie in host memory until they are written.
-pub(super) fn copies(models: &[(&str, &Model)]) -> Result<Vec<(String, Outgoing)>> {
+/// What this rank keeps of the models, by its names in the rank's file. Copies lie in host memory until they are written;
+/// without, a piece changes as training goes on.
+pub(super) fn pieces(models: &[(&str, &Model)], copied: bool) -> Result<Vec<(String, Outgoing)>> {
     let mut outgoing = Vec::new();
     for (model_name, model) in models {
         for (i, chunk) in model.trained().enumerate() {
             for (part, piece) in chunk.saved()? {
-                let copy = c10d::on_host(|| piece.f_to_device_(Device::Cpu, Kind::Float, false, true))?;
-                outgoing.push((key(model_name, i, part), Outgoing::new(&copy)?));
+                let piece = c10d::on_host(|| piece.f_to_device_(Device::Cpu, Kind::Float, false, copied))?;
+                outgoing.push((key(model_name, i, part), Outgoing::new(&piece)?));
             }
         }
     }
     Ok(outgoing)
+}
+
+/// Bytes of what this rank keeps of the models.
+pub(super) fn bytes(models: &[(&str, &Model)]) -> Result<u64> {
+    let chunks = models.iter().flat_map(|(_, model)| model.trained());
+    let sizes = chunks.map(|chunk| Ok(chunk.saved()?.iter().map(|(_, t)| t.numel() * size_of::<f32>()).sum::<usize>()));
+    Ok(sizes.sum::<Result<usize>>()? as u64)
 }
 
 /// Writes and flushes a rank's file into `dir`; returns its hash.

@@ -23,6 +23,23 @@ pub(super) fn host() -> Memory {
     Memory { current: c10d::host_bytes(), peak: c10d::peak_host_bytes(), limit: limit_of(&cgroup, &machine) }
 }
 
+/// Main memory that can still be taken, of the container or of the machine, whichever has less; `None` where nobody says. What
+/// the kernel can drop, such as cached files, counts as free.
+pub fn host_room() -> Option<u64> {
+    let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
+    room_of(&read("/sys/fs/cgroup/memory.max"), &read("/sys/fs/cgroup/memory.stat"), &read("/proc/meminfo"))
+}
+
+fn room_of(cgroup_limit: &str, cgroup_stat: &str, meminfo: &str) -> Option<u64> {
+    let field = |text: &str, name: &str| {
+        text.lines().find_map(|line| line.strip_prefix(name)?.split_whitespace().next()?.parse::<u64>().ok())
+    };
+    let machine = field(meminfo, "MemAvailable:").map(|kib| kib * 1024);
+    let limit = cgroup_limit.trim().parse::<u64>().ok();
+    let container = limit.zip(field(cgroup_stat, "anon ")).map(|(limit, anon)| limit.saturating_sub(anon));
+    machine.into_iter().chain(container).min()
+}
+
 /// A CUDA device: what libtorch's allocator has taken from it, cached blocks included, as that is what runs out.
 pub(super) fn device(index: usize) -> Option<Memory> {
     let memory = c10d::device_memory(index).ok()?;
@@ -49,6 +66,16 @@ mod tests {
         assert_eq!(limit_of("max\n", machine), Some(24 << 20));
         assert_eq!(limit_of("9223372036854771712\n", machine), Some(24 << 20));
         assert_eq!(limit_of("", ""), None);
+    }
+
+    #[test]
+    fn the_room_is_what_container_and_machine_both_have() {
+        let machine = "MemTotal:       24576 kB\nMemAvailable:   4096 kB\n";
+        let stat = "anon 1048576\nfile 999999999\n";
+        assert_eq!(room_of("max\n", stat, machine), Some(4 << 20));
+        assert_eq!(room_of("3145728\n", stat, machine), Some(2 << 20));
+        assert_eq!(room_of("1024\n", stat, machine), Some(0));
+        assert_eq!(room_of("", "", ""), None);
     }
 
     #[test]

@@ -6,7 +6,7 @@
 mod figure;
 pub mod http;
 pub mod logging;
-mod memory;
+pub mod memory;
 mod metrics;
 mod pace;
 
