@@ -1,6 +1,6 @@
 # Short names for what the scripts do; `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-down test test-law check generate images cluster-up cluster-down
+.PHONY: help demo demo-down test test-law bench check generate images cluster-up cluster-down
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -16,6 +16,9 @@ test: ## builds all and runs every test, those on a cluster too
 
 test-law: ## every strategy, split and family against the plain run; hours on two cores
 	tests/law.sh
+
+bench: ## speed and memory of the trainer's settings, each beside the one it is compared with (MODEL: a key or folder)
+	tests/bench.sh
 
 check: ## the static checks, cheapest first
 	tests/check.sh
