@@ -63,11 +63,6 @@ impl Manifest {
 }
 
 impl FileEntry {
-    /// The file of a rank whose content has this hash.
-    pub fn new(rank: u32, digest: &[u8; 32]) -> Self {
-        Self { name: super::shard_file::name(rank), sha256: hex(digest) }
-    }
-
     /// Whether the file in `dir` is there and has the content that was written.
     pub fn is_intact(&self, dir: &Path) -> std::io::Result<bool> {
         match sha256(&dir.join(&self.name)) {

@@ -1,8 +1,8 @@
 //! Checkpoints: whole or absent, verified by hash, independent of the world size that wrote them.
 //!
 //! `step-N/` holds one safetensors file a rank with that rank's range of every chunk (parameters and moments),
-//! and `manifest.json`. All ranks write copies into a folder beside it while training goes on, and rank 0 renames that once
-//! every file is flushed and its hash is known. Random draws are made by counter, so a step number and a stage's own state are all
+//! and `manifest.json`. All ranks write copies into a folder beside it while training goes on, and rank 0 renames that as soon
+//! as every file is flushed and its hash is known. Random draws are made by counter, so a step number and a stage's own state are all
 //! that a resumed run needs to go on exactly.
 
 mod manifest;
@@ -19,7 +19,11 @@ use rlhf_api::report::Checkpoint;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::thread::JoinHandle;
+use std::sync::mpsc::{Receiver, TryRecvError, channel};
+use std::time::Duration;
+
+/// Time between two looks at what others are still writing.
+const POLL: Duration = Duration::from_millis(20);
 
 /// The checkpoints of one stage of one job.
 pub struct Checkpoints {
@@ -36,39 +40,40 @@ pub struct Checkpoints {
 
 /// A checkpoint that is being written.
 pub struct Saving {
-    checkpoints: Checkpoints,
-    temporary: PathBuf,
-    manifest: Manifest,
-    writer: JoinHandle<Result<[u8; 32]>>,
+    checkpoint: Checkpoint,
+    /// What came of this rank's part: its file, and on rank 0 the whole.
+    outcome: Receiver<Result<()>>,
+    done: bool,
 }
 
 impl Saving {
-    /// Whether every rank has written its file. Every rank must ask.
-    ///
-    /// # Errors
-    /// A peer was lost.
-    pub fn is_written(&self, group: &Group) -> Result<bool> {
-        Ok(!group.any(!self.writer.is_finished())?)
-    }
-
-    /// Waits until every rank has written its file, and gives the checkpoint its name. Older ones beyond the number to keep
-    /// are deleted.
+    /// Whether the checkpoint is whole. Every rank must ask.
     ///
     /// # Errors
     /// Where storage failed or a peer was lost; the checkpoints that were there are still there.
-    pub fn finish(self, group: &Group) -> Result<Checkpoint> {
-        let Self { checkpoints, temporary, mut manifest, writer } = self;
-        let digest = writer.join().unwrap_or_else(|_| Err(Error::bug("the writer of a checkpoint panicked")))?;
-        let digests = group.gather_digests(&digest)?;
-        if group.is_first() {
-            manifest.files = (0..).zip(&digests).map(|(rank, d)| FileEntry::new(rank, d)).collect();
-            files::write(&temporary.join(MANIFEST), &manifest.to_json()?)?;
-            files::sync_dir(&temporary)?;
-            files::publish_dir(&temporary, &checkpoints.path(manifest.step))?;
-            checkpoints.prune(manifest.step)?;
+    pub fn is_whole(&mut self, group: &Group) -> Result<bool> {
+        if !self.done {
+            match self.outcome.try_recv() {
+                Ok(outcome) => {
+                    outcome?;
+                    self.done = true;
+                }
+                Err(TryRecvError::Empty) => {}
+                Err(TryRecvError::Disconnected) => return Err(Error::bug("the writer of a checkpoint panicked")),
+            }
         }
-        group.barrier()?;
-        Ok(checkpoints.describe(manifest.step))
+        Ok(!group.any(!self.done)?)
+    }
+
+    /// Waits until the checkpoint is whole. Every rank must call it.
+    ///
+    /// # Errors
+    /// As [`Saving::is_whole`].
+    pub fn finish(mut self, group: &Group) -> Result<Checkpoint> {
+        while !self.is_whole(group)? {
+            std::thread::sleep(POLL);
+        }
+        Ok(self.checkpoint)
     }
 }
 
@@ -108,11 +113,19 @@ impl Checkpoints {
 
     /// Starts saving the models and the stage's state after `step` steps: takes a copy of what this rank keeps and writes it
     /// in the background, while training goes on. Where host memory has no room for the copies, everything is written before
-    /// it returns. Every rank must call it, and [`Saving::finish`] later.
+    /// it returns. `told` hears of the whole checkpoint on rank 0, as soon as it is whole. Every rank must call it, and
+    /// [`Saving::finish`] later.
     ///
     /// # Errors
     /// Where storage failed or a peer was lost; the checkpoints that were there are still there.
-    pub fn start_save(self, group: &Group, step: u64, models: &[(&str, &Model)], state: &Value) -> Result<Saving> {
+    pub fn start_save(
+        self,
+        group: &Group,
+        step: u64,
+        models: &[(&str, &Model)],
+        state: &Value,
+        told: impl FnOnce(Checkpoint) + Send + 'static,
+    ) -> Result<Saving> {
         // The attempt is in the name, so that a rank of an older attempt that is not gone yet writes elsewhere.
         let temporary = files::sibling(&self.path(step), &format!("attempt-{}.tmp", self.attempt));
         if group.is_first() {
@@ -120,18 +133,55 @@ impl Checkpoints {
             files::make_dir(&temporary)?;
         }
         group.barrier()?;
-        let manifest = self.manifest(step, models, state);
-        let (dir, rank) = (temporary.clone(), group.rank());
         let bytes = shard_file::bytes(models)?;
-        let writer = if memory::host_room().is_none_or(|room| bytes.saturating_mul(self.workers_per_node) < room) {
-            let pieces = shard_file::pieces(models, true)?;
-            std::thread::spawn(move || shard_file::write(&dir, rank, pieces))
+        let copied = memory::host_room().is_none_or(|room| bytes.saturating_mul(self.workers_per_node) < room);
+        let pieces = shard_file::pieces(models, copied)?;
+        let checkpoint = self.describe(step);
+        let (manifest, rank) = (self.manifest(step, models, state), group.rank());
+        let whole = group.is_first().then_some(group.world_size());
+        let write = move || {
+            shard_file::write(&temporary, rank, pieces)?;
+            whole.map_or(Ok(()), |world_size| self.publish(&temporary, manifest, world_size, told))
+        };
+        let (send, outcome) = channel();
+        // Nobody hears it where the process ends for another reason.
+        let write = move || drop(send.send(write()));
+        if copied {
+            std::thread::spawn(write);
         } else {
             tracing::info!(step, bytes, "host memory has no room to copy what is saved: training waits for it");
-            let written = shard_file::write(&dir, rank, shard_file::pieces(models, false)?);
-            std::thread::spawn(move || written)
-        };
-        Ok(Saving { checkpoints: self, temporary, manifest, writer })
+            write();
+        }
+        Ok(Saving { checkpoint, outcome, done: false })
+    }
+
+    /// Waits for the files of all ranks, which say by a file beside them that they are whole, and gives the checkpoint its
+    /// name. Ranks need not meet for that, so it does not wait for the end of a long step. Older checkpoints beyond the number
+    /// to keep are deleted.
+    fn publish(
+        &self,
+        temporary: &Path,
+        mut manifest: Manifest,
+        world_size: u32,
+        told: impl FnOnce(Checkpoint),
+    ) -> Result<()> {
+        for rank in 0..world_size {
+            let seal = temporary.join(shard_file::seal(rank));
+            let sha256 = loop {
+                match std::fs::read_to_string(&seal) {
+                    Ok(sha256) => break sha256,
+                    Err(e) if e.kind() == std::io::ErrorKind::NotFound => std::thread::sleep(POLL),
+                    Err(e) => return Err(Error::storage(&seal, e)),
+                }
+            };
+            std::fs::remove_file(&seal).map_err(|e| Error::storage(&seal, e))?;
+            manifest.files.push(FileEntry { name: shard_file::name(rank), sha256 });
+        }
+        files::write(&temporary.join(MANIFEST), &manifest.to_json()?)?;
+        files::sync_dir(temporary)?;
+        files::publish_dir(temporary, &self.path(manifest.step))?;
+        told(self.describe(manifest.step));
+        self.prune(manifest.step)
     }
 
     /// The manifest, without the ranks' files.

@@ -3,6 +3,7 @@
 use super::manifest::{self, FileEntry};
 use crate::engine::{Chunk, Model, part};
 use crate::error::{Error, Result};
+use crate::files;
 use crate::model::Outgoing;
 use safetensors::tensor::{Dtype, SafeTensors};
 use std::collections::HashMap;
@@ -42,12 +43,18 @@ pub(super) fn bytes(models: &[(&str, &Model)]) -> Result<u64> {
     Ok(sizes.sum::<Result<usize>>()? as u64)
 }
 
-/// Writes and flushes a rank's file into `dir`; returns its hash.
-pub(super) fn write(dir: &Path, rank: u32, pieces: Vec<(String, Outgoing)>) -> Result<[u8; 32]> {
+/// The file that holds the hash of a rank's file, and is there once that is whole.
+pub(super) fn seal(rank: u32) -> String {
+    format!("rank-{rank:05}.sha256")
+}
+
+/// Writes and flushes a rank's file into `dir`, and seals it.
+pub(super) fn write(dir: &Path, rank: u32, pieces: Vec<(String, Outgoing)>) -> Result<()> {
     let path = dir.join(name(rank));
     safetensors::serialize_to_file(pieces, None, &path).map_err(|e| Error::storage(&path, e))?;
     let flushed = File::open(&path).and_then(|f| f.sync_all()).and_then(|()| manifest::sha256(&path));
-    flushed.map_err(|e| Error::storage(&path, e))
+    let digest = flushed.map_err(|e| Error::storage(&path, e))?;
+    files::write(&dir.join(seal(rank)), manifest::hex(&digest).as_bytes())
 }
 
 /// Fills a model's chunks from the ranges in all ranks' files, whatever world size wrote them.

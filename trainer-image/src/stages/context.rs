@@ -222,8 +222,7 @@ impl Context {
         if result.as_ref().is_err_and(|e| e.exit == ExitCode::Terminated) {
             self.finish_save(true)?;
             if step > 0 && self.telemetry.progress().checkpoint.is_none_or(|c| c.step != step) {
-                let saving = self.checkpoints().start_save(&self.group, step, models, state)?;
-                self.telemetry.checkpoint(saving.finish(&self.group)?);
+                self.telemetry.checkpoint(self.start_save(step, models, state)?.finish(&self.group)?);
             }
         }
         result
@@ -257,7 +256,7 @@ impl Context {
         self.telemetry.phase(Phase::Checkpoint, || {
             self.finish_save(due || stop)?;
             if due || stop {
-                let saving = self.checkpoints().start_save(&self.group, step, models, state)?;
+                let saving = self.start_save(step, models, state)?;
                 *self.saving.borrow_mut() = Some(saving);
                 self.finish_save(stop || step == total)?;
             }
@@ -269,10 +268,16 @@ impl Context {
         Ok(())
     }
 
-    /// Ends the save in flight, if there is one and every rank has written its part, or in any case where it must.
+    fn start_save(&self, step: u64, models: &[(&str, &Model)], state: &Value) -> Result<Saving> {
+        let telemetry = self.telemetry.clone();
+        let told = move |checkpoint| telemetry.checkpoint(checkpoint);
+        self.checkpoints().start_save(&self.group, step, models, state, told)
+    }
+
+    /// Ends the save in flight, if there is one and it is whole, or in any case where it must.
     fn finish_save(&self, must: bool) -> Result<()> {
-        let Some(saving) = self.saving.take() else { return Ok(()) };
-        if !must && !saving.is_written(&self.group)? {
+        let Some(mut saving) = self.saving.take() else { return Ok(()) };
+        if !must && !saving.is_whole(&self.group)? {
             *self.saving.borrow_mut() = Some(saving);
             return Ok(());
         }
