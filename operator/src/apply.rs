@@ -92,9 +92,11 @@ pub async fn apply(job: &RLHFJob, decision: &Decision, ctx: &Context) -> Result<
         publish(job, notice, ctx).await;
     }
     for child in delete {
+        still_leads(ctx)?;
         delete_job(job, child, ctx).await?;
     }
     for pod in lost {
+        still_leads(ctx)?;
         remove_lost(job, pod, ctx).await?;
     }
     for (child, suspended) in suspend {
@@ -102,6 +104,7 @@ pub async fn apply(job: &RLHFJob, decision: &Decision, ctx: &Context) -> Result<
     }
     let mut blocked = None;
     for children in make {
+        still_leads(ctx)?;
         match make_children(job, children, ctx).await {
             Err(error @ (Error::Foreign { .. } | Error::Refused { .. })) => {
                 blocked.get_or_insert(Blocked { stage: children.stage.clone(), error });
@@ -114,9 +117,15 @@ pub async fn apply(job: &RLHFJob, decision: &Decision, ctx: &Context) -> Result<
         }
     }
     if *expired {
+        still_leads(ctx)?;
         delete_expired(job, ctx).await?;
     }
     Ok(blocked)
+}
+
+/// Another may lead by now where this process was stopped, or the API server was slow, in the middle of a decision.
+fn still_leads(ctx: &Context) -> Result<(), Error> {
+    if ctx.leadership.holds() { Ok(()) } else { Err(Error::Stale) }
 }
 
 /// Deletes the job itself as it was looked at, and not one whose `ttlSecondsAfterFinished` was raised meanwhile or

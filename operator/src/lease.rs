@@ -142,7 +142,7 @@ impl Candidate {
         let spec = found.spec.clone().unwrap_or_default();
         let holder = spec.holder_identity.clone().unwrap_or_default();
         let theirs = spec.lease_duration_seconds.and_then(|s| u64::try_from(s).ok()).map(Duration::from_secs);
-        if !holder.is_empty() && self.unchanged_since.elapsed() < theirs.unwrap_or(DURATION) {
+        if !holder.is_empty() && self.unchanged_since.elapsed() < theirs.map_or(DURATION, |d| d.max(DURATION)) {
             return Ok(Some(holder));
         }
         let begun = Instant::now();
@@ -190,10 +190,10 @@ impl Candidate {
                 let found = timeout(RETRY_PERIOD, self.api.get_opt(&self.name)).await;
                 let found = found.ok().and_then(|answer| self.metrics.api("get", answer).ok());
                 match found {
-                    Some(Some(other)) if holder(&other) != self.identity => {
+                    Some(Some(other)) if !holder(&other).is_empty() && holder(&other) != self.identity => {
                         return Err(Lost::Taken(holder(&other).into()));
                     }
-                    // Somebody has touched or deleted it, and no other name stands in it.
+                    // Somebody has touched, cleared or deleted it, and no other name stands in it.
                     Some(found) => self.lease = found,
                     None => {}
                 }
@@ -211,7 +211,11 @@ impl Candidate {
             return self.metrics.api("create", self.api.create(&PostParams::default(), &lease).await);
         };
         let mut renewed = lease.clone();
-        renewed.spec.get_or_insert_default().renew_time = Some(MicroTime(Timestamp::now()));
+        let spec = renewed.spec.get_or_insert_default();
+        spec.holder_identity = Some(self.identity.clone());
+        // Candidates go by what stands there, and this process by its own deadline, which suits no other duration.
+        spec.lease_duration_seconds = i32::try_from(DURATION.as_secs()).ok();
+        spec.renew_time = Some(MicroTime(Timestamp::now()));
         self.replace(&renewed).await
     }
 

@@ -174,16 +174,18 @@ impl Pass<'_> {
         self.limit_stall(slot, view);
     }
 
-    /// Ends an attempt that stands still. Only what a trainer says counts, or the silence of one that spoke before:
-    /// an operator that cannot reach trainers at all must not restart them.
+    /// Ends an attempt that stands still. Only what a trainer says counts, or the silence of one that spoke to this very
+    /// process before: an operator that cannot reach trainers at all must not restart them. While models are loaded, and
+    /// after the last step, while the model is written, the longer of the two limits holds.
     fn limit_stall(&mut self, slot: &mut StageStatus, view: &StageView) {
         let policy = &self.job.spec.failure_policy;
         let (Some(since), 1..) = (slot.advanced_at, policy.stall_seconds) else { return };
-        let loading = if has_figures(slot) { 0 } else { policy.startup_deadline_seconds };
-        let limit = SignedDuration::from_secs(policy.stall_seconds.max(loading).into());
+        let finished = slot.progress.as_ref().is_some_and(|p| p.total_steps > 0 && p.step >= p.total_steps);
+        let patience = if has_figures(slot) && !finished { 0 } else { policy.startup_deadline_seconds };
+        let limit = SignedDuration::from_secs(policy.stall_seconds.max(patience).into());
         let heard = match view.silent_for {
             None => view.progress.is_some(),
-            Some(silence) => slot.progress.is_some() && silence >= limit,
+            Some(silence) => view.progress.is_some() && silence >= limit,
         };
         if !heard || self.now.duration_since(since) < limit {
             return;

@@ -134,7 +134,8 @@ impl Checkpoints {
         }
         group.barrier()?;
         let bytes = shard_file::bytes(models)?;
-        let copied = memory::host_room().is_none_or(|room| bytes.saturating_mul(self.workers_per_node) < room);
+        let room = memory::host_room().is_none_or(|room| bytes.saturating_mul(self.workers_per_node) < room);
+        let copied = !group.any(!room)?;
         let pieces = shard_file::pieces(models, copied)?;
         let checkpoint = self.describe(step);
         let (manifest, rank) = (self.manifest(step, models, state), group.rank());
@@ -145,14 +146,15 @@ impl Checkpoints {
         };
         let (send, outcome) = channel();
         // Nobody hears it where the process ends for another reason.
-        let write = move || drop(send.send(write()));
-        if copied {
-            std::thread::spawn(write);
-        } else {
+        std::thread::spawn(move || drop(send.send(write())));
+        let mut saving = Saving { checkpoint, outcome, done: false };
+        if !copied {
             tracing::info!(step, bytes, "host memory has no room to copy what is saved: training waits for it");
-            write();
+            while !saving.is_whole(group)? {
+                std::thread::sleep(POLL);
+            }
         }
-        Ok(Saving { checkpoint, outcome, done: false })
+        Ok(saving)
     }
 
     /// Waits for the files of all ranks, which say by a file beside them that they are whole, and gives the checkpoint its
@@ -170,7 +172,9 @@ impl Checkpoints {
             let sha256 = loop {
                 match std::fs::read_to_string(&seal) {
                     Ok(sha256) => break sha256,
-                    Err(e) if e.kind() == std::io::ErrorKind::NotFound => std::thread::sleep(POLL),
+                    Err(e) if e.kind() == std::io::ErrorKind::NotFound && temporary.exists() => {
+                        std::thread::sleep(POLL);
+                    }
                     Err(e) => return Err(Error::storage(&seal, e)),
                 }
             };
@@ -211,7 +215,7 @@ impl Checkpoints {
         for step in self.steps()?.into_iter().filter(own).skip(self.keep) {
             files::remove_dir(&self.path(step))?;
         }
-        for name in self.names()?.iter().filter(|n| n.ends_with(".tmp")) {
+        for name in self.names()?.iter().filter(|n| attempt_of(n).is_some_and(|attempt| attempt <= self.attempt)) {
             files::remove_dir(&self.dir.join(name))?;
         }
         Ok(())
@@ -308,8 +312,26 @@ impl Checkpoints {
     }
 }
 
+/// The attempt that was writing the folder of this name, if it is one of an unfinished checkpoint. Those of a later attempt
+/// are not touched: this process may be one that should be gone.
+fn attempt_of(name: &str) -> Option<u32> {
+    name.strip_suffix(".tmp")?.rsplit_once("attempt-")?.1.parse().ok()
+}
+
 /// Why a checkpoint is not resumed from.
 enum Unusable {
     Damaged(String),
     Foreign(String),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_unfinished_checkpoint_tells_the_attempt_that_was_writing_it() {
+        let path = files::sibling(Path::new("checkpoints/step-20"), "attempt-3.tmp");
+        assert_eq!(attempt_of(path.file_name().unwrap().to_str().unwrap()), Some(3));
+        assert_eq!(["step-20", "step-20.damaged", "step-20.old", "x.tmp"].map(attempt_of), [None; 4]);
+    }
 }

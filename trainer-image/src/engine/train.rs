@@ -6,6 +6,7 @@
 //! as it can be.
 
 use super::chunk::Chunk;
+use super::group::Gather;
 use super::link::{HeldLink, LinkFetch};
 use super::loss_scale::LossScale;
 use super::model::{HeldHead, Model};
@@ -264,9 +265,14 @@ impl Model {
         Ok(Step::Skipped)
     }
 
+    /// Two exchanges are in flight at most, as each may need a chunk's room on the device.
     fn publish(&mut self) -> Result<()> {
-        let exchanges = self.trained_mut().map(Chunk::publish).collect::<Result<Vec<_>>>()?;
-        exchanges.into_iter().flatten().try_for_each(super::group::Gather::finish)
+        let mut before: Option<Gather> = None;
+        for chunk in self.trained_mut() {
+            let next = chunk.publish()?;
+            std::mem::replace(&mut before, next).map_or(Ok(()), Gather::finish)?;
+        }
+        before.map_or(Ok(()), Gather::finish)
     }
 
     /// Goes on from restored chunks, which have seen so many optimizer steps. Every rank calls it.
