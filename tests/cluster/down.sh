@@ -120,7 +120,8 @@ fi
 if [ ! -d "$STATE/run" ] && ! orphaned; then exit 0; fi
 say "stopping the cluster"
 stop kubelet proxy coredns scheduler controllers
-no_kubelet || die "another kubelet runs on this machine (port 10250): its pods cannot be told from ours, so nothing more is touched"
+# A process that is ending has no command line any more, but its port still for a moment.
+await 10 "the kubelet's port" no_kubelet || die "another kubelet runs on this machine (port 10250): its pods cannot be told from ours, so nothing more is touched"
 stop_pods
 stop apiserver containerd
 stop etcd
