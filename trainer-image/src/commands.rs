@@ -1,4 +1,5 @@
-//! The commands that a person runs by hand: `bench`. They print a table or, with `--json`, one object in the last line.
+//! The command `bench`, and the flags that it shares with `plan`. Both are run by hand, and print a table or, with `--json`,
+//! one object in the last line.
 
 use crate::bench::{self, Figures, Workload};
 use crate::error::{Error, Result};

@@ -72,6 +72,13 @@ pub struct PlanFlags {
     json: bool,
 }
 
+impl From<&PlanFlags> for Fixed {
+    fn from(flags: &PlanFlags) -> Self {
+        let PlanFlags { precision, sharding, offload, recompute, .. } = *flags;
+        Self { precision, sharding, offload, recompute }
+    }
+}
+
 fn memory(text: &str) -> std::result::Result<u64, String> {
     parse_bytes(text).ok_or_else(|| "not an amount of memory such as 80Gi or 1Ti".into())
 }
@@ -82,13 +89,7 @@ fn memory(text: &str) -> std::result::Result<u64, String> {
 /// The model or a flag is wrong. That nothing fits is an answer, not an error.
 pub fn plan(flags: &PlanFlags) -> Result<()> {
     let (task, machines) = question(flags)?;
-    let fixed = Fixed {
-        precision: flags.precision,
-        sharding: flags.sharding,
-        offload: flags.offload,
-        recompute: flags.recompute,
-    };
-    let verdicts = verdicts(&task, &machines, fixed);
+    let verdicts = verdicts(&task, &machines, flags.into());
     let answer = fastest(&verdicts, &machines);
     let (chosen, reason) = match &answer {
         Ok(verdict) => (Some(verdict), None),
@@ -244,13 +245,7 @@ mod tests {
     fn answer(text: &str) -> (Vec<Verdict>, Value) {
         let flags = flags(text);
         let (task, machines) = question(&flags).unwrap();
-        let fixed = Fixed {
-            precision: flags.precision,
-            sharding: flags.sharding,
-            offload: flags.offload,
-            recompute: flags.recompute,
-        };
-        let verdicts = verdicts(&task, &machines, fixed);
+        let verdicts = verdicts(&task, &machines, (&flags).into());
         let object = match fastest(&verdicts, &machines) {
             Ok(verdict) => object(&verdict, None),
             Err(error) => object(error.closest.as_deref().unwrap(), Some(&error.to_string())),

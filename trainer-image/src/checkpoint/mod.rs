@@ -70,10 +70,15 @@ impl Saving {
     /// # Errors
     /// As [`Saving::is_whole`].
     pub fn finish(mut self, group: &Group) -> Result<Checkpoint> {
+        self.wait(group)?;
+        Ok(self.checkpoint)
+    }
+
+    fn wait(&mut self, group: &Group) -> Result<()> {
         while !self.is_whole(group)? {
             std::thread::sleep(POLL);
         }
-        Ok(self.checkpoint)
+        Ok(())
     }
 }
 
@@ -150,9 +155,7 @@ impl Checkpoints {
         let mut saving = Saving { checkpoint, outcome, done: false };
         if !copied {
             tracing::info!(step, bytes, "host memory has no room to copy what is saved: training waits for it");
-            while !saving.is_whole(group)? {
-                std::thread::sleep(POLL);
-            }
+            saving.wait(group)?;
         }
         Ok(saving)
     }
