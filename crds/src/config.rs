@@ -33,13 +33,25 @@ pub mod env {
     pub const ATTEMPT: &str = "RLHF_ATTEMPT";
     /// Where the job's volume is mounted.
     pub const VOLUME: &str = "RLHF_VOLUME";
+    /// The attempt's [`Strategy`](crate::stage::Strategy) as JSON. It goes before the config's.
+    pub const STRATEGY: &str = "RLHF_STRATEGY";
     /// `text` or `json`.
     pub const LOG_FORMAT: &str = "RLHF_LOG_FORMAT";
     /// What a request for a worker's `/progress` has to carry as its bearer token; from a Secret, and nowhere else.
     pub const PROGRESS_KEY: &str = "RLHF_PROGRESS_KEY";
     /// All of them, for the rule that refuses them in a pod template.
-    pub const RESERVED: [&str; 9] =
-        [MASTER_ADDR, MASTER_PORT, NODE_RANK, NNODES, NPROC_PER_NODE, ATTEMPT, VOLUME, LOG_FORMAT, PROGRESS_KEY];
+    pub const RESERVED: [&str; 10] = [
+        MASTER_ADDR,
+        MASTER_PORT,
+        NODE_RANK,
+        NNODES,
+        NPROC_PER_NODE,
+        ATTEMPT,
+        VOLUME,
+        STRATEGY,
+        LOG_FORMAT,
+        PROGRESS_KEY,
+    ];
 }
 
 /// The job to which a pod belongs.
@@ -81,9 +93,10 @@ pub struct StageConfig {
     pub stage: String,
     /// What the stage does.
     pub kind: StageKind,
-    /// How the models are placed and run.
-    #[serde(default)]
-    pub strategy: Strategy,
+    /// How the models are placed and run. The operator leaves it out: it may differ from attempt to attempt, and so
+    /// travels in [`env::STRATEGY`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub strategy: Option<Strategy>,
     /// When checkpoints are written.
     #[serde(default)]
     pub checkpoint: CheckpointPolicy,

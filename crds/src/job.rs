@@ -5,9 +5,10 @@
 //! server's answer names the path. Only fields that do something exist. A job is one run: nothing but
 //! `suspend` and `ttlSecondsAfterFinished` can change.
 
+use crate::choice::StrategySpec;
 use crate::config::env::RESERVED;
 use crate::names;
-use crate::report::{Checkpoint, Output, Progress};
+use crate::report::{Checkpoint, Output, Prepared, Progress};
 use crate::stage::{CheckpointPolicy, Ppo, RewardModel, Sft, StageKind, Strategy, VOLUME_URI_PATTERN};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{EnvVar, ResourceRequirements, Toleration};
@@ -45,7 +46,11 @@ use std::collections::BTreeMap;
     validation = names_fit(),
 )]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-#[x_kube(validation = immutable_option("activeDeadlineSeconds"), validation = immutable_option("managedBy"))]
+#[x_kube(
+    validation = immutable_option("activeDeadlineSeconds"),
+    validation = immutable_option("managedBy"),
+    validation = memory_is_known(),
+)]
 pub struct RLHFJobSpec {
     /// The pretrained model from which stages start.
     #[x_kube(validation = immutable("model"))]
@@ -60,7 +65,7 @@ pub struct RLHFJobSpec {
     /// How models are placed and run, for every stage.
     #[serde(default)]
     #[x_kube(validation = immutable("strategy"))]
-    pub strategy: Strategy,
+    pub strategy: StrategySpec,
     /// The stages. An edge is a reference by name; stages without an edge between them run side by side.
     #[schemars(length(min = 1, max = 16))]
     #[x_kube(
@@ -111,6 +116,17 @@ fn names_fit() -> Rule {
     );
     Rule::new(format!("self.spec.stages.all(s, size(self.metadata.name) + size(s.name) <= {most})"))
         .message(message.as_str())
+}
+
+/// What is to fit has to fit into something: a container's limit of memory, and not what its node happens to have.
+fn memory_is_known() -> Rule {
+    let limited = |compute: &str| format!("has({compute}.resources.limits) && 'memory' in {compute}.resources.limits");
+    Rule::new(format!(
+        "![self.strategy.sharding, self.strategy.offload, self.strategy.recompute].exists(c, c == 'auto') || self.stages.all(s, has(s.compute) ? {} : {})",
+        limited("s.compute"),
+        limited("self.compute")
+    ))
+    .message("strategy has a setting that is auto, which needs compute.resources.limits.memory, in each stage's own compute too; write how much memory a pod may use, or write the setting")
 }
 
 /// Keeps a field as it was when the job was created.
@@ -175,6 +191,9 @@ pub struct VolumeClaim {
         "!(has(self.resources.limits) && self.deviceResource in self.resources.limits) && !(has(self.resources.requests) && self.deviceResource in self.resources.requests)"
     )
     .message("resources must not count devices; set devicesPerNode, from which their requests and limits are made"),
+    validation = Rule::new("!has(self.deviceMemory) || self.devicesPerNode > 0").message(
+        "deviceMemory is the memory of each device, and there is none; set devicesPerNode, or leave out deviceMemory"
+    ),
     validation = Rule::new("self.devicesPerNode == 0 || self.cpuWorkersPerNode == 1").message(
         "cpuWorkersPerNode is for training on CPU, with devices there is one worker each; leave out cpuWorkersPerNode, or devicesPerNode"
     ),
@@ -195,6 +214,11 @@ pub struct Compute {
         "deviceResource must be an extended resource's name, such as nvidia.com/gpu or amd.com/gpu"
     ))]
     pub device_resource: String,
+    /// The memory of each device, such as `80Gi`, for the plan of a stage. By default the least that the label
+    /// `nvidia.com/gpu.memory` tells of the nodes on which the pods may run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 32), regex(pattern = r"^[1-9][0-9]*(\.[0-9]+)?(Ki|Mi|Gi|Ti|k|M|G|T)?$"))]
+    pub device_memory: Option<String>,
     /// Worker processes in each pod when training on CPU.
     #[serde(default = "one")]
     #[schemars(range(min = 1, max = 64))]
@@ -214,6 +238,7 @@ impl Default for Compute {
             nodes: one(),
             devices_per_node: 0,
             device_resource: default_device_resource(),
+            device_memory: None,
             cpu_workers_per_node: one(),
             resources: ResourceRequirements::default(),
             pod_template: PodTemplate::default(),
@@ -513,6 +538,9 @@ pub struct RLHFJobStatus {
     /// The check of model and data.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prepare: Option<StageStatus>,
+    /// What the check found, with which the stages are planned.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prepared: Option<Prepared>,
     /// The stages, in the spec's order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["name".into()]))]
@@ -552,6 +580,9 @@ pub struct StageStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<String>", extend("format" = "date-time"))]
     pub advanced_at: Option<Timestamp>,
+    /// How the stage's models are placed, and what that takes: of the current attempt, or of the next.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub plan: Option<StagePlan>,
     /// How far the current attempt is, as rank 0 last told.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub progress: Option<Progress>,
@@ -564,6 +595,37 @@ pub struct StageStatus {
     /// At success: where the model is, and the final figures.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub output: Option<Output>,
+}
+
+/// How a stage's models are placed, and what that takes.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct StagePlan {
+    /// The strategy that the attempt's ranks are given.
+    pub strategy: Strategy,
+    /// Where it comes from.
+    pub source: PlanSource,
+    /// Bytes that it takes on each device at its peak; where the CPU computes, of each rank beside `hostBytes`.
+    pub device_bytes: u64,
+    /// Bytes of tensors that it takes on each host.
+    pub host_bytes: u64,
+    /// Bytes that each device has, where it is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device_memory_bytes: Option<u64>,
+    /// Bytes that a pod may use on each host, where it is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host_memory_bytes: Option<u64>,
+}
+
+/// Where a strategy comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum PlanSource {
+    /// It is written in the spec.
+    Spec,
+    /// It is the fastest that fits of what the spec leaves open.
+    Auto,
+    /// Memory ran out in spite of the plan before, so it is the next that takes less.
+    MoreFrugal,
 }
 
 fn is_zero(n: &u32) -> bool {

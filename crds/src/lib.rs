@@ -8,9 +8,11 @@
 //! The crate does no I/O. The `crd` feature adds the custom resource; the trainer is built without it
 //! and so links neither kube nor k8s-openapi.
 
+pub mod choice;
 pub mod config;
 #[cfg(feature = "crd")]
 pub mod job;
+pub mod model;
 #[cfg(feature = "crd")]
 pub mod names;
 pub mod report;

@@ -26,6 +26,8 @@ pub const LABEL_ATTEMPT: &str = "rlhf.dev/attempt";
 pub const LABEL_MANAGED_BY: &str = "app.kubernetes.io/managed-by";
 /// The prefix of the labels that are the operator's own; a pod template may not set them.
 pub const LABEL_PREFIX: &str = "rlhf.dev/";
+/// The label by which NVIDIA's GPU feature discovery tells how many MiB of memory a node's devices have.
+pub const LABEL_DEVICE_MEMORY: &str = "nvidia.com/gpu.memory";
 
 /// Condition: every stage succeeded.
 pub const CONDITION_COMPLETE: &str = "Complete";

@@ -4,6 +4,7 @@
 //! word is a [`TerminationMessage`] and an [`ExitCode`]; together they decide whether the operator goes on,
 //! starts another attempt, or gives up.
 
+use crate::model::ModelSpec;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -159,6 +160,28 @@ pub struct Output {
     pub metrics: BTreeMap<String, f64>,
 }
 
+/// What prepare found out: with it the stages are planned.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Prepared {
+    /// The shape of the job's model, from which all of its models are made.
+    pub model: ModelSpec,
+    /// The stages' datasets, in the spec's order.
+    pub datasets: Vec<DatasetShape>,
+}
+
+/// How large the batches from a dataset can be.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct DatasetShape {
+    /// The stage's name.
+    pub stage: String,
+    /// Tokens of the longest sequence, or prompt, as it is trained on.
+    pub longest_tokens: u32,
+    /// Sequences of a record: the responses of a ranking at most, 1 for others.
+    pub sequences: u32,
+}
+
 /// The last word of a pod: one JSON document of at most [`MAX_TERMINATION_BYTES`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -181,6 +204,9 @@ pub struct TerminationMessage {
     /// At success, where the model is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub output: Option<Output>,
+    /// At prepare's success, what it found out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prepared: Option<Box<Prepared>>,
 }
 
 impl TerminationMessage {
@@ -232,6 +258,7 @@ mod tests {
             step: Some(3),
             checkpoint: None,
             output: None,
+            prepared: None,
         };
         let json = message.to_bounded_json();
         assert!(json.len() <= MAX_TERMINATION_BYTES);

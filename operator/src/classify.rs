@@ -430,6 +430,7 @@ mod tests {
                 step: None,
                 checkpoint: None,
                 output: None,
+                prepared: None,
             });
         }
         let failure = cause(1, [pod].iter(), None, at(9)).unwrap();

@@ -1,6 +1,7 @@
 //! Reading the config that the operator mounts, with its place in the file where something is wrong.
 
 use crate::error::{Error, Result};
+use serde::Serialize;
 use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
 use std::path::Path;
@@ -10,8 +11,21 @@ use std::path::Path;
 pub struct ConfigFile<T> {
     /// What the file says.
     pub value: T,
-    /// SHA-256 of its bytes: ranks that agree on it were given the same config.
+    /// SHA-256 of its bytes, and of settings that came by another way: ranks that agree on it were given the same config.
     pub digest: [u8; 32],
+}
+
+impl<T> ConfigFile<T> {
+    /// The config with a setting that came by another way, which becomes part of what ranks agree on.
+    ///
+    /// # Errors
+    /// The setting cannot be written as JSON.
+    pub fn with<S: Serialize>(mut self, setting: S, set: impl FnOnce(&mut T, S)) -> Result<Self> {
+        let text = serde_json::to_vec(&setting).map_err(|e| Error::bug(e.to_string()))?;
+        self.digest = Sha256::new().chain_update(self.digest).chain_update(text).finalize().into();
+        set(&mut self.value, setting);
+        Ok(self)
+    }
 }
 
 /// Reads and checks a JSON config.
@@ -63,6 +77,12 @@ mod tests {
         }
         let good = read_text(r#"{"namespace": "a", "name": "b", "uid": "c"}"#).unwrap();
         assert_eq!(good.value.name, "b");
+        let set = |name: &str| {
+            let good = read_text(r#"{"namespace": "a", "name": "b", "uid": "c"}"#).unwrap();
+            good.with(name, |config, name| config.name = name.to_owned()).unwrap()
+        };
+        assert_eq!((set("x").value.name.as_str(), set("x").digest), ("x", set("x").digest));
+        assert!(set("x").digest != set("y").digest && set("x").digest != good.digest);
         assert_ne!(good.digest, read_text(r#"{"namespace": "a", "name": "b", "uid":  "c"}"#).unwrap().digest);
     }
 }

@@ -62,6 +62,7 @@ pub fn message(result: Result<Output>, rank: Option<u32>, progress: Option<Progr
         step,
         checkpoint: checkpoint.flatten(),
         output,
+        prepared: None,
     }
 }
 

@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Result};
 use rlhf_api::config::{RENDEZVOUS_PORT, VOLUME_DIR, env};
+use rlhf_api::stage::Strategy;
 use std::path::PathBuf;
 
 /// The environment variable that `launch` sets for each worker.
@@ -26,6 +27,8 @@ pub struct Environment {
     pub attempt: u32,
     /// Where the job's volume is mounted.
     pub volume: PathBuf,
+    /// The attempt's strategy, where it is not left to the config.
+    pub strategy: Option<Strategy>,
 }
 
 impl Environment {
@@ -61,6 +64,7 @@ impl Environment {
             local_rank: number(LOCAL_RANK, 0)?,
             attempt: number(env::ATTEMPT, 1)?,
             volume: lookup(env::VOLUME).filter(|v| !v.is_empty()).unwrap_or_else(|| VOLUME_DIR.into()).into(),
+            strategy: lookup(env::STRATEGY).filter(|v| !v.is_empty()).map(|text| strategy(&text)).transpose()?,
         };
         this.check()
     }
@@ -99,9 +103,15 @@ impl Environment {
     }
 }
 
+fn strategy(text: &str) -> Result<Strategy> {
+    serde_json::from_str(text)
+        .map_err(|e| Error::config(format!("environment variable {}: '{text}' is no strategy: {e}", env::STRATEGY)))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rlhf_api::stage::Sharding;
 
     fn read(pairs: &[(&str, &str)]) -> Result<Environment> {
         Environment::from_lookup(|name| pairs.iter().find(|(n, _)| *n == name).map(|(_, v)| v.to_string()))
@@ -112,7 +122,9 @@ mod tests {
         let e = read(&[("NODE_RANK", "2"), ("NNODES", "4"), ("NPROC_PER_NODE", "8"), ("LOCAL_RANK", "3")]).unwrap();
         assert_eq!((e.rank(), e.world_size()), (19, 32));
         let alone = read(&[]).unwrap();
-        assert_eq!((alone.rank(), alone.world_size(), alone.attempt), (0, 1, 1));
+        assert_eq!((alone.rank(), alone.world_size(), alone.attempt, alone.strategy), (0, 1, 1, None));
+        let told = read(&[("RLHF_STRATEGY", r#"{"sharding":"zero3"}"#)]).unwrap();
+        assert_eq!(told.strategy, Some(Strategy { sharding: Sharding::Zero3, ..Strategy::default() }));
     }
 
     #[test]
@@ -121,6 +133,7 @@ mod tests {
             (vec![("NODE_RANK", "x")], vec!["NODE_RANK", "'x'"]),
             (vec![("NODE_RANK", "2"), ("NNODES", "2")], vec!["NODE_RANK is 2", "NNODES is 2"]),
             (vec![("MASTER_PORT", "70000")], vec!["MASTER_PORT", "70000"]),
+            (vec![("RLHF_STRATEGY", r#"{"sharding":"auto"}"#)], vec!["RLHF_STRATEGY", "`auto`", "`zero3`"]),
         ] {
             let error = read(&pairs).unwrap_err();
             assert_eq!(error.exit.code(), 64);

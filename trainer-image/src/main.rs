@@ -153,13 +153,15 @@ fn leave(flag: TerminationFlag, message: TerminationMessage) -> TerminationMessa
 }
 
 fn prepare(config: &Path) -> TerminationMessage {
+    let mut prepared = None;
     let result = ending::guard(|| {
         let environment = Environment::from_process()?;
         let config = config_file::read::<PrepareConfig>(config)?.value;
         let report = prepare::run(&config, &environment.volume)?;
+        prepared = Some(Box::new(report.prepared()));
         Ok(Output { path: job_dir(&config), metrics: report.stages.iter().flat_map(counts).collect() })
     });
-    ending::message(result, None, None)
+    TerminationMessage { prepared, ..ending::message(result, None, None) }
 }
 
 /// The job's folder below the volume: a stage's model is two levels below it.
@@ -170,7 +172,7 @@ fn job_dir(config: &PrepareConfig) -> String {
 
 /// A stage's dataset in figures, such as `sft.train`.
 fn counts(report: &StageReport) -> Vec<(String, f64)> {
-    let Summary { records, train, eval, dropped, truncated, tokens, longest_tokens } = report.dataset;
+    let Summary { records, train, eval, dropped, truncated, tokens, longest_tokens, sequences } = report.dataset;
     let named = [
         ("records", records),
         ("train", train),
@@ -179,6 +181,7 @@ fn counts(report: &StageReport) -> Vec<(String, f64)> {
         ("truncated", truncated),
         ("tokens", tokens),
         ("longestTokens", longest_tokens),
+        ("sequences", sequences),
     ];
     named.into_iter().map(|(name, n)| (format!("{}.{name}", report.stage), n as f64)).collect()
 }

@@ -5,26 +5,40 @@
 use crate::data::{self, Summary, dataset_path};
 use crate::error::{Error, Result};
 use crate::files;
-use crate::model::{Adapters, Source};
+use crate::model::{Adapters, ModelSpec, Source};
 use crate::tokenizer::Tokenizer;
 use rlhf_api::config::{PrepareConfig, StageConfig};
+use rlhf_api::report::{DatasetShape, Prepared};
 use rlhf_api::stage::StageKind;
-use serde::Serialize;
 use std::path::{Path, PathBuf};
 
 /// Written to see whether a folder can be written, and removed.
 const PROBE: &str = ".rlhf-probe";
 
-/// The figures of a job's datasets.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+/// What was found of a job's model and datasets.
+#[derive(Clone, Debug, PartialEq)]
 pub struct PrepareReport {
+    /// The model's shape.
+    pub model: ModelSpec,
     /// One for each stage, in the job's order.
     pub stages: Vec<StageReport>,
 }
 
+impl PrepareReport {
+    /// What the operator plans with.
+    pub fn prepared(&self) -> Prepared {
+        let bounded = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
+        let shape = |report: &StageReport| DatasetShape {
+            stage: report.stage.clone(),
+            longest_tokens: bounded(report.dataset.longest_tokens),
+            sequences: bounded(report.dataset.sequences),
+        };
+        Prepared { model: self.model.clone(), datasets: self.stages.iter().map(shape).collect() }
+    }
+}
+
 /// The figures of a stage's dataset.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "camelCase")]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StageReport {
     /// The stage's name.
     pub stage: String,
@@ -50,7 +64,7 @@ pub fn run(config: &PrepareConfig, volume: &Path) -> Result<PrepareReport> {
         check_targets(stage, &model)?;
     }
     let stages = config.stages.iter().map(|stage| check_dataset(stage, volume, &tokenizer)).collect::<Result<_>>()?;
-    Ok(PrepareReport { stages })
+    Ok(PrepareReport { model: model.spec, stages })
 }
 
 /// The folders in which a stage makes its folders.
@@ -124,7 +138,7 @@ fn check_dataset(stage: &StageConfig, volume: &Path, tokenizer: &Tokenizer) -> R
 }
 
 fn log(stage: &StageConfig, dataset: &Summary) {
-    let Summary { records, train, eval, dropped, truncated, tokens, longest_tokens } = *dataset;
+    let Summary { records, train, eval, dropped, truncated, tokens, longest_tokens, .. } = *dataset;
     tracing::info!(
         stage = stage.stage,
         records,

@@ -57,7 +57,10 @@ pub fn run(options: &Options) -> TerminationMessage {
 }
 
 fn train(options: &Options, environment: Environment, shown: &OnceLock<Telemetry>) -> Result<Output> {
-    let config = config_file::read::<StageConfig>(&options.config)?;
+    let mut config = config_file::read::<StageConfig>(&options.config)?;
+    if let Some(strategy) = environment.strategy {
+        config = config.with(strategy, |config, strategy| config.strategy = Some(strategy))?;
+    }
     if config.value.collective_timeout_seconds == 0 {
         return Err(Error::config(format!(
             "{}: collectiveTimeoutSeconds is 0, so every collective would fail: write at least 1",

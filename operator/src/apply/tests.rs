@@ -91,8 +91,11 @@ fn first() -> (RLHFJob, Decision) {
 
 /// Only the children of the first two stages.
 fn two_stages(job: &RLHFJob) -> Decision {
-    let make =
-        Task::all(job).skip(1).take(2).map(|t| build::children(job, t, 1, &tests::settings()).unwrap()).collect();
+    let make = Task::all(job)
+        .skip(1)
+        .take(2)
+        .map(|t| build::children(job, t, tests::FIRST, &tests::settings()).unwrap())
+        .collect();
     Decision { make, status: job.status.clone().unwrap(), ..Decision::default() }
 }
 

@@ -81,7 +81,7 @@ fn stage_config(job: &RLHFJob, stage: &Stage) -> Result<StageConfig, SpecError> 
         stage: stage.name.clone(),
         paths: paths(job, stage, &kind)?,
         kind,
-        strategy: job.spec.strategy,
+        strategy: None,
         checkpoint: stage.checkpoint,
         seed: stage.seed.into(),
         collective_timeout_seconds: COLLECTIVE_TIMEOUT_SECONDS,

@@ -27,6 +27,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference}
 use kube::{Resource, ResourceExt};
 use rlhf_api::job::{Compute, RLHFJob, Stage};
 use rlhf_api::names;
+use rlhf_api::stage::Strategy;
 use std::collections::BTreeMap;
 
 /// What the operator's flags say about trainer pods.
@@ -80,6 +81,15 @@ impl<'a> Task<'a> {
     }
 }
 
+/// Which attempt at a task it is, and what differs by that.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Attempt {
+    /// From 1.
+    pub number: u32,
+    /// How a stage's ranks place models.
+    pub strategy: Strategy,
+}
+
 /// Prepare streams files and keeps no tensors, so it asks for little; without a limit, since a tokenizer may
 /// pass any small one.
 fn prepare_resources() -> ResourceRequirements {
@@ -105,7 +115,10 @@ pub struct Children {
 }
 
 /// Builds the objects of an attempt.
-pub fn children(job: &RLHFJob, task: Task<'_>, attempt: u32, settings: &Settings) -> Result<Children, SpecError> {
+///
+/// # Errors
+/// The spec says what admission should have refused.
+pub fn children(job: &RLHFJob, task: Task<'_>, attempt: Attempt, settings: &Settings) -> Result<Children, SpecError> {
     let service = matches!(task, Task::Stage(_)).then(|| service::build(job, task));
     Ok(Children {
         stage: task.name().to_owned(),
@@ -156,7 +169,16 @@ pub(crate) mod tests {
     use k8s_openapi::api::core::v1::{Container, PodSpec};
     use rlhf_api::config::{PrepareConfig, StageConfig, env};
     use rlhf_api::job::RLHFJob;
+    use rlhf_api::stage::{Offload, Precision, Recompute, Sharding};
     use serde_json::{Value, json};
+
+    pub(crate) const FIRST: Attempt = Attempt { number: 1, strategy: STRATEGY };
+    const STRATEGY: Strategy = Strategy {
+        sharding: Sharding::Zero3,
+        offload: Offload::None,
+        recompute: Recompute::Block,
+        precision: Precision::Bf16,
+    };
 
     pub(crate) fn settings() -> Settings {
         Settings {
@@ -210,7 +232,8 @@ pub(crate) mod tests {
     }
 
     fn build(job: &RLHFJob, index: usize, attempt: u32) -> Children {
-        children(job, Task::all(job).nth(index).unwrap(), attempt, &settings()).unwrap()
+        children(job, Task::all(job).nth(index).unwrap(), Attempt { number: attempt, strategy: STRATEGY }, &settings())
+            .unwrap()
     }
 
     fn pod(children: &Children) -> PodSpec {
@@ -301,6 +324,11 @@ pub(crate) mod tests {
         assert_eq!(env_value(&children, env::NNODES).as_deref(), Some("2"));
         assert_eq!(env_value(&children, env::NPROC_PER_NODE).as_deref(), Some("2"));
         assert_eq!(env_value(&children, env::ATTEMPT).as_deref(), Some("2"));
+        let strategy = r#"{"sharding":"zero3","offload":"none","recompute":"block","precision":"bf16"}"#;
+        assert_eq!(
+            serde_json::from_str::<Value>(&env_value(&children, env::STRATEGY).unwrap()).unwrap(),
+            serde_json::from_str::<Value>(strategy).unwrap()
+        );
         assert_eq!(env_value(&children, env::VOLUME).as_deref(), Some("/data"));
         assert_eq!(env_value(&children, env::LOG_FORMAT).as_deref(), Some("json"));
         let rank = container(&children).env.unwrap().into_iter().find(|e| e.name == env::NODE_RANK).unwrap();
@@ -332,7 +360,7 @@ pub(crate) mod tests {
 
     fn policy(job: &RLHFJob, rules: NetworkRules) -> Value {
         let settings = Settings { network: Some(rules), ..settings() };
-        let children = children(job, Task::all(job).nth(1).unwrap(), 1, &settings).unwrap();
+        let children = children(job, Task::all(job).nth(1).unwrap(), FIRST, &settings).unwrap();
         serde_json::to_value(children.network_policy.unwrap().spec.unwrap()).unwrap()
     }
 
@@ -366,7 +394,7 @@ pub(crate) mod tests {
         );
         assert_eq!((spec["egress"].as_array().unwrap().len(), spec["ingress"].as_array().unwrap().len()), (2, 1));
         let without = Settings { network: None, ..settings() };
-        assert!(children(&job(), Task::Prepare, 1, &without).unwrap().network_policy.is_none());
+        assert!(children(&job(), Task::Prepare, FIRST, &without).unwrap().network_policy.is_none());
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! It meets the `restricted` Pod Security Standard and holds no credentials of the API server. What a user's pod
 //! template says is merged first, so that the operator's own fields win.
 
-use super::{Settings, Task, secret};
+use super::{Attempt, Settings, Task, secret};
 use crate::view::{CONTAINER, INDEX_ANNOTATION};
 use k8s_openapi::api::core::v1::{
     Affinity, Capabilities, ConfigMapVolumeSource, Container, ContainerPort, EmptyDirVolumeSource, EnvVar,
@@ -27,7 +27,7 @@ pub(crate) const GRACE_SECONDS: i64 = 120;
 pub(super) fn build(
     job: &RLHFJob,
     task: Task<'_>,
-    attempt: u32,
+    attempt: Attempt,
     compute: &Compute,
     own_labels: BTreeMap<String, String>,
     settings: &Settings,
@@ -67,7 +67,7 @@ pub(super) fn build(
 fn container(
     job: &RLHFJob,
     task: Task<'_>,
-    attempt: u32,
+    attempt: Attempt,
     compute: &Compute,
     user_env: Vec<EnvVar>,
     settings: &Settings,
@@ -98,18 +98,19 @@ fn container(
     }
 }
 
-fn own_env(job: &RLHFJob, task: Task<'_>, attempt: u32, compute: &Compute, settings: &Settings) -> Vec<EnvVar> {
+fn own_env(job: &RLHFJob, task: Task<'_>, attempt: Attempt, compute: &Compute, settings: &Settings) -> Vec<EnvVar> {
     let mut values = vec![
-        (env::ATTEMPT, attempt.to_string()),
+        (env::ATTEMPT, attempt.number.to_string()),
         (env::VOLUME, VOLUME_DIR.into()),
         (env::LOG_FORMAT, settings.log_format.clone()),
     ];
     let Task::Stage(_) = task else { return values.into_iter().map(plain).collect() };
     values.extend([
-        (env::MASTER_ADDR, master(job, task, attempt)),
+        (env::MASTER_ADDR, master(job, task, attempt.number)),
         (env::MASTER_PORT, RENDEZVOUS_PORT.to_string()),
         (env::NNODES, compute.nodes.to_string()),
         (env::NPROC_PER_NODE, compute.workers_per_node().to_string()),
+        (env::STRATEGY, serde_json::json!(attempt.strategy).to_string()),
     ]);
     values.into_iter().map(plain).chain([node_rank(), progress_key(job, settings)]).collect()
 }

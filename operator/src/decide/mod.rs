@@ -11,6 +11,7 @@
 //!
 //! The attempt number as a fence is JobSet's idea (`failurePolicy`, restart attempts).
 
+mod plan;
 mod stage;
 mod status;
 #[cfg(test)]
@@ -39,6 +40,8 @@ pub struct Observed {
     pub stages: BTreeMap<String, StageView>,
     /// What the API server said when an attempt's objects were last made, where it was no success.
     pub trouble: Option<Trouble>,
+    /// Bytes of a device by the stage's name, where nodes tell it.
+    pub device_memory: BTreeMap<String, u64>,
 }
 
 /// An attempt's objects could not be made.
@@ -140,6 +143,8 @@ pub enum Event {
     Blocked,
     /// A pod's node does not end it.
     PodLost,
+    /// A stage is planned to take more memory than there is.
+    MayNotFit,
     /// Every stage is done.
     JobSucceeded,
     /// The job gave up.
@@ -159,6 +164,7 @@ impl Event {
             Event::AttemptFailed => "AttemptFailed",
             Event::Blocked => "Blocked",
             Event::PodLost => "PodLost",
+            Event::MayNotFit => "MayNotFit",
             Event::JobSucceeded => "JobSucceeded",
             Event::JobFailed => "JobFailed",
             Event::Suspended => "Suspended",
@@ -168,7 +174,7 @@ impl Event {
 
     /// Whether somebody should look.
     pub const fn is_warning(self) -> bool {
-        matches!(self, Event::AttemptFailed | Event::Blocked | Event::PodLost | Event::JobFailed)
+        matches!(self, Event::AttemptFailed | Event::Blocked | Event::PodLost | Event::MayNotFit | Event::JobFailed)
     }
 }
 
@@ -253,7 +259,11 @@ impl<'a> Pass<'a> {
         for slot in slots(status) {
             self.settle(slot);
         }
+        self.note_prepared(status);
         self.limit_active_time(status);
+        if self.defeat.is_none() {
+            self.plan_stages(status);
+        }
         if self.defeat.is_none() {
             self.start_ready(status);
         }

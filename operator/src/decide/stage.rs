@@ -1,12 +1,14 @@
 //! The life of one stage (prepare is one of them): Pending, Starting, Running, and back to Pending after a bad end
 //! until the stage has succeeded or is given up.
 
+use super::plan::strategy_of;
 use super::{Defeat, Event, JobRef, Outcome, PROGRESS_PERIOD, Pass, Trouble};
-use crate::build::{self, Task};
+use crate::build::{self, Attempt, Task};
 use crate::classify::{Reason, bounded, cause, vanished};
 use crate::view::{JobState, JobView, PodState, PodView, StageView, Wait};
 use jiff::SignedDuration;
 use kube::ResourceExt;
+use memory_plan::Named;
 use rlhf_api::job::{Failure, StagePhase, StageStatus};
 use rlhf_api::names;
 use rlhf_api::report::{Checkpoint, ExitCode, Output, Progress, Verdict};
@@ -204,6 +206,9 @@ impl Pass<'_> {
     }
 
     fn succeed(&mut self, slot: &mut StageStatus, view: &StageView) {
+        if slot.name == names::PREPARE && self.job.spec.strategy.has_auto() && self.prepared(slot.attempt).is_none() {
+            return self.lose(slot, view, "its last word, with which strategies are chosen, was lost");
+        }
         let word = view.pods_of(slot.attempt).find(|p| p.index == 0).and_then(|p| p.ended()?.word.as_ref());
         if slot.name != names::PREPARE {
             slot.output = Some(word.and_then(|w| w.output.clone()).unwrap_or_else(|| self.place_of_output(slot)));
@@ -234,10 +239,22 @@ impl Pass<'_> {
     fn end(&mut self, slot: &mut StageStatus, failure: Failure) {
         let failure = Failure { message: bounded(failure.message), ..failure };
         let reason = Reason::parse(&failure.reason);
-        let said = format!("{}, attempt {}: {}: {}", slot.name, slot.attempt, failure.reason, failure.message);
+        let mut said = format!("{}, attempt {}: {}: {}", slot.name, slot.attempt, failure.reason, failure.message);
         slot.last_failure = Some(failure);
         (slot.starting_since, slot.advanced_at) = (None, None);
-        let outcome = self.outcome(slot, reason);
+        let mut outcome = self.outcome(slot, reason);
+        match self.more_frugal(slot, reason) {
+            Some(Ok(_)) if outcome == Outcome::Failed => {}
+            Some(Ok(plan)) => {
+                slot.plan = Some(plan);
+                said += &format!("; the next attempt takes {}", Named(&plan.strategy));
+            }
+            Some(Err(nothing_left)) => {
+                outcome = Outcome::Failed;
+                said += &format!("; {nothing_left}");
+            }
+            None => {}
+        }
         match outcome {
             Outcome::Restarted => {
                 slot.restarts += 1;
@@ -274,7 +291,9 @@ impl Pass<'_> {
     fn give_up(&mut self, slot: &StageStatus, reason: Reason, said: &str) {
         let policy = &self.job.spec.failure_policy;
         let (reason, why) = match reason.verdict() {
-            Verdict::Retry => ("RestartsExhausted", format!("; failurePolicy.maxRestarts is {}", policy.max_restarts)),
+            Verdict::Retry if slot.restarts >= policy.max_restarts => {
+                ("RestartsExhausted", format!("; failurePolicy.maxRestarts is {}", policy.max_restarts))
+            }
             Verdict::Disruption => {
                 ("DisruptionsExhausted", format!("; failurePolicy.maxDisruptions is {}", policy.max_disruptions))
             }
@@ -318,7 +337,9 @@ impl Pass<'_> {
                 return self.decision.look_again(wait);
             }
         }
-        match build::children(self.job, task, slot.attempt, self.settings) {
+        let strategy = strategy_of(slot, self.job.spec.strategy.fixed());
+        let attempt = Attempt { number: slot.attempt, strategy };
+        match build::children(self.job, task, attempt, self.settings) {
             Ok(children) => {
                 slot.starting_since.get_or_insert(self.now);
                 self.decision.make.push(children);

@@ -1,5 +1,7 @@
 //! The rules by cases: what is seen, what follows.
 
+pub(super) mod planning;
+
 use super::*;
 use crate::build::tests::{job, settings};
 use crate::view::{End, JobState, PodState, PodView, Wait};
@@ -215,6 +217,7 @@ fn a_stage_succeeds_with_what_rank_0_said_last() {
         step: Some(200),
         checkpoint: None,
         output: Some(output.clone()),
+        prepared: None,
     };
     case.see("tune", 1, JobState::Complete, &[ended(0, Some(word)), ended(0, None)]);
     case.see("judge", 1, JobState::Complete, &[ended(0, None), ended(0, None)]);

@@ -6,9 +6,13 @@
 
 use super::*;
 use crate::build::tests::{job, settings};
+use crate::decide::tests::planning::word_of_prepare;
 use crate::view::{End, JobState, PodState, PodView};
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use kube::ResourceExt;
 use proptest::prelude::*;
+use rlhf_api::choice::Choice;
+use rlhf_api::job::StagePlan;
 use rlhf_api::names;
 use rlhf_api::report::Progress;
 
@@ -88,7 +92,7 @@ enum Step {
 }
 
 fn step() -> impl Strategy<Value = Step> {
-    let code = prop_oneof![6 => Just(0), 2 => Just(75), 2 => Just(143), 2 => Just(137), 1 => Just(1), 1 => Just(70), 1 => Just(65)];
+    let code = prop_oneof![6 => Just(0), 2 => Just(75), 2 => Just(143), 2 => Just(137), 1 => Just(1), 1 => Just(70), 1 => Just(65), 1 => Just(71)];
     prop_oneof![
         10 => (any::<[u8; 3]>(), prop_oneof![3 => Just(255u8), 1 => 0..6u8]).prop_map(|(caught_up, writes)| Step::Pass { caught_up, writes }),
         8 => Just(Step::JobController),
@@ -129,6 +133,9 @@ impl World {
         job.spec.failure_policy.startup_deadline_seconds = 600;
         job.spec.failure_policy.stall_seconds = 900;
         job.spec.active_deadline_seconds = Some(30_000);
+        job.spec.strategy.sharding = Choice::Auto;
+        job.spec.strategy.offload = Choice::Auto;
+        job.spec.compute.resources.limits = Some([("memory".to_owned(), Quantity("64Gi".into()))].into());
         job.metadata.resource_version = Some("0".into());
         let api = Api { job, version: 0, jobs: vec![], pods: vec![] };
         Self { history: vec![api.clone()], api, seen: [0; 3], seconds: 0, made: 0, told: None }
@@ -368,7 +375,7 @@ impl World {
             _ => PodState::Ended(End {
                 code: Some(if told && code == 0 { 143 } else { code }),
                 oom_killed: false,
-                word: None,
+                word: (code == 0).then(|| word_of_prepare(64)),
                 text: None,
                 at: Some(now),
             }),
@@ -451,6 +458,14 @@ impl World {
                 newest.unwrap_or(0) <= new.attempt,
                 "{stage}: attempt {newest:?} was made before its number was written"
             );
+            prop_assert!(
+                stage == "prepare" || new.attempt == 0 || new.plan.is_some(),
+                "{stage} started without a plan"
+            );
+            if let (Some(old), Some(new)) = (old.plan, new.plan) {
+                let need = |plan: StagePlan| plan.host_bytes + 2 * plan.device_bytes;
+                prop_assert!(old == new || need(new) < need(old), "{stage}: {old:?} -> {new:?}");
+            }
             if matches!(old.phase, StagePhase::Succeeded | StagePhase::Failed) {
                 prop_assert_eq!(old, new, "a final stage stays as it is");
             }

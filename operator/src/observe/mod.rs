@@ -4,6 +4,7 @@
 //! mislead the rules, the API server is asked: for a current attempt's Job that the store lacks, and, in
 //! [`still_holds`], for the job itself and a stage's pods right before children are touched.
 
+mod nodes;
 mod progress;
 
 pub use progress::{Heard, ProgressReader};
@@ -64,7 +65,8 @@ pub async fn observe(job: &RLHFJob, ctx: &Context) -> Result<Observed, Error> {
         live.iter().any(|s| s.name == stage && s.attempt == attempt && s.phase == StagePhase::Starting)
     };
     let trouble = ctx.retries.trouble(job).filter(|t| waits(&t.stage, t.attempt));
-    Ok(Observed { stages, trouble })
+    let device_memory = nodes::device_memory(job, &stages, ctx).await?;
+    Ok(Observed { stages, trouble, device_memory })
 }
 
 /// Children by the owner's UID. A Job carries it in its owner reference; a pod, whose owner is the Job and may be

@@ -151,14 +151,14 @@ pub fn fastest(verdicts: &[Verdict], machines: &Machines) -> Result<Verdict, Doe
 }
 
 /// The strategy to try after `strategy` ran out of device memory although there seemed to be room: the next one in the order
-/// of preference, with the same number format, that needs less on the device and that the host has room for.
-pub fn next_more_frugal(task: &Task, machines: &Machines, strategy: Strategy) -> Option<Verdict> {
+/// of preference, of those that what is fixed leaves, that needs less on the device and that the host has room for.
+pub fn next_more_frugal(task: &Task, machines: &Machines, strategy: Strategy, fixed: Fixed) -> Option<Verdict> {
     let need = |plan: &Plan| match machines.device_memory {
         Some(_) => plan.device.total(),
         None => f64::from(machines.devices) * plan.device.total() + plan.host.total(),
     };
     let before = need(&estimate(task, machines, strategy));
-    let all = verdicts(task, machines, Fixed { precision: strategy.precision, ..Fixed::default() });
+    let all = verdicts(task, machines, fixed);
     let start = all.iter().position(|v| v.plan.strategy == strategy).map_or(0, |i| i + 1);
     all.into_iter().skip(start).find(|v| v.host_lacks == 0.0 && need(&v.plan) < LESS * before)
 }

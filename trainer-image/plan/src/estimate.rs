@@ -9,7 +9,7 @@
 //! all the time and the most that any one phase adds.
 
 use crate::segment::{Chunks, FP32, Pass};
-use crate::spec::{HeadKind, ModelSpec};
+use rlhf_api::model::{HeadKind, ModelSpec};
 use rlhf_api::stage::{Offload, Precision, Recompute, Sharding, Strategy};
 use serde::Serialize;
 use std::ops::Add;

@@ -9,7 +9,6 @@ mod estimate;
 mod presets;
 mod quantity;
 mod segment;
-pub mod spec;
 #[cfg(test)]
 mod tests;
 

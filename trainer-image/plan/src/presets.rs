@@ -1,7 +1,7 @@
 //! Shapes of known models, by the keys of the 2023 ColossalAI benchmarks: the GPT-2 family from 124 million to 175 billion
 //! parameters, and OPT.
 
-use crate::spec::{Mlp, ModelSpec, Norm, Positions};
+use rlhf_api::model::{Mlp, ModelSpec, Norm, Positions};
 
 /// `(key, hidden, layers, heads, positions)` of the GPT dummy benchmark; the vocabulary is GPT-2's.
 const GPT: [(&str, i64, usize, i64, i64); 19] = [
@@ -77,7 +77,7 @@ fn gpt2(vocab: i64, hidden: i64, layers: usize, heads: i64, max_positions: i64) 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::spec::HeadKind;
+    use rlhf_api::model::HeadKind;
 
     /// V h + P h + L (12 h^2 + 13 h) + 2 h, as the benchmark's table has it.
     #[test]

@@ -2,7 +2,7 @@
 //!
 //! Sizes are `f64`, whole numbers below 2^53, which no product of dimensions can make wrap.
 
-use crate::spec::{HeadKind, Mlp, ModelSpec, Norm, Segment};
+use rlhf_api::model::{HeadKind, Mlp, ModelSpec, Norm, Segment};
 
 /// Each tensor of a chunk starts at a multiple of this many elements (64 bytes in fp32, a cache line and a vector register).
 pub const ALIGN: i64 = 16;

@@ -1,8 +1,8 @@
 //! The figures that the plan is known by, and what must hold for every one.
 
-use crate::spec::{HeadKind, Mlp, ModelSpec, Norm, Positions};
 use crate::*;
 use proptest::prelude::*;
+use rlhf_api::model::{HeadKind, Mlp, ModelSpec, Norm, Positions};
 use rlhf_api::stage::{Offload, Precision, Recompute, Sharding, Strategy};
 
 const GIB: u64 = 1 << 30;
@@ -156,16 +156,20 @@ fn at_rest(plan: &Plan) -> (f64, f64) {
 
 proptest! {
     #[test]
-    fn every_retry_needs_less_of_the_device(task in task(), machines in machines(), strategy in strategy()) {
+    fn every_retry_needs_less_of_the_device_and_keeps_what_is_fixed(
+        task in task(), machines in machines(), strategy in strategy(), keep in any::<bool>(),
+    ) {
+        let fixed = Fixed { precision: strategy.precision, sharding: keep.then_some(strategy.sharding), ..Fixed::default() };
         let mut before = estimate(&task, &machines, strategy);
         let mut steps = 0;
-        while let Some(next) = next_more_frugal(&task, &machines, before.strategy) {
+        while let Some(next) = next_more_frugal(&task, &machines, before.strategy, fixed) {
             let need = |plan: &Plan| match machines.device_memory {
                 Some(_) => plan.device.total(),
                 None => f64::from(machines.devices) * plan.device.total() + plan.host.total(),
             };
             prop_assert!(need(&next.plan) < need(&before), "{:?} after {:?}", next.plan, before);
             prop_assert_eq!(next.plan.strategy.precision, strategy.precision);
+            prop_assert!(!keep || next.plan.strategy.sharding == strategy.sharding);
             before = next.plan;
             steps += 1;
             prop_assert!(steps < 24);

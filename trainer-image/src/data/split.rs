@@ -23,6 +23,8 @@ pub struct Summary {
     pub tokens: u64,
     /// Tokens of the longest sequence.
     pub longest_tokens: u64,
+    /// Sequences of the record that has the most.
+    pub sequences: u64,
 }
 
 /// A dataset in two halves, each in the file's order.
@@ -58,10 +60,13 @@ impl<T> Collector<T> {
     pub fn keep(&mut self, key: &[u8], item: T, lengths: impl IntoIterator<Item = usize>, truncated: bool) {
         self.summary.records += 1;
         self.summary.truncated += u64::from(truncated);
+        let mut sequences = 0;
         for length in lengths {
+            sequences += 1;
             self.summary.tokens += length as u64;
             self.summary.longest_tokens = self.summary.longest_tokens.max(length as u64);
         }
+        self.summary.sequences = self.summary.sequences.max(sequences);
         self.items.push((hash(self.seed, key), item));
     }
 

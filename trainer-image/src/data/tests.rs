@@ -139,14 +139,22 @@ fn a_long_sample_loses_its_end_and_one_without_targets_is_dropped() {
     assert_eq!(tokens, [concat(&[&ids("xyzk"), &[EOS]]), ids("xyzkl"), ids("xyzkl")]);
     assert_eq!(
         split.summary,
-        Summary { records: 3, train: 3, truncated: 2, tokens: 15, longest_tokens: 5, ..Default::default() }
+        Summary {
+            records: 3,
+            train: 3,
+            truncated: 2,
+            tokens: 15,
+            longest_tokens: 5,
+            sequences: 1,
+            ..Default::default()
+        }
     );
 
     let short = json!({"prompt": "x", "completion": "y"});
     let split = read_sft(&[record("k"), short], &sft("promptCompletion", 3, 0.5), &plain()).unwrap();
     assert_eq!(
         split.summary,
-        Summary { records: 2, train: 1, dropped: 1, tokens: 3, longest_tokens: 3, ..Default::default() }
+        Summary { records: 2, train: 1, dropped: 1, tokens: 3, longest_tokens: 3, sequences: 1, ..Default::default() }
     );
     let error = read_sft(&[record("k"), record("l")], &sft("promptCompletion", 3, 0.0), &plain()).unwrap_err();
     assert!(
@@ -184,7 +192,16 @@ fn a_ranking_whose_responses_the_cut_makes_equal_is_dropped() {
     assert_eq!(split.train, [Ranking { responses: vec![ids("xyzk"), ids("xyzm")] }]);
     assert_eq!(
         split.summary,
-        Summary { records: 3, train: 1, dropped: 2, truncated: 1, tokens: 8, longest_tokens: 4, ..Default::default() }
+        Summary {
+            records: 3,
+            train: 1,
+            dropped: 2,
+            truncated: 1,
+            tokens: 8,
+            longest_tokens: 4,
+            sequences: 1,
+            ..Default::default()
+        }
     );
     let error = read_rankings(&records[..1], &reward(4, 0.0), &plain()).unwrap_err();
     assert!(error.message.contains("maxLength 4"), "{error}");

@@ -86,6 +86,7 @@ fn of_failure(end: &End) -> TerminationMessage {
         step: None,
         checkpoint: None,
         output: None,
+        prepared: None,
     };
     TerminationMessage { rank: Some(end.rank), ..told.unwrap_or_else(untold) }
 }
@@ -161,6 +162,7 @@ mod tests {
             step: Some(step),
             checkpoint,
             output,
+            prepared: None,
         };
         End { rank, ending: Ending::Code(exit.code()), report: Some(report), stopped: false }
     }

@@ -16,5 +16,5 @@ pub use adapters::Adapters;
 pub use batch::Batch;
 pub use dropout::Dropout;
 pub use hf::{Outgoing, ScoreNormalisation, Source, read_config, write_model};
-pub use memory_plan::spec::{HeadKind, Mlp, ModelSpec, Norm, Param, ParamSpec, Positions, Segment};
 pub use peft::{base_of, read_adapters, write_adapters};
+pub use rlhf_api::model::{HeadKind, Mlp, ModelSpec, Norm, Param, ParamSpec, Positions, Segment};

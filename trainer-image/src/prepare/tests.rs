@@ -75,6 +75,10 @@ fn a_good_job_is_reported_stage_by_stage_and_leaves_only_its_folders() {
         .map(|s| (s.stage.as_str(), s.dataset.records, s.dataset.train + s.dataset.eval, s.dataset.tokens))
         .collect();
     assert_eq!(figures, [("sft", 3, 3, 9), ("reward", 3, 3, 18), ("ppo", 3, 3, 3)]);
+    let prepared = report.prepared();
+    assert_eq!((prepared.model.vocab, prepared.model.layers), (VOCAB as i64, 1));
+    let shapes: Vec<_> = prepared.datasets.iter().map(|d| (d.stage.as_str(), d.longest_tokens, d.sequences)).collect();
+    assert_eq!(shapes, [("sft", 3, 1), ("reward", 3, 2), ("ppo", 1, 1)]);
     for stage in ["sft", "reward", "ppo"] {
         let dir = volume.path().join("jobs/j").join(stage);
         let names: Vec<_> = fs::read_dir(&dir).unwrap().map(|e| e.unwrap().file_name()).collect();

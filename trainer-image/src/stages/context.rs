@@ -138,7 +138,7 @@ impl Context {
     }
 
     fn placement(&self, trainable: bool) -> Placement {
-        let strategy = self.config.strategy;
+        let strategy = self.config.strategy.unwrap_or_default();
         Placement { device: self.device, trainable, strategy, head_slice_bytes: HEAD_SLICE_BYTES }
     }
 

@@ -1,9 +1,15 @@
-//! The switches that tell one decoder-only transformer from another, and the parameters that follow from them.
+//! The shape of a model: the switches that tell one decoder-only transformer from another, and the parameters that follow
+//! from them.
+//!
+//! Prepare reports it, and both sides plan with it.
 
-use rlhf_api::stage::{Linear, Lora};
+use crate::stage::{Linear, Lora};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 
 /// How activations are normalised.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
 pub enum Norm {
     /// Root-mean-square norm with a weight (Zhang and Sennrich 2019).
     Rms,
@@ -12,7 +18,8 @@ pub enum Norm {
 }
 
 /// How a token's position enters.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(from = "Option<f64>", into = "Option<f64>")]
 pub enum Positions {
     /// Rotary embedding of queries and keys, halves rotated (Su 2021, in the layout of Hugging Face's Llama).
     Rotary {
@@ -20,11 +27,35 @@ pub enum Positions {
         theta: f64,
     },
     /// A learned vector a position, added to the token's.
+    #[default]
     Learned,
 }
 
+/// A structural schema has no place for variants of several forms.
+impl From<Option<f64>> for Positions {
+    fn from(theta: Option<f64>) -> Self {
+        theta.map_or(Positions::Learned, |theta| Positions::Rotary { theta })
+    }
+}
+
+impl From<Positions> for Option<f64> {
+    fn from(positions: Positions) -> Self {
+        match positions {
+            Positions::Rotary { theta } => Some(theta),
+            Positions::Learned => None,
+        }
+    }
+}
+
+impl Positions {
+    fn is_learned(&self) -> bool {
+        *self == Positions::Learned
+    }
+}
+
 /// The feed-forward network of a block.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
 pub enum Mlp {
     /// `down(silu(gate(x)) * up(x))` (Shazeer 2020).
     SwiGlu,
@@ -42,7 +73,8 @@ pub enum HeadKind {
 }
 
 /// The shape and switches of a model.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
 pub struct ModelSpec {
     /// Tokens in the vocabulary.
     pub vocab: i64,
@@ -64,7 +96,9 @@ pub struct ModelSpec {
     pub norm: Norm,
     /// Added to the variance in norms.
     pub norm_eps: f64,
-    /// How a token's position enters.
+    /// How a token's position enters: the base of the rotary embedding's frequencies, or nothing where vectors are learned.
+    #[serde(rename = "ropeTheta", default, skip_serializing_if = "Positions::is_learned")]
+    #[schemars(with = "Option<f64>")]
     pub positions: Positions,
     /// The feed-forward network.
     pub mlp: Mlp,

@@ -1,0 +1,197 @@
+//! How a stage's models are placed: by the spec's strategy, the model's shape, and the memory there is.
+//!
+//! All stages are planned once prepare is done, so that a job of which a later stage fits nowhere is refused before an
+//! earlier one has taken a device. Where memory runs out in spite of a plan, the next attempt takes the next setting
+//! that takes less, within what the spec leaves open. The arithmetic is [`memory_plan`]'s, and so the trainer's own.
+
+use super::{Defeat, Event, Pass};
+use crate::classify::Reason;
+use memory_plan::{Fixed, Machines, Named, Stage as StageShape, Task, Verdict};
+use rlhf_api::job::RLHFJobStatus;
+use rlhf_api::job::{Compute, PlanSource, Stage, StagePhase, StagePlan, StageStatus};
+use rlhf_api::names;
+use rlhf_api::report::{ExitCode, Prepared};
+use rlhf_api::stage::{StageKind, Strategy};
+
+/// The resource whose limit is a pod's host memory.
+const MEMORY: &str = "memory";
+
+/// What a stage trains, on what, and what the spec says of how.
+struct Question {
+    task: Task,
+    machines: Machines,
+    fixed: Fixed,
+    /// As far as they are known, which `machines` cannot say.
+    device_memory: Option<u64>,
+    host_memory: Option<u64>,
+}
+
+impl<'a> Pass<'a> {
+    /// Keeps what prepare found out.
+    pub(super) fn note_prepared(&self, status: &mut RLHFJobStatus) {
+        if status.prepared.is_none()
+            && let Some(slot) = status.prepare.as_ref().filter(|p| p.phase == StagePhase::Succeeded)
+        {
+            status.prepared = self.prepared(slot.attempt);
+        }
+    }
+
+    /// What an attempt at prepare said that it found out.
+    pub(super) fn prepared(&self, attempt: u32) -> Option<Prepared> {
+        let mut ends = self.view(names::PREPARE).pods_of(attempt).filter_map(|p| p.ended());
+        ends.find_map(|end| end.word.as_ref()?.prepared.as_deref().cloned())
+    }
+
+    /// Plans the stages that have no plan yet. What fits nowhere, or cannot be planned although it has to be, ends the
+    /// job.
+    pub(super) fn plan_stages(&mut self, status: &mut RLHFJobStatus) {
+        let Some(prepared) = status.prepared.clone() else { return };
+        for slot in status.stages.iter_mut().filter(|s| s.plan.is_none()) {
+            let Some(stage) = self.stage(&slot.name) else { continue };
+            let known = self.observed.device_memory.get(&slot.name).copied();
+            match self.plan(stage, &prepared, known) {
+                Ok(plan) => slot.plan = plan,
+                Err(message) => {
+                    self.defeat = Some(Defeat { reason: "DoesNotFit", message });
+                    return;
+                }
+            }
+        }
+    }
+
+    fn stage(&self, name: &str) -> Option<&'a Stage> {
+        self.job.spec.stages.iter().find(|s| s.name == name)
+    }
+
+    /// The strategy of a stage's first attempt, `None` for a stage that admission should have refused.
+    fn plan(&mut self, stage: &Stage, prepared: &Prepared, known: Option<u64>) -> Result<Option<StagePlan>, String> {
+        let Some(question) = self.question(stage, prepared, known) else { return Ok(None) };
+        let spec = &self.job.spec.strategy;
+        let Some(strategy) = spec.fixed() else {
+            question.require_memory(&stage.name)?;
+            let chosen = memory_plan::choose(&question.task, &question.machines, question.fixed);
+            let chosen = chosen.map_err(|e| format!("stage {}: {e}", stage.name))?;
+            return Ok(Some(question.answer(&chosen, PlanSource::Auto)));
+        };
+        let plan = memory_plan::estimate(&question.task, &question.machines, strategy);
+        let verdict = Verdict::new(plan, &question.machines);
+        if let Err(e) = memory_plan::fastest(&[verdict], &question.machines) {
+            let note = format!("stage {} is started as its strategy says, but may run out of memory: {e}", stage.name);
+            self.tell(Event::MayNotFit, note, None);
+        }
+        Ok(Some(question.answer(&verdict, PlanSource::Spec)))
+    }
+
+    fn question(&self, stage: &Stage, prepared: &Prepared, known: Option<u64>) -> Option<Question> {
+        let compute = stage.compute.as_ref().unwrap_or(&self.job.spec.compute);
+        let has_devices = compute.devices_per_node > 0;
+        let written = compute.device_memory.as_deref().and_then(memory_plan::parse_bytes);
+        let device_memory = written.or(known).filter(|_| has_devices);
+        let host_memory = host_memory(compute);
+        let machines = Machines {
+            nodes: compute.nodes,
+            devices: compute.workers_per_node(),
+            device_memory: has_devices.then_some(device_memory.unwrap_or(u64::MAX)),
+            host_memory: host_memory.unwrap_or(u64::MAX),
+        };
+        let spec = &self.job.spec.strategy;
+        let fixed = Fixed {
+            precision: spec.precision,
+            sharding: spec.sharding.fixed(),
+            offload: spec.offload.fixed(),
+            recompute: spec.recompute.fixed(),
+        };
+        let task = task(stage, prepared, machines.world_size())?;
+        Some(Question { task, machines, fixed, device_memory, host_memory })
+    }
+
+    /// After an attempt that ran out of memory: the plan of the next, or why there is none. `None` where memory is not
+    /// the matter, or the spec leaves nothing open.
+    pub(super) fn more_frugal(&self, slot: &StageStatus, reason: Reason) -> Option<Result<StagePlan, String>> {
+        let before = slot.plan.filter(|_| self.job.spec.strategy.has_auto())?;
+        let stage = self.stage(&slot.name)?;
+        let prepared = self.job.status.as_ref()?.prepared.as_ref()?;
+        let question = self.question(stage, prepared, before.device_memory_bytes)?;
+        let on_cpu = question.machines.device_memory.is_none();
+        let ran_out = reason == Reason::Exit(ExitCode::DeviceOutOfMemory) || (on_cpu && reason == Reason::OomKilled);
+        if !ran_out {
+            return None;
+        }
+        let Question { task, machines, fixed, .. } = &question;
+        let next = memory_plan::next_more_frugal(task, machines, before.strategy, *fixed);
+        Some(match next {
+            Some(verdict) => Ok(question.answer(&verdict, PlanSource::MoreFrugal)),
+            None => Err(format!(
+                "no setting that the strategy leaves open takes less memory than {}: use more devices or larger ones, or a lower batch.microSize",
+                Named(&before.strategy)
+            )),
+        })
+    }
+}
+
+impl Question {
+    fn require_memory(&self, stage: &str) -> Result<(), String> {
+        if self.machines.device_memory.is_some() && self.device_memory.is_none() {
+            return Err(format!(
+                "stage {stage}: strategy is to be chosen, but the memory of a device is not known: no node on which its pods may run tells it in the label {}; write compute.deviceMemory",
+                names::LABEL_DEVICE_MEMORY
+            ));
+        }
+        if self.host_memory.is_none() {
+            return Err(format!(
+                "stage {stage}: strategy is to be chosen, but compute.resources.limits.memory is no amount of memory; write one, such as 64Gi"
+            ));
+        }
+        Ok(())
+    }
+
+    fn answer(&self, verdict: &Verdict, source: PlanSource) -> StagePlan {
+        StagePlan {
+            strategy: verdict.plan.strategy,
+            source,
+            device_bytes: verdict.plan.device.total() as u64,
+            host_bytes: verdict.plan.host.total() as u64,
+            device_memory_bytes: self.device_memory,
+            host_memory_bytes: self.host_memory,
+        }
+    }
+}
+
+/// The strategy that an attempt is given.
+pub(super) fn strategy_of(slot: &StageStatus, spec: Option<Strategy>) -> Strategy {
+    slot.plan.map(|plan| plan.strategy).or(spec).unwrap_or_default()
+}
+
+/// What a pod may use, which is not what its node has.
+fn host_memory(compute: &Compute) -> Option<u64> {
+    let limit = compute.resources.limits.as_ref()?.get(MEMORY)?;
+    memory_plan::parse_bytes(&limit.0)
+}
+
+/// The largest micro-batch that a rank can meet. All models of a job have the shape of its one model.
+fn task(stage: &Stage, prepared: &Prepared, world_size: u32) -> Option<Task> {
+    let data = prepared.datasets.iter().find(|d| d.stage == stage.name)?;
+    let model = prepared.model.clone();
+    let share = |size: u32| size.div_ceil(world_size);
+    let (shape, rows, time) = match stage.kind()? {
+        StageKind::Sft(s) => {
+            let rows = s.batch.micro_size.min(share(s.batch.global_size));
+            (StageShape::Sft, rows, s.max_length.min(data.longest_tokens))
+        }
+        StageKind::RewardModel(s) => {
+            let rankings = s.batch.micro_size.min(share(s.batch.global_size));
+            let rows = rankings.saturating_mul(data.sequences.max(1));
+            (StageShape::RewardModel, rows, s.max_length.min(data.longest_tokens))
+        }
+        StageKind::Ppo(s) => {
+            let shape = StageShape::Ppo {
+                reward: model.clone(),
+                rollout_rows: share(s.rollout_batch_size),
+                new_tokens: s.max_new_tokens,
+            };
+            let time = s.max_prompt_length.min(data.longest_tokens).saturating_add(s.max_new_tokens);
+            (shape, s.batch.micro_size.min(share(s.batch.global_size)), time)
+        }
+    };
+    Some(Task { stage: shape, model, rows: rows.max(1), time: time.max(2) })
+}

@@ -1,0 +1,214 @@
+//! What follows from a strategy that is left to the operator.
+
+use super::*;
+use rlhf_api::job::PlanSource;
+use rlhf_api::report::{DatasetShape, Prepared};
+use rlhf_api::stage::{Offload, Recompute, Sharding};
+use serde_json::{Value, json};
+
+const AUTO: &str = "auto";
+
+/// A job of GPT-2's shape on two pods.
+fn on(compute: Value, strategy: Value) -> Case {
+    let mut case = Case::new();
+    case.job.spec.compute = serde_json::from_value(compute).unwrap();
+    case.job.spec.strategy = serde_json::from_value(strategy).unwrap();
+    for stage in &mut case.job.spec.stages {
+        let lengths =
+            [stage.sft.as_mut().map(|s| &mut s.max_length), stage.reward_model.as_mut().map(|s| &mut s.max_length)];
+        lengths.into_iter().flatten().for_each(|length| *length = 1024);
+    }
+    case
+}
+
+fn all_auto() -> Value {
+    json!({"sharding": AUTO, "offload": AUTO, "recompute": AUTO, "precision": "bf16"})
+}
+
+fn gpus(memory: &str) -> Value {
+    json!({"nodes": 2, "devicesPerNode": 1, "deviceMemory": memory, "resources": {"limits": {"memory": "64Gi"}}})
+}
+
+pub(in crate::decide) fn word_of_prepare(longest_tokens: u32) -> TerminationMessage {
+    let dataset = |stage: &str, sequences| DatasetShape { stage: stage.into(), longest_tokens, sequences };
+    let datasets = vec![dataset("tune", 1), dataset("judge", 2), dataset("act", 1)];
+    let prepared = Prepared { model: memory_plan::preset("s").unwrap(), datasets };
+    TerminationMessage {
+        code: 0,
+        reason: "Done".into(),
+        message: String::new(),
+        rank: None,
+        step: None,
+        checkpoint: None,
+        output: None,
+        prepared: Some(Box::new(prepared)),
+    }
+}
+
+fn prepare(case: &mut Case, longest_tokens: u32) {
+    case.pass();
+    case.see("prepare", 1, JobState::Complete, &[ended(0, Some(word_of_prepare(longest_tokens)))]);
+    case.pass();
+}
+
+fn env_of(case: &Case, index: usize) -> String {
+    let pod = case.last.make[index].job.spec.clone().unwrap().template.spec.unwrap();
+    let env = pod.containers[0].env.clone().unwrap();
+    env.into_iter().find(|e| e.name == rlhf_api::config::env::STRATEGY).unwrap().value.unwrap()
+}
+
+#[test]
+fn every_stage_is_planned_once_prepare_is_done_and_its_ranks_are_told() {
+    let mut case = on(gpus("80Gi"), all_auto());
+    prepare(&mut case, 512);
+    for stage in ["tune", "judge", "act"] {
+        let plan = case.slot(stage).plan.unwrap();
+        assert_eq!((plan.source, plan.strategy.offload), (PlanSource::Auto, Offload::None), "{stage}");
+        assert_eq!((plan.device_memory_bytes, plan.host_memory_bytes), (Some(80 << 30), Some(64 << 30)));
+        assert!(plan.device_bytes > 1 << 30 && plan.device_bytes < 80 << 30, "{plan:?}");
+    }
+    assert_eq!(case.made(), ["demo-tune-1", "demo-judge-1"]);
+    let told: rlhf_api::stage::Strategy = serde_json::from_str(&env_of(&case, 0)).unwrap();
+    assert_eq!(told, case.slot("tune").plan.unwrap().strategy);
+    case.assert_quiet();
+}
+
+#[test]
+fn less_memory_takes_a_more_frugal_setting_and_what_is_written_stays() {
+    let plan = |memory: &str, strategy: Value| {
+        let mut case = on(gpus(memory), strategy);
+        prepare(&mut case, 512);
+        (case.slot("act").plan.map(|p| p.strategy), case.status().phase)
+    };
+    let (large, _) = plan("80Gi", all_auto());
+    let (small, _) = plan("3Gi", all_auto());
+    let (kept, _) = plan("3Gi", json!({"offload": AUTO, "recompute": AUTO, "sharding": "ddp", "precision": "bf16"}));
+    assert_eq!(large.unwrap().offload, Offload::None);
+    assert!(small.unwrap().offload > Offload::None || small.unwrap().sharding == Sharding::Zero3, "{small:?}");
+    assert_eq!((kept.unwrap().sharding, kept.unwrap().offload > Offload::None), (Sharding::Ddp, true));
+}
+
+#[test]
+fn the_datas_longest_sequence_counts_and_not_what_would_be_allowed() {
+    let bytes = |longest| {
+        let mut case = on(gpus("80Gi"), json!({}));
+        prepare(&mut case, longest);
+        case.slot("tune").plan.unwrap().device_bytes
+    };
+    assert!(bytes(64) < bytes(1024) && bytes(1024) == bytes(4096), "maxLength is 1024");
+}
+
+#[test]
+fn a_job_of_which_a_later_stage_fits_nowhere_is_refused_before_an_earlier_one_starts() {
+    let mut case = on(gpus("80Gi"), all_auto());
+    case.job.spec.stages[2].compute = serde_json::from_value(gpus("100Mi")).unwrap();
+    prepare(&mut case, 512);
+    assert_eq!((case.status().phase, case.condition("Failed")), (Phase::Failed, Some(("True", "DoesNotFit"))));
+    let message = case.status().message.clone().unwrap();
+    assert!(message.starts_with("stage act: none of ") && message.contains("too much"), "{message}");
+    assert_eq!((case.slot("tune").attempt, case.made().len()), (0, 0));
+}
+
+#[test]
+fn memory_that_nobody_tells_is_asked_for_and_a_nodes_label_tells_it() {
+    let compute = || json!({"nodes": 2, "devicesPerNode": 1, "resources": {"limits": {"memory": "64Gi"}}});
+    let mut case = on(compute(), all_auto());
+    prepare(&mut case, 512);
+    let message = case.status().message.clone().unwrap();
+    assert!(message.contains("write compute.deviceMemory") && message.contains("nvidia.com/gpu.memory"), "{message}");
+    let mut case = on(compute(), all_auto());
+    case.observed.device_memory = ["tune", "judge", "act"].map(|s| (s.to_owned(), 40 << 30)).into();
+    prepare(&mut case, 512);
+    assert_eq!(case.slot("act").plan.unwrap().device_memory_bytes, Some(40 << 30));
+}
+
+#[test]
+fn a_written_strategy_is_never_refused_but_said_to_be_too_large() {
+    let mut case = on(gpus("1Gi"), json!({}));
+    prepare(&mut case, 512);
+    assert_eq!((case.status().phase, case.made().len()), (Phase::Running, 2));
+    assert_eq!(case.events().iter().filter(|e| **e == "MayNotFit").count(), 3, "{:?}", case.events());
+    assert_eq!(case.slot("tune").plan.unwrap().source, PlanSource::Spec);
+    case.assert_quiet();
+}
+
+/// What a plan takes in all.
+fn need(slot: &StageStatus) -> u64 {
+    slot.plan.map(|p| p.device_bytes).unwrap()
+}
+
+#[test]
+fn an_attempt_out_of_device_memory_is_followed_by_one_that_takes_less_until_nothing_takes_less() {
+    let mut case = on(gpus("80Gi"), all_auto());
+    case.job.spec.failure_policy.max_restarts = 50;
+    prepare(&mut case, 512);
+    for attempt in 1..40 {
+        let before = case.slot("tune").clone();
+        case.see("tune", attempt, JobState::Failed, &[ended(71, None), ended(75, None)]);
+        case.pass();
+        if case.status().phase == Phase::Failed {
+            let message = case.status().message.clone().unwrap();
+            assert!(message.contains("takes less memory than ddp, offload parameters, recompute block"), "{message}");
+            assert_eq!(case.condition("Failed"), Some(("True", "DeviceOutOfMemory")));
+            assert!(attempt > 3);
+            return;
+        }
+        let after = case.slot("tune").clone();
+        assert!(need(&after) < need(&before), "{after:?}");
+        assert_eq!((after.plan.unwrap().source, after.restarts), (PlanSource::MoreFrugal, attempt));
+        let said = &case.last.notices.iter().find(|n| n.event == Event::AttemptFailed).unwrap().note;
+        assert!(said.contains("; the next attempt takes "), "{said}");
+        case.now += SignedDuration::from_secs(400);
+        case.observed.stages.remove("tune");
+        case.pass();
+        assert_eq!(case.slot("tune").attempt, attempt + 1);
+    }
+    panic!("no end");
+}
+
+#[test]
+fn only_lack_of_memory_changes_a_plan_and_on_cpu_a_kill_for_memory_is_lack_of_it() {
+    let on_cpu = json!({"nodes": 2, "resources": {"limits": {"memory": "64Gi"}}});
+    for (compute, code, killed, changes) in [
+        (gpus("80Gi"), 74, false, false),
+        (gpus("80Gi"), 137, true, false),
+        (on_cpu.clone(), 137, true, true),
+        (on_cpu, 71, false, true),
+    ] {
+        let mut case = on(compute.clone(), all_auto());
+        prepare(&mut case, 512);
+        let before = case.slot("tune").plan;
+        let end =
+            |oom_killed| PodState::Ended(End { code: Some(code), oom_killed, word: None, text: None, at: Some(at(5)) });
+        case.see("tune", 1, JobState::Failed, &[end(killed), ended(75, None)]);
+        case.pass();
+        assert_eq!(case.slot("tune").plan != before, changes, "{compute} {code}");
+        assert_eq!(case.slot("tune").phase, StagePhase::Pending);
+    }
+}
+
+#[test]
+fn a_written_strategy_is_tried_again_as_it_is() {
+    let mut case = on(gpus("80Gi"), json!({"recompute": "block"}));
+    prepare(&mut case, 512);
+    case.see("tune", 1, JobState::Failed, &[ended(71, None), ended(75, None)]);
+    case.pass();
+    let slot = case.slot("tune");
+    assert_eq!((slot.phase, slot.restarts), (StagePhase::Pending, 1));
+    assert_eq!(slot.plan.unwrap().strategy.recompute, Recompute::Block);
+}
+
+#[test]
+fn prepare_runs_again_where_its_last_word_is_needed_and_lost() {
+    let mut case = on(gpus("80Gi"), all_auto());
+    case.pass();
+    case.see("prepare", 1, JobState::Complete, &[]);
+    case.pass();
+    assert_eq!((case.slot("prepare").attempt, case.slot("prepare").disruptions), (2, 1));
+    let mut case = on(gpus("80Gi"), json!({}));
+    case.pass();
+    case.see("prepare", 1, JobState::Complete, &[]);
+    case.pass();
+    assert_eq!((case.slot("prepare").phase, case.slot("tune").plan), (StagePhase::Succeeded, None));
+    assert_eq!(case.made(), ["demo-tune-1", "demo-judge-1"]);
+}
