@@ -24,6 +24,10 @@ pub const LABEL_STAGE: &str = "rlhf.dev/stage";
 pub const LABEL_ATTEMPT: &str = "rlhf.dev/attempt";
 /// Label: who manages the object.
 pub const LABEL_MANAGED_BY: &str = "app.kubernetes.io/managed-by";
+/// Label: the Kueue LocalQueue in which a Job waits.
+pub const LABEL_QUEUE: &str = "kueue.x-k8s.io/queue-name";
+/// Labels that an RLHFJob passes on to its Jobs, for Kueue: the queue, and the WorkloadPriorityClass.
+pub const QUEUE_LABELS: [&str; 2] = [LABEL_QUEUE, "kueue.x-k8s.io/priority-class"];
 /// The prefix of the labels that are the operator's own; a pod template may not set them.
 pub const LABEL_PREFIX: &str = "rlhf.dev/";
 /// The label by which NVIDIA's GPU feature discovery tells how many MiB of memory a node's devices have.

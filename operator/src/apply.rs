@@ -2,8 +2,9 @@
 //! version that was looked at, then the events that tell of it, then deletions, and last what is made.
 //!
 //! The status is applied server-side. Children are created, not applied over: creation is the one write that cannot
-//! touch an object that somebody else has put under the same name. But for two fields a child is never changed: a
-//! Job's `suspend` and the rules of a NetworkPolicy are applied, with the object's UID as precondition.
+//! touch an object that somebody else has put under the same name. But for the rules of a NetworkPolicy, which are
+//! applied with the object's UID as precondition, a child is never changed. A Job least of all: whoever queues Jobs
+//! writes to them.
 
 #[cfg(test)]
 mod tests;
@@ -82,7 +83,7 @@ pub struct Blocked {
 
 /// Writes a decision. `Ok` with a [`Blocked`] means that all was written but a stage's children.
 pub async fn apply(job: &RLHFJob, decision: &Decision, ctx: &Context) -> Result<Option<Blocked>, Error> {
-    let Decision { status: _, delete, lost, suspend, make, notices, outcomes, expired, requeue: _ } = decision;
+    let Decision { status: _, delete, lost, make, notices, outcomes, expired, requeue: _ } = decision;
     write_status(job, decision, ctx).await?;
     ctx.metrics.status_written(job, &decision.status);
     for outcome in outcomes {
@@ -98,9 +99,6 @@ pub async fn apply(job: &RLHFJob, decision: &Decision, ctx: &Context) -> Result<
     for pod in lost {
         still_leads(ctx)?;
         remove_lost(job, pod, ctx).await?;
-    }
-    for (child, suspended) in suspend {
-        set_suspend(job, child, *suspended, ctx).await?;
     }
     let mut blocked = None;
     for children in make {
@@ -197,23 +195,6 @@ async fn remove_lost(job: &RLHFJob, pod: &PodRef, ctx: &Context) -> Result<(), E
         Ok(_) => Ok(()),
         Err(kube::Error::Api(s)) if s.is_not_found() || s.is_conflict() => Ok(()),
         Err(source) => Err(Error::Api { what: format!("the removal of pod {name}"), source }),
-    }
-}
-
-async fn set_suspend(job: &RLHFJob, child: &JobRef, suspended: bool, ctx: &Context) -> Result<(), Error> {
-    let JobRef { name, uid } = child;
-    let body = json!({
-        "apiVersion": Job::api_version(&()),
-        "kind": Job::kind(&()),
-        "metadata": {"name": name, "uid": uid},
-        "spec": {"suspend": suspended},
-    });
-    let api: Api<Job> = ctx.api(job);
-    let params = PatchParams::apply(FIELD_MANAGER).force();
-    match ctx.metrics.api("patch", api.patch(name, &params, &Patch::Apply(body)).await) {
-        Ok(_) => Ok(()),
-        Err(kube::Error::Api(s)) if s.is_not_found() || s.is_conflict() => Err(Error::Stale),
-        Err(source) => Err(Error::Api { what: format!("spec.suspend of Job {name}"), source }),
     }
 }
 

@@ -83,7 +83,7 @@ impl Metrics {
             HistogramOpts::new("rlhf_operator_reconcile_duration_seconds", "Time that one pass over one RLHFJob took.");
         let first_step = HistogramOpts::new(
             "rlhf_operator_first_step_seconds",
-            "Time from the making of an attempt at a stage to the first step that it told of.",
+            "Time from the making of an attempt at a stage to the first step that it told of, without what it waits in a queue.",
         );
         let metrics = Self {
             duration: Histogram::with_opts(duration.buckets(buckets))?,

@@ -8,6 +8,7 @@ use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{ContainerState, ContainerStateTerminated, ContainerStatus, Pod, PodCondition};
 use kube::ResourceExt;
+use rlhf_api::job::{StagePhase, StageStatus};
 use rlhf_api::names;
 use rlhf_api::report::{Progress, TerminationMessage};
 
@@ -29,7 +30,7 @@ pub struct StageView {
     pub ask_again: Option<SignedDuration>,
     /// For how long it has been asked in vain; `None` while it answers or nobody asks.
     pub silent_for: Option<SignedDuration>,
-    /// Why the Job controller cannot make pods of the current attempt.
+    /// Why no pods of the current attempt are made: what the Job controller or the queue says.
     pub refused: Option<Wait>,
 }
 
@@ -37,6 +38,23 @@ impl StageView {
     /// The Job of an attempt.
     pub fn job(&self, attempt: u32) -> Option<&JobView> {
         self.jobs.iter().find(|j| j.attempt == attempt)
+    }
+
+    /// Whether it cannot be told from what was seen why an attempt is not whole: its Job is not there, or pods of a
+    /// running attempt end or are gone, which is no loss if its Job has been suspended.
+    pub fn lacks_word_of(&self, slot: &StageStatus) -> bool {
+        let Some(job) = self.job(slot.attempt) else { return true };
+        let well = |p: &&PodView| p.state == PodState::Running || p.succeeded();
+        let whole = self.pods_of(slot.attempt).filter(well).count() >= job.pods as usize;
+        slot.phase == StagePhase::Running && job.state == JobState::Active && !job.suspended && !whole
+    }
+
+    /// Takes in a Job as the API server has it now, in place of what was seen of it.
+    pub fn learn(&mut self, now: Option<JobView>) {
+        if let Some(now) = now {
+            self.jobs.retain(|j| j.uid != now.uid);
+            self.jobs.push(now);
+        }
     }
 
     /// Whether nothing of the stage runs or can begin to, and nothing of the attempt has been made.
@@ -69,7 +87,9 @@ pub struct JobView {
     pub attempt: u32,
     /// Whether somebody deleted it.
     pub deleting: bool,
-    /// `spec.suspend`.
+    /// The queue in which it waits to run.
+    pub queue: Option<String>,
+    /// `spec.suspend`, which the operator leaves to others, such as the keeper of the queue.
     pub suspended: bool,
     /// When the Job controller last began to make pods for it.
     pub started: Option<Timestamp>,
@@ -100,6 +120,15 @@ impl JobView {
         matches!(self.state, JobState::Complete | JobState::Failed)
     }
 
+    /// Why the Job makes no pods, where it is suspended.
+    pub fn held(&self) -> Option<Wait> {
+        let (reason, text) = match &self.queue {
+            Some(queue) => (Wait::QUEUED, format!("in queue {queue}")),
+            None => (Wait::HELD, format!("Job {} is suspended, and not by the operator", self.name)),
+        };
+        self.suspended.then(|| Wait { reason: reason.into(), text })
+    }
+
     /// Parses a Job, if it is a child.
     pub fn parse(job: &Job) -> Option<Self> {
         let spec = job.spec.as_ref();
@@ -114,6 +143,7 @@ impl JobView {
             uid: job.uid()?,
             attempt: job.labels().get(names::LABEL_ATTEMPT)?.parse().ok()?,
             deleting: job.metadata.deletion_timestamp.is_some(),
+            queue: job.labels().get(names::LABEL_QUEUE).cloned(),
             suspended: spec.and_then(|s| s.suspend).unwrap_or(false),
             started: status.and_then(|s| s.start_time.as_ref()).map(|t| t.0),
             pods: unsigned(spec.and_then(|s| s.parallelism)),
@@ -177,6 +207,11 @@ impl Wait {
     pub const QUOTA: &str = "QuotaExceeded";
     /// The reason of pods or other children that are refused otherwise.
     pub const REFUSED: &str = "Refused";
+
+    /// The reason of pods that are made once a queue lets their Job run.
+    pub const QUEUED: &str = "Queued";
+    /// The reason of pods whose Job somebody has suspended without a queue.
+    pub const HELD: &str = "JobSuspended";
 
     /// From the API server's words about an object that it did not take.
     pub fn refusal(message: &str) -> Self {

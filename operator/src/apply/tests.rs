@@ -242,24 +242,17 @@ async fn a_network_policy_of_other_settings_is_changed_and_one_of_the_same_is_no
 }
 
 #[tokio::test]
-async fn deletion_and_suspension_reach_only_the_job_that_was_seen() {
+async fn deletion_reaches_only_the_job_that_was_seen() {
     let (ctx, log) = server(vec![]);
     let job = started();
     let child = |name: &str| JobRef { name: name.into(), uid: format!("uid-{name}") };
-    let decision = Decision {
-        status: job.status.clone().unwrap(),
-        delete: vec![child("a")],
-        suspend: vec![(child("b"), true)],
-        ..Decision::default()
-    };
+    let decision = Decision { status: job.status.clone().unwrap(), delete: vec![child("a")], ..Decision::default() };
     apply(&job, &decision, &ctx).await.unwrap();
     let deletion = body(&log, "DELETE jobs/a");
     assert_eq!(
         (&deletion["preconditions"]["uid"], &deletion["propagationPolicy"]),
         (&json!("uid-a"), &json!("Foreground"))
     );
-    let patch = body(&log, "PATCH jobs/b");
-    assert_eq!((&patch["metadata"]["uid"], &patch["spec"]), (&json!("uid-b"), &json!({"suspend": true})));
 }
 
 #[tokio::test]

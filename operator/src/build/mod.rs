@@ -249,6 +249,26 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn a_job_with_a_queue_makes_suspended_jobs_that_carry_what_the_queue_reads_and_pods_that_do_not() {
+        let mut job = job();
+        let given = [("kueue.x-k8s.io/queue-name", "team-a"), ("kueue.x-k8s.io/priority-class", "low"), ("team", "a")];
+        job.metadata.labels = Some(given.map(|(k, v)| (k.into(), v.into())).into());
+        for index in 0..4 {
+            let children = build(&job, index, 1);
+            let labels = children.job.metadata.labels.clone().unwrap();
+            assert_eq!(labels["kueue.x-k8s.io/queue-name"], "team-a");
+            assert_eq!(labels["kueue.x-k8s.io/priority-class"], "low");
+            assert!(!labels.contains_key("team"));
+            let spec = children.job.spec.as_ref().unwrap();
+            assert_eq!(spec.suspend, Some(true));
+            let pods = spec.template.metadata.as_ref().unwrap().labels.as_ref().unwrap();
+            assert!(pods.keys().all(|k| !k.starts_with("kueue.x-k8s.io/")), "{pods:?}");
+        }
+        job.metadata.labels = Some([("kueue.x-k8s.io/queue-name".into(), String::new())].into());
+        assert_eq!(build(&job, 1, 1).job.spec.unwrap().suspend, Some(false), "an empty name is no queue");
+    }
+
+    #[test]
     fn an_attempt_is_an_indexed_job_that_never_restarts_a_pod() {
         let children = build(&job(), 1, 3);
         let spec = children.job.spec.as_ref().unwrap();

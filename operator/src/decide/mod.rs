@@ -20,7 +20,7 @@ mod tests;
 mod world;
 
 use crate::build::{self, Children, Settings, Task};
-use crate::view::{JobView, StageView};
+use crate::view::{JobState, JobView, StageView};
 use jiff::{SignedDuration, Timestamp};
 use rlhf_api::job::{Phase, RLHFJob, RLHFJobStatus, StagePhase, StageStatus};
 use std::collections::BTreeMap;
@@ -68,8 +68,6 @@ pub struct Decision {
     pub delete: Vec<JobRef>,
     /// Pods that their nodes should long have ended: to be declared failed, and removed.
     pub lost: Vec<PodRef>,
-    /// Jobs whose `spec.suspend` is to become the value.
-    pub suspend: Vec<(JobRef, bool)>,
     /// Attempts to make.
     pub make: Vec<Children>,
     /// What to tell people, once the status is written.
@@ -85,7 +83,7 @@ pub struct Decision {
 impl Decision {
     /// Whether children are made, changed or deleted.
     pub fn touches_children(&self) -> bool {
-        !(self.delete.is_empty() && self.suspend.is_empty() && self.make.is_empty())
+        !(self.delete.is_empty() && self.make.is_empty())
     }
 
     fn look_again(&mut self, after: SignedDuration) {
@@ -301,10 +299,15 @@ impl<'a> Pass<'a> {
 
     /// Deletes every Job that no longer has a part: those of earlier attempts, and unfinished ones of stages that do
     /// not run. What has finished stays for its logs until the next attempt or the job's deletion.
+    ///
+    /// A suspended job's Jobs go too, and are made again under their numbers. Suspending them instead would be a word
+    /// against that of a queue, which lets a Job run that it has admitted, and they would go on taking quota.
     fn sweep(&mut self, status: &RLHFJobStatus) {
         for slot in status.prepare.iter().chain(&status.stages) {
             let live = matches!(slot.phase, StagePhase::Starting | StagePhase::Running);
-            let unwanted = |j: &&JobView| !j.deleting && !(j.attempt == slot.attempt && (live || j.finished()));
+            let stopped = |j: &JobView| self.job.spec.suspend && j.state == JobState::Active;
+            let has_part = |j: &JobView| j.attempt == slot.attempt && (live || j.finished()) && !stopped(j);
+            let unwanted = |j: &&JobView| !j.deleting && !has_part(j);
             self.decision.delete.extend(self.view(&slot.name).jobs.iter().filter(unwanted).map(JobRef::from));
         }
         self.give_up_lost();
@@ -348,11 +351,12 @@ impl<'a> Pass<'a> {
         self.decision.notices.push(Notice { event, note: crate::classify::bounded(note), about });
     }
 
-    /// Whether a suspended job has come to rest: its Jobs are suspended and its pods have ended.
+    /// Whether a suspended job has come to rest: no Job of it can make pods, and its pods have ended.
     fn at_rest(&self) -> bool {
-        self.observed.stages.values().all(|view| {
-            view.jobs.iter().all(|j| j.finished() || j.suspended) && view.pods.iter().all(|p| p.ended().is_some())
-        })
+        self.observed
+            .stages
+            .values()
+            .all(|view| view.jobs.iter().all(JobView::finished) && view.pods.iter().all(|p| p.ended().is_some()))
     }
 
     fn phase(&self, status: &RLHFJobStatus) -> Phase {

@@ -2,7 +2,7 @@
 //! until the stage has succeeded or is given up.
 
 use super::plan::strategy_of;
-use super::{Defeat, Event, JobRef, Outcome, PROGRESS_PERIOD, Pass, Trouble};
+use super::{Defeat, Event, Outcome, PROGRESS_PERIOD, Pass, Trouble};
 use crate::build::{self, Attempt, Task};
 use crate::classify::{Reason, bounded, cause, vanished};
 use crate::view::{JobState, JobView, PodState, PodView, StageView, Wait};
@@ -15,6 +15,10 @@ use rlhf_api::report::{Checkpoint, ExitCode, Output, Progress, Verdict};
 
 /// The wait before the first attempt that follows a failure; it doubles with each, as the Job controller's does.
 const FIRST_BACKOFF: SignedDuration = SignedDuration::from_secs(10);
+/// How soon after its Job a queue has something to say of it.
+const QUEUE_ANSWERS: SignedDuration = SignedDuration::from_secs(2);
+/// How often it is asked why a Job waits, which no watch tells.
+const QUEUE_PERIOD: SignedDuration = SignedDuration::from_secs(60);
 /// The longest wait.
 const LONGEST_BACKOFF: SignedDuration = SignedDuration::from_secs(300);
 
@@ -26,13 +30,15 @@ impl Pass<'_> {
         }
         let view = self.view(&slot.name);
         let Some(job) = view.job(slot.attempt) else { return self.settle_absent(slot) };
-        if job.state != JobState::Active {
+        if job.state != JobState::Active || job.deleting {
             slot.checkpoint = last_checkpoint(view, slot.attempt).or(slot.checkpoint.take());
         }
         match job.state {
             // Whoever is told of success may use the quota and the volume: no pod lingers on.
             JobState::Complete if view.pods.iter().any(|p| p.attempt == slot.attempt && p.ended().is_none()) => {}
             JobState::Complete => self.succeed(slot, view),
+            // Deleted for a suspension, or before it ran: it is made again under its number.
+            _ if job.deleting && slot.phase == StagePhase::Starting => self.stand_still(slot),
             JobState::Failed => self.lose(slot, view, "its pods are gone"),
             JobState::Active | JobState::Failing if job.deleting => self.lose(slot, view, "its Job was deleted"),
             JobState::Failing => self.record(slot, view),
@@ -50,11 +56,22 @@ impl Pass<'_> {
                 ..vanished(slot.attempt, trouble.message.clone(), self.now)
             };
             self.end(slot, failure);
-        } else if slot.phase == StagePhase::Running
-            || self.view(&slot.name).pods.iter().any(|p| p.attempt == slot.attempt)
-        {
+        } else if slot.phase == StagePhase::Running || self.has_orphans(slot) {
             self.lose(slot, self.view(&slot.name), "its Job was deleted");
-        } else if self.job.spec.suspend {
+        } else {
+            self.stand_still(slot);
+        }
+    }
+
+    /// Whether pods of the attempt go on without their Job.
+    fn has_orphans(&self, slot: &StageStatus) -> bool {
+        let goes_on = |p: &PodView| p.attempt == slot.attempt && p.deletion_requested.is_none();
+        self.view(&slot.name).pods.iter().any(goes_on)
+    }
+
+    /// An attempt that has no Job yet or no more. Its time to start runs unless the job is suspended.
+    fn stand_still(&mut self, slot: &mut StageStatus) {
+        if self.job.spec.suspend {
             slot.starting_since = None;
         } else if slot.starting_since.is_some() {
             self.limit_start(slot);
@@ -77,16 +94,12 @@ impl Pass<'_> {
         self.end(slot, failure);
     }
 
-    /// An attempt whose Job is active: it starts, runs, is to be stopped or to go on.
+    /// An attempt whose Job is active: it waits to be let run, starts or runs.
     fn watch(&mut self, slot: &mut StageStatus, job: &JobView, view: &StageView) {
-        let wanted = self.job.spec.suspend;
-        if job.suspended != wanted {
-            self.decision.suspend.push((JobRef::from(job), wanted));
-        }
-        if wanted || job.suspended {
+        if self.job.spec.suspend || job.suspended {
             slot.phase = StagePhase::Starting;
             (slot.starting_since, slot.advanced_at) = (None, None);
-            return;
+            return self.decision.look_again(if view.refused.is_some() { QUEUE_PERIOD } else { QUEUE_ANSWERS });
         }
         let pods = || view.pods_of(slot.attempt);
         if pods().any(|p| p.ended().is_some() && !p.succeeded()) {
@@ -142,6 +155,9 @@ impl Pass<'_> {
             return None;
         }
         let view = self.view(&slot.name);
+        if let Some(held) = view.job(slot.attempt).and_then(JobView::held) {
+            return Some((None, view.refused.clone().unwrap_or(held)));
+        }
         let why = |p: &PodView| if let PodState::Waiting(why) = &p.state { why.clone() } else { None };
         let pods = view.pods_of(slot.attempt).filter_map(|p| Some((p.index, p.name.as_str(), why(p)?)));
         // One that can never start says more than one that may.

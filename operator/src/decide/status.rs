@@ -43,9 +43,8 @@ impl Pass<'_> {
             });
             self.decision.outcomes.push(Outcome::Failed);
         }
-        // Nothing is made or resumed for a job that has just been given up.
+        // Nothing is made for a job that has just been given up.
         self.decision.make.clear();
-        self.decision.suspend.clear();
         self.end_job(status, Phase::Failed, (names::CONDITION_FAILED, reason), &message);
         self.tell(Event::JobFailed, message, None);
     }
@@ -91,14 +90,23 @@ impl Pass<'_> {
         status.active_since = None;
     }
 
-    /// The time runs from the first start on, except while the job is suspended.
+    /// The time runs from the first start on, except while the job is suspended or only waits in a queue.
     fn count_active_time(&mut self, status: &mut RLHFJobStatus) {
         if status.phase == Phase::Suspended {
             self.stop_active_time(status);
             self.decision.requeue = None;
+        } else if self.only_waits(status) {
+            self.stop_active_time(status);
         } else if status.start_time.is_some() {
             status.active_since.get_or_insert(self.now);
         }
+    }
+
+    /// Whether every attempt that is to run waits to be let run.
+    fn only_waits(&self, status: &RLHFJobStatus) -> bool {
+        let held = |s: &StageStatus| self.view(&s.name).job(s.attempt).is_some_and(|j| j.suspended);
+        let mut active = status.prepare.iter().chain(&status.stages).filter(|s| is_active(s)).peekable();
+        active.peek().is_some() && active.all(held)
     }
 
     /// Gives the job up once its time is over, unless it has succeeded.

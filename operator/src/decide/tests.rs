@@ -20,6 +20,7 @@ fn job_view(stage: &str, attempt: u32, state: JobState) -> JobView {
         name,
         attempt,
         deleting: false,
+        queue: None,
         suspended: false,
         started: Some(at(0)),
         pods,
@@ -131,8 +132,8 @@ impl Case {
         let before = self.job.status.clone();
         self.pass();
         assert_eq!(Some(&self.last.status), before.as_ref(), "status moves by itself");
-        let Decision { delete, suspend, notices, .. } = &self.last;
-        assert!(delete.is_empty() && suspend.is_empty() && notices.is_empty(), "{:?}", self.last);
+        let Decision { delete, notices, .. } = &self.last;
+        assert!(delete.is_empty() && notices.is_empty(), "{:?}", self.last);
     }
 }
 
@@ -452,11 +453,16 @@ fn suspension_stops_the_pods_first_and_resumes_the_same_attempt() {
     let mut case = Case::running();
     case.job.spec.suspend = true;
     case.pass();
-    let asked: Vec<_> = case.last.suspend.iter().map(|(j, s)| (j.name.as_str(), *s)).collect();
-    assert_eq!(asked, [("demo-tune-1", true), ("demo-judge-1", true)]);
-    assert_eq!((case.status().phase, case.last.requeue), (Phase::Running, None), "pods still run");
+    assert_eq!(case.deleted(), ["demo-tune-1", "demo-judge-1"]);
+    assert_eq!(
+        (case.status().phase, case.slot("tune").phase),
+        (Phase::Running, StagePhase::Starting),
+        "pods still run"
+    );
     for stage in ["tune", "judge"] {
-        case.view(stage).jobs[0].suspended = true;
+        // As the Job controller counts them, for it does not mind that the Job is being deleted.
+        case.view(stage).jobs[0].state = JobState::Failed;
+        case.view(stage).jobs[0].deleting = true;
         for pod in &mut case.view(stage).pods {
             pod.deletion_requested = Some(at(1));
             pod.state = ended(143, None);
@@ -470,13 +476,19 @@ fn suspension_stops_the_pods_first_and_resumes_the_same_attempt() {
         "a suspension is no failure"
     );
     case.assert_quiet();
+    case.job.spec.suspend = false;
+    case.pass();
+    assert!(case.made().is_empty(), "the Jobs and their pods are still going");
+    for stage in ["tune", "judge"] {
+        case.view(stage).jobs.clear();
+    }
+    case.pass();
+    assert!(case.made().is_empty(), "nor is a pod taken for lost that outlives its Job for a moment");
     for stage in ["tune", "judge"] {
         case.view(stage).pods.clear();
     }
-    case.job.spec.suspend = false;
     case.pass();
-    assert_eq!(case.last.suspend.len(), 2);
-    assert!(case.last.suspend.iter().all(|(_, s)| !s) && case.made().is_empty());
+    assert_eq!(case.made(), ["demo-tune-1", "demo-judge-1"]);
     assert_eq!((case.status().phase, case.slot("tune").attempt), (Phase::Running, 1));
     for stage in ["tune", "judge"] {
         case.see(stage, 1, JobState::Active, &[PodState::Waiting(None), PodState::Waiting(None)]);
@@ -487,6 +499,90 @@ fn suspension_stops_the_pods_first_and_resumes_the_same_attempt() {
         (StagePhase::Starting, 1),
         "pods that come back are not missed"
     );
+}
+
+/// The attempt's Job in the queue, its pods stopped.
+fn in_queue(case: &mut Case, stage: &str, pods: &[PodState]) {
+    case.see(stage, 1, JobState::Active, pods);
+    let job = &mut case.view(stage).jobs[0];
+    (job.queue, job.suspended, job.started) = (Some("team-a".into()), true, None);
+    for pod in &mut case.view(stage).pods {
+        pod.deletion_requested = Some(at(1));
+    }
+}
+
+#[test]
+fn an_attempt_in_a_queue_waits_without_a_deadline_and_says_for_what() {
+    let mut case = Case::prepared();
+    case.job.spec.active_deadline_seconds = Some(100);
+    for stage in ["tune", "judge"] {
+        in_queue(&mut case, stage, &[]);
+    }
+    case.pass();
+    let message = "tune: attempt 1 waits: Queued: in queue team-a; judge: attempt 1 waits: Queued: in queue team-a";
+    assert_eq!(case.status().message.as_deref(), Some(message));
+    assert_eq!(case.last.requeue, Some(SignedDuration::from_secs(2)), "the queue has not spoken yet");
+    let text = "in queue team-a: insufficient unused quota for cpu in flavor a, 1 more needed".to_owned();
+    case.view("tune").refused = Some(Wait { reason: Wait::QUEUED.into(), text: text.clone() });
+    case.pass();
+    assert_eq!(case.condition("Waiting"), Some(("True", "Queued")));
+    assert!(case.status().message.as_deref().unwrap().contains(&text));
+    assert!(case.condition("QuotaExceeded").is_none() && case.condition("Stalled").is_none());
+    case.now = at(1_000_000);
+    case.assert_quiet();
+    assert_eq!((case.slot("tune").attempt, case.slot("tune").starting_since), (1, None));
+    assert!(case.status().active_since.is_none() && case.status().active_seconds == 0, "a queue takes no time");
+    case.see("tune", 1, JobState::Active, &[PodState::Waiting(None), PodState::Waiting(None)]);
+    case.pass();
+    assert_eq!(
+        (case.slot("tune").starting_since, case.status().active_since),
+        (Some(at(1_000_000)), Some(at(1_000_000)))
+    );
+}
+
+#[test]
+fn case_34_an_attempt_that_a_queue_stops_and_lets_go_on_is_the_same_attempt() {
+    let mut case = Case::running();
+    for turn in 0..20 {
+        in_queue(&mut case, "tune", &[ended(143, None), PodState::Running]);
+        case.pass();
+        assert_eq!(case.slot("tune").phase, StagePhase::Starting, "turn {turn}");
+        assert!(case.deleted().is_empty() && case.made().is_empty() && case.last.outcomes.is_empty());
+        case.see("tune", 1, JobState::Active, &[PodState::Running, PodState::Running]);
+        case.pass();
+        assert_eq!(case.slot("tune").phase, StagePhase::Running, "turn {turn}");
+    }
+    let slot = case.slot("tune");
+    assert_eq!((slot.attempt, slot.restarts, slot.disruptions, slot.last_failure.as_ref()), (1, 0, 0, None));
+}
+
+#[test]
+fn a_suspended_job_leaves_its_queue_and_is_queued_again() {
+    let mut case = Case::prepared();
+    for stage in ["tune", "judge"] {
+        in_queue(&mut case, stage, &[]);
+    }
+    case.job.spec.suspend = true;
+    case.pass();
+    assert_eq!(case.deleted(), ["demo-tune-1", "demo-judge-1"]);
+    assert_eq!(case.status().phase, Phase::Running, "a queue may let a Job run until it is gone");
+    case.observed = Observed::default();
+    case.pass();
+    assert_eq!(case.status().phase, Phase::Suspended);
+    case.job.spec.suspend = false;
+    case.pass();
+    assert_eq!(case.made(), ["demo-tune-1", "demo-judge-1"]);
+}
+
+#[test]
+fn a_job_that_somebody_suspended_is_left_to_them_and_told() {
+    let mut case = Case::running();
+    case.view("tune").jobs[0].suspended = true;
+    case.pass();
+    assert_eq!(case.condition("Waiting"), Some(("True", "JobSuspended")));
+    assert!(case.deleted().is_empty());
+    let message = case.status().message.clone().unwrap();
+    assert!(message.contains("Job demo-tune-1 is suspended, and not by the operator"), "{message}");
 }
 
 #[test]
@@ -718,16 +814,11 @@ fn the_time_to_start_is_counted_anew_after_a_suspension_and_not_while_an_earlier
     let mut case = one_waits(waits("Unschedulable", "0/1 nodes"));
     (case.now, case.job.spec.suspend) = (at(1700), true);
     case.pass();
-    for stage in ["tune", "judge"] {
-        case.view(stage).jobs[0].suspended = true;
-        case.view(stage).pods.clear();
-    }
+    case.observed = Observed::default();
     case.pass();
     assert_eq!((case.status().phase, case.last.requeue), (Phase::Suspended, None), "no timer runs");
     assert_eq!(case.slot("tune").starting_since, None);
     (case.now, case.job.spec.suspend) = (at(9000), false);
-    case.pass();
-    case.view("tune").jobs[0].suspended = false;
     case.pass();
     assert_eq!((case.slot("tune").starting_since, case.slot("tune").restarts), (Some(at(9000)), 0));
 
@@ -832,10 +923,8 @@ fn the_active_deadline_counts_all_time_but_suspensions_and_gives_way_to_success(
     case.job.spec.active_deadline_seconds = Some(100);
     case.now = at(60);
     case.job.spec.suspend = true;
-    for stage in ["tune", "judge"] {
-        case.view(stage).jobs[0].suspended = true;
-        case.view(stage).pods.clear();
-    }
+    case.observed = Observed::default();
+    case.job.status.as_mut().unwrap().stages[..2].iter_mut().for_each(|s| s.phase = StagePhase::Starting);
     case.pass();
     assert_eq!((case.status().active_seconds, case.status().active_since, case.last.requeue), (60, None, None));
     case.now = at(10_000);

@@ -81,6 +81,8 @@ enum Step {
     DeleteJob { job: u8, how: u8 },
     /// Somebody sets `spec.suspend`.
     Suspend(bool),
+    /// A queue lets a Job run, or stops it.
+    Queue { job: u8, suspended: bool },
     /// A pod's node is lost: no kubelet will ever move it on.
     LoseNode { pod: u8 },
     /// The cluster deletes the pods of lost nodes.
@@ -101,6 +103,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => (any::<u8>(), any::<bool>()).prop_map(|(pod, force)| Step::DeletePod { pod, force }),
         1 => (any::<u8>(), 0..3u8).prop_map(|(job, how)| Step::DeleteJob { job, how }),
         1 => any::<bool>().prop_map(Step::Suspend),
+        2 => (any::<u8>(), any::<bool>()).prop_map(|(job, suspended)| Step::Queue { job, suspended }),
         1 => any::<u8>().prop_map(|pod| Step::LoseNode { pod }),
         1 => Just(Step::Evict),
         2 => prop::option::of(any::<u8>()).prop_map(|step| Step::Tell { step }),
@@ -158,6 +161,7 @@ impl World {
                 self.api.job.spec.suspend = *suspend;
                 self.bump();
             }
+            Step::Queue { job, suspended } => self.queue(*job, *suspended),
             Step::LoseNode { pod } => {
                 let i = usize::from(*pod) % self.api.pods.len().max(1);
                 if let Some(pod) = self.api.pods.get_mut(i) {
@@ -201,7 +205,7 @@ impl World {
                 ..Default::default()
             });
         }
-        self.ask_for_missing_jobs(&job, &mut observed);
+        self.ask_for_jobs(&job, &mut observed);
         let decision = decide(&job, &observed, &settings(), self.now());
         if decision.touches_children() && !self.still_holds(&job, &decision) {
             return;
@@ -232,14 +236,6 @@ impl World {
             }
             self.api.pods.retain(|p| p.view.uid != pod.uid || p.tracked);
         }
-        for (child, suspended) in &decision.suspend {
-            if crashed() {
-                return;
-            }
-            if let Some(i) = self.api.find(&child.uid) {
-                self.api.jobs[i].view.suspended = *suspended;
-            }
-        }
         for children in &decision.make {
             if crashed() {
                 return;
@@ -255,15 +251,15 @@ impl World {
         }
     }
 
-    /// As [`crate::observe::observe`] does for a current attempt's Job that the store lacks.
-    fn ask_for_missing_jobs(&self, job: &RLHFJob, observed: &mut Observed) {
+    /// As [`crate::observe::observe`] does for a current attempt's Job of which the store may not tell all.
+    fn ask_for_jobs(&self, job: &RLHFJob, observed: &mut Observed) {
         let status = job.status.clone().unwrap_or_default();
         for slot in status.prepare.iter().chain(&status.stages) {
             let view = observed.stages.entry(slot.name.clone()).or_default();
             let live = matches!(slot.phase, StagePhase::Starting | StagePhase::Running);
-            if live && view.job(slot.attempt).is_none() {
+            if live && view.lacks_word_of(slot) {
                 let found = self.api.jobs.iter().find(|j| j.stage == slot.name && j.view.attempt == slot.attempt);
-                view.jobs.extend(found.map(|j| j.view.clone()));
+                view.learn(found.map(|j| j.view.clone()));
             }
         }
     }
@@ -429,6 +425,13 @@ impl World {
         }
     }
 
+    fn queue(&mut self, pick: u8, suspended: bool) {
+        let i = usize::from(pick) % self.api.jobs.len().max(1);
+        if let Some(job) = self.api.jobs.get_mut(i).filter(|j| j.view.state == JobState::Active) {
+            job.view.suspended = suspended;
+        }
+    }
+
     fn status(&self) -> RLHFJobStatus {
         self.api.job.status.clone().unwrap_or_default()
     }
@@ -487,7 +490,9 @@ impl World {
         for _ in 0..60 {
             let everywhere =
                 (0..16).flat_map(|pod| [Step::Kubelet { pod, code: 0 }, Step::Kubelet { pod: 0, code: 0 }]);
-            steps.extend([Step::Wait(301), Step::Pass { caught_up: [255; 3], writes: 255 }, Step::JobController]);
+            steps.extend([Step::Wait(301), Step::Pass { caught_up: [255; 3], writes: 255 }]);
+            steps.extend((0..4).map(|job| Step::Queue { job, suspended: false }));
+            steps.push(Step::JobController);
             steps.extend(everywhere);
             steps.extend([Step::JobController, Step::Collect, Step::Evict]);
         }

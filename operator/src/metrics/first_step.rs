@@ -1,6 +1,6 @@
 //! How long attempts take from the making of their Job to their first step.
 //!
-//! An attempt that resumes tells at once of the step from which it goes on; its first own step is one beyond. What is
+//! What an attempt waits in a queue is left out. An attempt that resumes tells at once of the step from which it goes on; its first own step is one beyond. What is
 //! not known (the attempt was made by an earlier process of the operator) is not measured.
 
 use rlhf_api::job::{RLHFJobStatus, StagePhase, StageStatus};
@@ -13,7 +13,8 @@ struct Waiting {
     attempt: u32,
     /// The step after which the attempt goes on.
     from: u64,
-    made: Instant,
+    /// When it was made, or let run; `None` while it waits in a queue.
+    since: Option<Instant>,
 }
 
 /// Attempts that were made and have not told of a step yet: by namespace and name of the job, then by stage.
@@ -28,7 +29,7 @@ impl FirstSteps {
     /// The attempt that `slot` speaks of was made now.
     pub(super) fn made(&self, (namespace, name, uid): (&str, &str, &str), slot: &StageStatus) {
         let from = slot.checkpoint.as_ref().map_or(0, |c| c.step);
-        let waiting = Waiting { uid: uid.into(), attempt: slot.attempt, from, made: Instant::now() };
+        let waiting = Waiting { uid: uid.into(), attempt: slot.attempt, from, since: Some(Instant::now()) };
         self.lock().entry((namespace.into(), name.into())).or_default().insert(slot.name.clone(), waiting);
     }
 
@@ -49,9 +50,11 @@ impl FirstSteps {
             let live = |s: &StageStatus| matches!(s.phase, StagePhase::Starting | StagePhase::Running);
             let same = waiting.uid == uid && slot.is_some_and(|s| s.attempt == waiting.attempt);
             if same && step > waiting.from {
-                took.push(waiting.made.elapsed());
+                took.extend(waiting.since.map(|since| since.elapsed()));
                 return false;
             }
+            let held = slot.is_some_and(|s| s.phase == StagePhase::Starting && s.starting_since.is_none());
+            waiting.since = if held { None } else { waiting.since.or_else(|| Some(Instant::now())) };
             same && !suspended && slot.is_some_and(live)
         });
         if stages.is_empty() {
@@ -91,6 +94,23 @@ mod tests {
         assert_eq!(first.told(JOB, &status(slot(2, 42)), false).len(), 1);
         assert!(first.told(JOB, &status(slot(2, 43)), false).is_empty());
         assert!(first.lock().is_empty());
+    }
+
+    #[test]
+    fn the_time_in_a_queue_is_left_out() {
+        let first = FirstSteps::default();
+        let starting = |since| StageStatus { phase: StagePhase::Starting, starting_since: since, ..slot(1, 0) };
+        first.made(JOB, &starting(None));
+        let since = || first.lock().values().flat_map(|stages| stages.values().map(|w| w.since)).next().unwrap();
+        assert!(since().is_some());
+        first.told(JOB, &status(starting(None)), false);
+        assert_eq!(since(), None, "it waits");
+        first.told(JOB, &status(starting(Some(jiff::Timestamp::UNIX_EPOCH))), false);
+        let let_run = since();
+        assert!(let_run.is_some());
+        first.told(JOB, &status(slot(1, 0)), false);
+        assert_eq!(since(), let_run, "it counts from when it was let run");
+        assert_eq!(first.told(JOB, &status(slot(1, 2)), false).len(), 1);
     }
 
     #[test]

@@ -1,11 +1,12 @@
 //! All reads of a pass.
 //!
 //! Jobs and pods come from label-selected reflector stores, which lag behind the API server. Where a lag could
-//! mislead the rules, the API server is asked: for a current attempt's Job that the store lacks, and, in
-//! [`still_holds`], for the job itself and a stage's pods right before children are touched.
+//! mislead the rules, the API server is asked: for a current attempt's Job that the store lacks or that may have been
+//! stopped, and, in [`still_holds`], for the job itself and a stage's pods right before children are touched.
 
 mod nodes;
 mod progress;
+mod queue;
 
 pub use progress::{Heard, ProgressReader};
 
@@ -52,8 +53,8 @@ pub async fn observe(job: &RLHFJob, ctx: &Context) -> Result<Observed, Error> {
         .collect();
     for slot in &live {
         let view = stages.entry(slot.name.clone()).or_default();
-        if view.job(slot.attempt).is_none() {
-            view.jobs.extend(missing_job(job, slot, ctx).await?);
+        if view.lacks_word_of(slot) {
+            view.learn(job_now(job, slot, ctx).await?);
         }
     }
     read_progress(job, &live, &mut stages, ctx).await;
@@ -99,18 +100,22 @@ fn is_jobs(pod: &Pod) -> bool {
     pod.owner_references().iter().any(|o| o.controller == Some(true) && o.kind == "Job")
 }
 
-async fn missing_job(job: &RLHFJob, slot: &StageStatus, ctx: &Context) -> Result<Option<JobView>, Error> {
+async fn job_now(job: &RLHFJob, slot: &StageStatus, ctx: &Context) -> Result<Option<JobView>, Error> {
     let name = names::attempt(&job.name_any(), &slot.name, slot.attempt);
     let api: Api<Job> = ctx.api(job);
     let found = ctx.metrics.api("get", api.get_opt(&name).await).map_err(|e| failed(format!("Job {name}"), e))?;
     Ok(found.filter(|j| is_owned(j, job)).and_then(|j| JobView::parse(&j)))
 }
 
-/// Why an attempt lacks pods that its Job controller should have made: it says so in events alone.
+/// Why an attempt lacks pods: its queue does not let it run yet, or its Job controller cannot make them, which says so in
+/// events alone.
 async fn refusal(job: &RLHFJob, attempt: u32, view: &StageView, ctx: &Context) -> Result<Option<Wait>, Error> {
-    let Some(child) = view.job(attempt).filter(|j| j.state == JobState::Active && !j.suspended) else {
+    let Some(child) = view.job(attempt).filter(|j| j.state == JobState::Active && !job.spec.suspend) else {
         return Ok(None);
     };
+    if child.suspended {
+        return queue::wait(job, child, ctx).await;
+    }
     let late = child.started.is_some_and(|started| Timestamp::now().duration_since(started) >= PODS_ARE_MADE);
     if !late || view.pods_of(attempt).count() >= child.pods as usize {
         return Ok(None);
