@@ -31,7 +31,7 @@ was_up=1
 [ -f .cache/cluster/run/kubelet.pid ] || was_up=
 if [ -z "$was_up" ]; then trap tests/cluster/down.sh EXIT; fi
 tests/cluster/up.sh
-tests/cluster/images.sh
+tests/cluster/images.sh operator trainer kueue
 export KUBECONFIG=$root/.cache/cluster/admin.conf PATH=$root/.cache/bin:$PATH
 tests/cluster/smoke.sh | tee "$logs/test-smoke.log" || failed=1
 

@@ -24,6 +24,29 @@ need_root() { [ "$(id -u)" = 0 ] || die "run this as root: kubelet and container
 kubectl() { "$BOX" kubectl "$@"; }
 ctr() { command ctr -a "$SOCKET" -n k8s.io "$@"; }
 
+# go_program NAME PACKAGE WHAT FLAG...: builds PACKAGE, with the versions of the Go module in this folder's NAME, into
+# .cache/bin/NAME. Does nothing while the sources are those of the last build. Says WHAT it builds.
+go_program() {
+    local name=$1 package=$2 what=$3 out=$CACHE/bin/$1 log=$CACHE/logs/$1.log inputs total packages sources
+    shift 3
+    mkdir -p "$CACHE/bin" "$CACHE/logs"
+    export CGO_ENABLED=0
+    cd "$ROOT/tests/cluster/$name" || return
+    mapfile -t sources < <(compgen -G main.go || true; printf '%s\n' go.mod go.sum)
+    inputs=$({ go version; echo "$*"; sha256sum "${sources[@]}"; } | sha256sum | cut -d' ' -f1)
+    if [ -x "$out" ] && [ "$(cat "$out.inputs" 2> /dev/null)" = "$inputs" ]; then return; fi
+    say "building $what"
+    packages=$(go list -deps "$package") || die "go could not list the packages; its message is above"
+    total=$(wc -l <<< "$packages")
+    # With -v, go names each package as it compiles it; those that its cache holds are not named.
+    go build -v "$@" -o "$out.new" "$package" 2>&1 | tee "$log" | awk -v name="$name" -v total="$total" \
+        '/^[a-z0-9.]+(\/[^ ]*)?$/ { if (++n % 100 == 0) { printf "%s: %d of at most %d packages\n", name, n, total; fflush() } }' \
+        || { grep -v '^[a-z0-9./_-]*$' "$log" | tail -n 20 >&2; die "the build failed; the log is $log"; }
+    mv "$out.new" "$out"
+    echo "$inputs" > "$out.inputs"
+    say "built $out, $(du -m "$out" | cut -f1) MB"
+}
+
 # pid_of NAME: the process id of a running part of the cluster; fails when it does not run. A number that belongs to
 # another program by now (after a reboot, say) is not taken: each part has the state folder on its command line.
 pid_of() {

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds container images from the shipped Dockerfiles and, when the cluster is up, brings them into its containerd.
 #
-#   tests/cluster/images.sh [--build] [IMAGE...]     IMAGE: operator, trainer (the default is these two), trainer-cuda, base, pause
+#   tests/cluster/images.sh [--build] [IMAGE...]     IMAGE: operator, trainer (the default is these two), trainer-cuda, kueue, base, pause
 #
 # --build only builds. The base of the images is a Debian made here with debootstrap and passed as the Dockerfiles' BASE,
 # so no registry is needed. What goes into an image is staged in .cache/images/IMAGE, binaries from target/release stripped;
@@ -31,6 +31,13 @@ reference() {
 stage_pause() {
     gcc -Os -static -o "$1/pause" "$ROOT/tests/cluster/pause.c"
     printf 'FROM scratch\nCOPY pause /pause\nENTRYPOINT ["/pause"]\n' > "$1/Dockerfile"
+}
+
+stage_kueue() {
+    "$ROOT/tests/cluster/kueue.sh"
+    cp -l "$CACHE/bin/kueue" "$1/manager"
+    # Its chart names the program so.
+    printf 'FROM scratch\nCOPY manager /manager\nUSER 65532:65532\nENTRYPOINT ["/manager"]\n' > "$1/Dockerfile"
 }
 
 stage_base() {
@@ -90,7 +97,7 @@ inputs() {
     (
         cd "$IMAGES/$1"
         find . -type f -print0 | sort -z | xargs -0 sha256sum
-        case $1 in base | pause) ;; *) store images --quiet --no-trunc "$BASE" ;; esac
+        case $1 in base | pause | kueue) ;; *) store images --quiet --no-trunc "$BASE" ;; esac
     ) | sha256sum | cut -d' ' -f1
 }
 
@@ -134,7 +141,7 @@ mkdir -p "$IMAGES"
 exec 8> "$IMAGES/lock"
 flock 8
 for image in "$@"; do
-    declare -F "stage_$image" > /dev/null || die "there is no image $image; there are operator, trainer, trainer-cuda, base and pause"
+    declare -F "stage_$image" > /dev/null || die "there is no image $image; there are operator, trainer, trainer-cuda, kueue, base and pause"
 done
 if [ "$*" != pause ]; then build base; fi
 for image in "$@"; do

@@ -53,6 +53,11 @@ pub async fn helm(args: &[&str]) -> Answer {
     run("helm", args, None).await
 }
 
+/// Runs `helm` with values on its standard input.
+pub async fn helm_with(args: &[&str], values: &serde_json::Value) -> Answer {
+    run("helm", args, Some(values.to_string())).await
+}
+
 async fn run(program: &str, args: &[&str], input: Option<String>) -> Answer {
     let path = cache().join("bin").join(program);
     let mut command = Command::new(&path);

@@ -9,6 +9,7 @@ mod interruption;
 mod leader;
 mod limits;
 mod meddling;
+mod queue;
 mod removal;
 mod security;
 mod stages;
