@@ -89,7 +89,7 @@ pub struct RLHFJobSpec {
     #[x_kube(validation = immutable("failurePolicy"))]
     pub failure_policy: FailurePolicy,
     /// Fails the job once it has been active for so long, in all. The time runs from the first pod's making on,
-    /// back-offs and waiting for nodes included, and stands still while the job is suspended.
+    /// back-offs and waiting for nodes included, and stands still while the job is suspended or only waits in a queue.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 315_360_000))]
     pub active_deadline_seconds: Option<u32>,

@@ -6,13 +6,16 @@
 
 use crate::scene::{Scene, eventually};
 use crate::tools::{cache, helm_with, kubectl, kubectl_with};
+use futures::FutureExt;
 use k8s_openapi::api::core::v1::Namespace;
 use kube::api::{ApiResource, DynamicObject, GroupVersionKind, ListParams, Patch, PatchParams};
 use kube::{Api, ResourceExt};
 use serde::Deserialize;
 use serde_json::{Value, json};
+use std::panic::AssertUnwindSafe;
 use tokio::sync::Mutex;
 
+const API: &str = "kueue.x-k8s.io/v1beta2";
 const NAMESPACE: &str = "kueue-system";
 const CHOSEN: &str = "rlhf.dev/queues";
 static INSTALLED: Mutex<bool> = Mutex::const_new(false);
@@ -73,7 +76,8 @@ impl<'a> Queue<'a> {
 
     /// A priority for workloads.
     pub async fn priority(&self, name: &str, value: i32) {
-        let class = json!({"apiVersion": "kueue.x-k8s.io/v1beta2", "kind": "WorkloadPriorityClass", "metadata": {"name": name}, "value": value});
+        let class =
+            json!({"apiVersion": API, "kind": "WorkloadPriorityClass", "metadata": {"name": name}, "value": value});
         apply(&class).await;
     }
 
@@ -122,8 +126,7 @@ impl<'a> Queue<'a> {
     }
 
     async fn put(&self, kind: &str, name: &str, spec: Value) {
-        let mut object =
-            json!({"apiVersion": "kueue.x-k8s.io/v1beta2", "kind": kind, "metadata": {"name": name}, "spec": spec});
+        let mut object = json!({"apiVersion": API, "kind": kind, "metadata": {"name": name}, "spec": spec});
         if kind == "LocalQueue" {
             object["metadata"]["namespace"] = json!(self.scene.namespace);
         }
@@ -175,13 +178,14 @@ async fn install() {
         }
     }
     apply(&json!({"apiVersion": "v1", "kind": "List", "items": items})).await;
-    let ready =
-        ["rollout", "status", "deployment/kueue-controller-manager", "--namespace", NAMESPACE, "--timeout", "2m"];
-    let ready = kubectl(&ready).await;
-    if !ready.ok {
+    // Its pod is ready while it still makes the certificates of its webhooks.
+    let flavor = json!({"apiVersion": API, "kind": "ResourceFlavor", "metadata": {"name": "probe"}});
+    let takes = ["create", "--dry-run=server", "--filename", "-"];
+    let serves = eventually("Kueue", 90, async || kubectl_with(&takes, &flavor).await.ok);
+    if AssertUnwindSafe(serves).catch_unwind().await.is_err() {
         let pods = kubectl(&["describe", "pods", "--namespace", NAMESPACE]).await;
         let log =
             kubectl(&["logs", "deployment/kueue-controller-manager", "--namespace", NAMESPACE, "--tail", "40"]).await;
-        panic!("Kueue does not start: {}\n{}\n{}{}", ready.errors, pods.output, log.output, log.errors);
+        panic!("Kueue does not serve: {}\n{}{}", pods.output, log.output, log.errors);
     }
 }
