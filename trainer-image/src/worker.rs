@@ -79,7 +79,7 @@ fn train(options: &Options, environment: Environment, shown: &OnceLock<Telemetry
     }
     serve(options.http_port, environment.local_rank, &telemetry)?;
     let peers = meet(&environment, &config.value, &config.digest, device)?;
-    let group = Rc::new(Group::new(peers, rank, world_size, device));
+    let group = Rc::new(Group::new(peers, rank, world_size, device)?);
     tracing::info!(
         attempt = environment.attempt,
         world_size,

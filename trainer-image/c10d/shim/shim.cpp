@@ -10,7 +10,10 @@
 #include <ATen/ops/_fused_adamw.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/CachingDeviceAllocator.h>
+#include <c10/core/Event.h>
+#include <c10/core/StreamGuard.h>
 #include <c10/core/alignment.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/core/impl/alloc_cpu.h>
 #include <c10/util/Logging.h>
 #include <torch/csrc/autograd/autograd.h>
@@ -44,12 +47,35 @@ at::Generator generator(int index) {
   return at::globalContext().defaultGenerator(index < 0 ? at::Device(at::kCPU) : cuda(index));
 }
 
+// What locks host memory in place for a GPU: CUDA's own functions, where libtorch_cuda.so has brought them.
+struct PageLock {
+  int (*lock)(void*, size_t, unsigned) = nullptr;
+  int (*unlock)(void*) = nullptr;
+  int (*wait)() = nullptr;
+  int (*forget_error)() = nullptr;
+
+  static const PageLock& get() {
+    static const PageLock functions = [] {
+      PageLock f;
+      const auto find = [](auto& target, const char* name) {
+        target = reinterpret_cast<std::decay_t<decltype(target)>>(dlsym(RTLD_DEFAULT, name));
+        return target != nullptr;
+      };
+      const bool all = find(f.lock, "cudaHostRegister") && find(f.unlock, "cudaHostUnregister") &&
+          find(f.wait, "cudaDeviceSynchronize") && find(f.forget_error, "cudaGetLastError");
+      return all ? f : PageLock{};
+    }();
+    return functions;
+  }
+};
+
 // CPU memory by who asked for it: what stands for a device's memory where the CPU is the device, and what is host memory in
 // any case. Each block carries its size and domain in front of it, so that it is taken off where it was added.
 struct Counting final : c10::Allocator {
   struct alignas(c10::gAlignment) Header {
     size_t bytes;
     int domain;
+    bool locked;
   };
 
   std::atomic<int64_t> current[2] = {};
@@ -75,7 +101,7 @@ struct Counting final : c10::Allocator {
   at::DataPtr allocate(size_t bytes) override {
     if (bytes == 0) return {nullptr, nullptr, &release, at::Device(at::kCPU)};
     auto* header = static_cast<Header*>(c10::alloc_cpu(bytes + sizeof(Header)));
-    *header = {bytes, domain()};
+    *header = {bytes, domain(), false};
     add(header->domain, static_cast<int64_t>(bytes));
     return {header + 1, header + 1, &release, at::Device(at::kCPU)};
   }
@@ -83,6 +109,11 @@ struct Counting final : c10::Allocator {
   static void release(void* data) {
     if (!data) return;
     auto* header = static_cast<Header*>(data) - 1;
+    if (header->locked) {
+      // A copy may still be under way.
+      PageLock::get().wait();
+      PageLock::get().unlock(data);
+    }
     get().current[header->domain].fetch_sub(static_cast<int64_t>(header->bytes), std::memory_order_relaxed);
     c10::free_cpu(header);
   }
@@ -255,6 +286,20 @@ int c10d_resize_storage(Tensor* tensor, size_t bytes) noexcept GUARD(
 // Counts CPU memory from now on. Memory that was taken before stays uncounted.
 int c10d_count_memory() noexcept GUARD(c10::SetCPUAllocator(&Counting::get(), 1))
 
+// Locks the memory under a whole CPU tensor in place, exactly as much as it has (libtorch's own pinned memory comes in
+// powers of two), until it is freed. out: whether that went well; where not, copies only take longer.
+int c10d_page_lock(Tensor* tensor, int* out) noexcept GUARD(
+    *out = 0;
+    const auto& storage = tensor->storage().data_ptr();
+    void* data = storage.get();
+    const auto& cuda = PageLock::get();
+    if (storage.get_deleter() != &Counting::release || !data || !cuda.lock) return shim::kOk;
+    auto* header = static_cast<Counting::Header*>(data) - 1;
+    if (header->locked) return shim::kOk;
+    header->locked = cuda.lock(data, header->bytes, 0) == 0;
+    if (!header->locked) cuda.forget_error();
+    *out = header->locked)
+
 // The domain of what this thread allocates from now on (0: device, 1: host); returns the one before.
 int c10d_set_domain(int domain) noexcept {
   std::swap(domain, Counting::domain());
@@ -275,6 +320,37 @@ void c10d_reset_counted_peaks() noexcept {
 
 int c10d_reset_device_peak(int device) noexcept GUARD(
     c10::getDeviceAllocator(c10::kCUDA)->resetPeakStats(cuda(device).index()))
+
+// ---------------------------------------------------------------- streams
+
+// One of the streams of a CUDA device beside that on which it computes.
+int c10d_stream_new(int device, c10::Stream** out) noexcept GUARD(
+    const c10::impl::VirtualGuardImpl guard(c10::kCUDA);
+    *out = new c10::Stream(guard.getStreamFromGlobalPool(cuda(device))))
+
+void c10d_stream_free(c10::Stream* stream) noexcept { delete stream; }
+
+// Marks how far the current stream of a CUDA device is.
+int c10d_event_record(int device, c10::Event** out) noexcept GUARD(
+    const c10::impl::VirtualGuardImpl guard(c10::kCUDA);
+    auto event = std::make_unique<c10::Event>(c10::kCUDA);
+    event->record(guard.getStream(cuda(device)));
+    *out = event.release())
+
+// What is queued on the current stream of a CUDA device from now on comes after the event.
+int c10d_event_block(c10::Event* event, int device) noexcept GUARD(
+    const c10::impl::VirtualGuardImpl guard(c10::kCUDA);
+    event->block(guard.getStream(cuda(device))))
+
+void c10d_event_free(c10::Event* event) noexcept { delete event; }
+
+// Makes `stream` the current one; out: the one before.
+int c10d_stream_enter(c10::Stream* stream, c10::Stream** out) noexcept GUARD(
+    const c10::impl::VirtualGuardImpl guard(c10::kCUDA);
+    *out = new c10::Stream(guard.exchangeStream(*stream)))
+
+// Copies without waiting for it; the order is that of the current stream.
+int c10d_copy(Tensor* target, Tensor* source) noexcept GUARD(target->copy_(*source, /*non_blocking=*/true))
 
 // ---------------------------------------------------------------- random state
 

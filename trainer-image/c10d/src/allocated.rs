@@ -4,10 +4,11 @@
 //! that keeps two domains apart: what [`on_host`] allocates would lie in host memory beside a GPU, everything else on the GPU.
 //! So the memory of an offloading trainer can be measured where there is no GPU.
 
-use tch::Device;
+use tch::{Device, Tensor};
 
 use crate::error::{c_index, check};
-use crate::{Result, device_memory, ffi};
+use crate::ffi::{self, ptr};
+use crate::{Result, device_memory};
 
 /// Bytes now, and the most since the start or [`reset_peaks`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,7 +24,7 @@ pub struct Usage {
 pub struct Allocated {
     /// On the device that computes.
     pub device: Usage,
-    /// In host memory. Beside a GPU: in CPU tensors that are not page-locked.
+    /// In host memory.
     pub host: Usage,
 }
 
@@ -41,6 +42,18 @@ pub fn on_host<T>(work: impl FnOnce() -> T) -> T {
     // SAFETY: as above.
     let _restore = Restore(unsafe { ffi::c10d_set_domain(HOST) });
     work()
+}
+
+/// Locks the memory under a whole CPU tensor in place until it is freed, so that a GPU reads and writes it without a copy in
+/// between; exactly as much as the tensor has. Whether that went well: where it did not, copies only take longer.
+///
+/// # Errors
+/// The tensor has no storage.
+pub fn page_lock(tensor: &Tensor) -> Result<bool> {
+    let mut locked = 0;
+    // SAFETY: the tensor lives through the call, which writes one number.
+    check(unsafe { ffi::c10d_page_lock(ptr(tensor), &mut locked) })?;
+    Ok(locked != 0)
 }
 
 /// Bytes in tensors of a process that computes on `device`, counted since [`crate::init`].

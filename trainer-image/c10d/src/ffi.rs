@@ -17,6 +17,13 @@ pub struct CGroup([u8; 0]);
 #[repr(C)]
 pub struct CWork([u8; 0]);
 
+/// `c10::Stream`
+#[repr(C)]
+pub struct CStream([u8; 0]);
+/// `c10::Event`
+#[repr(C)]
+pub struct CEvent([u8; 0]);
+
 /// Receives a value of the store.
 pub type Sink = unsafe extern "C" fn(*mut c_void, *const u8, usize);
 /// Gives up the owner of foreign memory.
@@ -101,10 +108,19 @@ unsafe extern "C" {
     pub fn c10d_resize_storage(tensor: T, bytes: usize) -> c_int;
 
     pub fn c10d_count_memory() -> c_int;
+    pub fn c10d_page_lock(tensor: T, out: *mut c_int) -> c_int;
     pub fn c10d_set_domain(domain: c_int) -> c_int;
     pub fn c10d_counted(out: *mut i64);
     pub fn c10d_reset_counted_peaks();
     pub fn c10d_reset_device_peak(device: c_int) -> c_int;
+
+    pub fn c10d_stream_new(device: c_int, out: *mut *mut CStream) -> c_int;
+    pub fn c10d_stream_free(stream: *mut CStream);
+    pub fn c10d_stream_enter(stream: *mut CStream, out: *mut *mut CStream) -> c_int;
+    pub fn c10d_event_record(device: c_int, out: *mut *mut CEvent) -> c_int;
+    pub fn c10d_event_block(event: *mut CEvent, device: c_int) -> c_int;
+    pub fn c10d_event_free(event: *mut CEvent);
+    pub fn c10d_copy(target: T, source: T) -> c_int;
 
     pub fn c10d_rng_state(device: c_int, out: *mut T) -> c_int;
     pub fn c10d_rng_set_state(device: c_int, state: T) -> c_int;

@@ -22,8 +22,9 @@ mod process_group;
 mod rendezvous;
 pub mod rng;
 mod store;
+mod stream;
 
-pub use allocated::{Allocated, Usage, allocated, on_host, reset_peaks};
+pub use allocated::{Allocated, Usage, allocated, on_host, page_lock, reset_peaks};
 pub use autograd::grad;
 pub use cuda::{DeviceMemory, device_memory, has_cuda, init};
 pub use error::{Error, Result};
@@ -32,3 +33,4 @@ pub use optim::AdamW;
 pub use process_group::{ProcessGroup, ReduceOp, Work};
 pub use rendezvous::Rendezvous;
 pub use store::Store;
+pub use stream::{Mark, SideStream, copy};

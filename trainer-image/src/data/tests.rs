@@ -199,7 +199,7 @@ fn a_ranking_whose_responses_the_cut_makes_equal_is_dropped() {
             truncated: 1,
             tokens: 8,
             longest_tokens: 4,
-            sequences: 1,
+            sequences: 2,
             ..Default::default()
         }
     );

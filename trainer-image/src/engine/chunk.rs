@@ -12,7 +12,7 @@ use super::placement::Placement;
 use crate::error::{Error, Result};
 use crate::model::ParamSpec;
 use crate::model::transformer::Params;
-use c10d::AdamW;
+use c10d::{AdamW, Mark};
 use std::ops::Range;
 use std::rc::Rc;
 use tch::{Device, Kind, Tensor};
@@ -68,19 +68,21 @@ impl Held {
 pub(super) struct Fetch {
     held: Held,
     gather: Option<Gather>,
+    copied: Option<Mark>,
 }
 
 impl Fetch {
     /// Waits until the parameters are there.
     pub(super) fn ready(self) -> Result<Held> {
         self.gather.map(Gather::finish).transpose()?;
+        self.copied.as_ref().map(Mark::pass).transpose()?;
         Ok(self.held)
     }
 }
 
 impl From<Held> for Fetch {
     fn from(held: Held) -> Self {
-        Self { held, gather: None }
+        Self { held, gather: None, copied: None }
     }
 }
 
@@ -178,13 +180,14 @@ impl Chunk {
 
     fn fill(&self, held: Held) -> Result<Fetch> {
         let Some(flat) = &held.flat else { return Ok(held.into()) };
-        let gather = if self.placement.shards_parameters() {
-            Some(self.group.start_gather(flat, &self.home)?)
-        } else {
-            flat.shallow_clone().f_copy_(&self.home)?;
-            None
-        };
-        Ok(Fetch { held, gather })
+        if self.placement.shards_parameters() {
+            let gather = Some(self.group.start_gather(flat, &self.home)?);
+            return Ok(Fetch { held, gather, copied: None });
+        }
+        // After what the device is at: the buffer may be one that an earlier segment has just given back.
+        let side = self.group.side();
+        let ((), copied) = side.after(&side.mark()?, || c10d::copy(flat, &self.home))?;
+        Ok(Fetch { held, gather: None, copied: Some(copied) })
     }
 
     /// Adds gradients, one a parameter in order; `None` stands for zero.
@@ -220,8 +223,8 @@ impl Chunk {
 
     /// Waits for the reduction in flight, if there is one.
     pub(super) fn finish_reduction(&mut self) -> Result<()> {
-        let Self { placement, training, .. } = self;
-        training.as_mut().map_or(Ok(()), |t| t.gradient.finish_reduction(placement))
+        let Self { placement, group, training, .. } = self;
+        training.as_mut().map_or(Ok(()), |t| t.gradient.finish_reduction(placement, group))
     }
 
     /// The squared L2 norm of the gradient's part that this rank updates, as a tensor `[]` on the CPU.

@@ -8,8 +8,8 @@
 use super::group::{Group, Scatter};
 use super::layout::{ChunkLayout, part_size};
 use super::placement::Placement;
-use crate::error::Result;
-use c10d::Work;
+use crate::error::{Error, Result};
+use c10d::{Mark, Work};
 use std::ops::Range;
 use tch::{Kind, Tensor};
 
@@ -21,7 +21,8 @@ pub(super) struct Gradient {
     empty: bool,
     /// Where autograd's gradients are added: views of `sum`, or of a buffer that lasts until its reduction.
     arriving: Option<Arriving>,
-    reducing: Option<Reducing>,
+    /// A reduction in flight, and what the device had been told to do before it.
+    reducing: Option<(Reducing, Mark)>,
     /// The elements of the chunk that this rank's optimizer updates.
     own: Range<i64>,
     /// Elements of the chunk, padding included.
@@ -38,6 +39,19 @@ struct Arriving {
 enum Reducing {
     Whole(Option<Work>, Tensor),
     Part(Scatter),
+}
+
+impl Reducing {
+    /// Waits, and returns what came of it.
+    fn finish(self) -> Result<Tensor> {
+        match self {
+            Reducing::Whole(work, flat) => {
+                work.map(Work::wait).transpose()?;
+                Ok(flat)
+            }
+            Reducing::Part(scatter) => scatter.finish(),
+        }
+    }
 }
 
 impl Gradient {
@@ -88,25 +102,20 @@ impl Gradient {
             // What travels has the working copy's format.
             if group.world_size() > 1 { arrived.flat.f_to_kind(placement.kind())? } else { arrived.flat }
         };
-        self.reducing = Some(if placement.shards_state() {
+        let reducing = if placement.shards_state() {
             Reducing::Part(group.start_scatter(&flat)?)
         } else {
             Reducing::Whole(group.start_sum(&flat)?, flat)
-        });
+        };
+        self.reducing = Some((reducing, group.side().mark()?));
         Ok(())
     }
 
     /// Waits for the reduction, if one is in flight, and adds what came to the sum.
-    pub(super) fn finish_reduction(&mut self, placement: &Placement) -> Result<()> {
-        let reduced = match self.reducing.take() {
-            None => return Ok(()),
-            Some(Reducing::Whole(work, flat)) => {
-                work.map(Work::wait).transpose()?;
-                flat
-            }
-            Some(Reducing::Part(scatter)) => scatter.finish()?,
-        };
+    pub(super) fn finish_reduction(&mut self, placement: &Placement, group: &Group) -> Result<()> {
+        let Some((reducing, started)) = self.reducing.take() else { return Ok(()) };
         if placement.keeps_gradients() {
+            let reduced = reducing.finish()?;
             let mut own = self.own()?;
             // Without peers, or without parts, what was reduced is the sum itself.
             if reduced.data_ptr() != own.data_ptr() && placement.shards_state() {
@@ -114,7 +123,13 @@ impl Gradient {
             }
             return Ok(());
         }
-        let reduced = reduced.f_to_device(self.sum.device())?;
+        let reduced = if placement.state_on_host() {
+            // The host waits for this copy alone, and not for the backward of the segments that the device was given since.
+            let target = self.sum.device();
+            group.side().after(&started, || Ok::<_, Error>(reducing.finish()?.f_to_device(target)?))?.0
+        } else {
+            reducing.finish()?
+        };
         if std::mem::take(&mut self.empty) {
             self.sum.f_copy_(&reduced)?;
         } else {

@@ -1,7 +1,7 @@
 //! The ranks that train together. With one rank every collective is the identity and costs nothing.
 
 use crate::error::{Error, Result};
-use c10d::{ProcessGroup, ReduceOp, Work};
+use c10d::{ProcessGroup, ReduceOp, SideStream, Work};
 use rlhf_api::report::ExitCode;
 use std::time::Duration;
 use tch::{Device, Kind, Tensor};
@@ -62,17 +62,26 @@ pub struct Group {
     world_size: u32,
     /// Where the process group's tensors live: NCCL takes only those of its device.
     device: Device,
+    side: SideStream,
 }
 
 impl Group {
     /// A group over a process group whose collectives take tensors on `device`, or `None` for a rank alone.
-    pub fn new(peers: Option<ProcessGroup>, rank: u32, world_size: u32, device: Device) -> Self {
-        Self { peers, rank, world_size, device }
+    ///
+    /// # Errors
+    /// The device is not there.
+    pub fn new(peers: Option<ProcessGroup>, rank: u32, world_size: u32, device: Device) -> Result<Self> {
+        Ok(Self { peers, rank, world_size, device, side: SideStream::new(device)? })
     }
 
-    /// A rank alone.
+    /// A rank alone, on the CPU.
     pub fn alone() -> Self {
-        Self::new(None, 0, 1, Device::Cpu)
+        Self { peers: None, rank: 0, world_size: 1, device: Device::Cpu, side: SideStream::default() }
+    }
+
+    /// Where copies between this rank's device and its host run beside what the device computes.
+    pub fn side(&self) -> &SideStream {
+        &self.side
     }
 
     /// This rank, from 0.
@@ -114,7 +123,8 @@ impl Group {
             return Ok(Gather { work: None, staged: None });
         };
         if self.takes(whole) {
-            let part = part.f_to_device(whole.device())?;
+            // A part on the host comes in the device's order, without a wait of the host.
+            let part = part.f_to_device_(whole.device(), part.kind(), true, false)?;
             return Ok(Gather { work: Some(peers.all_gather(whole, &part)?), staged: None });
         }
         let staging = Tensor::f_empty(whole.size(), (whole.kind(), self.device))?;
