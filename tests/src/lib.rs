@@ -12,13 +12,15 @@
 pub mod audit;
 pub mod kueue;
 pub mod manifest;
+mod part;
 mod report;
 mod scene;
 mod suite;
 pub mod tools;
 mod volume;
 
-pub use scene::{History, Scene, Told, eventually, kill_operator, kill_worker, stage};
+pub use part::Part;
+pub use scene::{History, Scene, Told, eventually, kill_operator, kill_worker, stage, starve_worker};
 pub use suite::{
     Uninstalled, install, install_with, labelled, leader, on_the_cluster, on_the_cluster_alone, operator_passes,
     operator_pods, uninstall,

@@ -313,19 +313,53 @@ pub async fn eventually(what: &str, seconds: u64, holds: impl AsyncFn() -> bool)
         .unwrap_or_else(|_| panic!("{what} did not come within {seconds} s"));
 }
 
-/// Kills the one worker process of a pod with SIGKILL, as the kernel does when memory runs out.
+/// Kills the one worker process of a pod with SIGKILL.
 pub fn kill_worker(pod: &Pod) {
-    kill_in(pod, "worker", |command| command.nth(1) == Some("worker"));
+    kill(pod, process_in(pod, "worker", is_worker));
+}
+
+/// Takes the memory of a pod's one worker away, until the kernel kills the worker for it.
+pub fn starve_worker(pod: &Pod) {
+    let worker = process_in(pod, "worker", is_worker);
+    let groups = fs::read_to_string(format!("/proc/{}/cgroup", worker.as_raw_pid())).expect("the worker runs");
+    let group = groups.lines().find_map(|line| match line.splitn(3, ':').collect::<Vec<_>>()[..] {
+        [_, "memory", path] => Some(format!("/sys/fs/cgroup/memory{path}/memory.limit_in_bytes")),
+        ["0", "", path] if !groups.contains(":memory:") => Some(format!("/sys/fs/cgroup{path}/memory.max")),
+        _ => None,
+    });
+    let limit = group.expect("the worker has a control group of memory");
+    let runs = || fs::exists(format!("/proc/{}/stat", worker.as_raw_pid())).unwrap_or(false);
+    // The first version of control groups refuses a limit below what cannot be taken away at once, so it falls by steps.
+    let mut bytes: u64 = 512 << 20;
+    while runs() && bytes > 1 << 20 {
+        if fs::write(&limit, bytes.to_string()).is_err() {
+            std::thread::sleep(POLL);
+        }
+        bytes = bytes * 9 / 10;
+    }
 }
 
 /// Kills an operator with SIGKILL, so that it can neither end its passes nor release its lease.
 pub fn kill_operator(pod: &Pod) {
-    kill_in(pod, "operator", |command| command.next().is_some_and(|program| program.ends_with("rlhf-operator")));
+    let is_operator =
+        |command: &mut Command<'_>| command.next().is_some_and(|program| program.ends_with("rlhf-operator"));
+    kill(pod, process_in(pod, "operator", is_operator));
 }
 
-/// Kills the one process of a pod whose command line is as wanted. This machine is the pod's node: the process is found
-/// among its own by the pod's control group.
-fn kill_in(pod: &Pod, what: &str, wanted: impl Fn(&mut std::str::Split<'_, char>) -> bool) {
+/// A command line in its words.
+type Command<'a> = std::str::Split<'a, char>;
+
+fn is_worker(command: &mut Command<'_>) -> bool {
+    command.nth(1) == Some("worker")
+}
+
+fn kill(pod: &Pod, pid: Pid) {
+    kill_process(pid, Signal::KILL).unwrap_or_else(|e| panic!("process {pid:?} of {}: {e}", pod.name_any()));
+}
+
+/// The one process of a pod whose command line is as wanted. This machine is the pod's node: the process is found among
+/// its own by the pod's control group.
+fn process_in(pod: &Pod, what: &str, wanted: impl Fn(&mut Command<'_>) -> bool) -> Pid {
     let uid = pod.uid().expect("a stored pod has a UID");
     let processes =
         fs::read_dir("/proc").expect("/proc can be read").filter_map(|e| e.ok()?.file_name().to_str()?.parse().ok());
@@ -334,6 +368,5 @@ fn kill_in(pod: &Pod, what: &str, wanted: impl Fn(&mut std::str::Split<'_, char>
     let is_wanted = |pid: i32| wanted(&mut read(pid, "cmdline").split('\0'));
     let found: Vec<i32> = processes.filter(|pid| read(*pid, "cgroup").contains(&uid) && is_wanted(*pid)).collect();
     let [pid] = found[..] else { panic!("pod {} has processes {found:?} of the {what}, not one", pod.name_any()) };
-    let pid = Pid::from_raw(pid).expect("0 is no process of a pod");
-    kill_process(pid, Signal::KILL).unwrap_or_else(|e| panic!("the {what} of {}: {e}", pod.name_any()));
+    Pid::from_raw(pid).expect("0 is no process of a pod")
 }

@@ -3,13 +3,13 @@
 #[path = "../../../crds/tests/rules/mod.rs"]
 mod rules;
 
-use e2e::manifest::manifests;
+use e2e::manifest::{example, manifests};
 use e2e::tools::{Answer, kubectl, kubectl_with, root};
 use e2e::{Scene, on_the_cluster};
 use kube::api::DeleteParams;
 use rlhf_api::job::RLHFJob;
 use rules::Case;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 async fn apply(scene: &Scene, manifest: &Value, really: bool) -> Answer {
     let dry_run = if really { "--dry-run=none" } else { "--dry-run=server" };
@@ -44,6 +44,33 @@ fn each_wrong_manifest_is_refused_with_the_message_of_its_rule() {
             }
         }
         assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    });
+}
+
+#[test]
+fn case_10_numbers_and_names_out_of_range_are_refused_with_their_field() {
+    on_the_cluster(async |scene| {
+        for (pointer, value) in [
+            ("/spec/compute/nodes", json!(0)),
+            ("/spec/compute/nodes", json!(-1)),
+            ("/spec/compute/devicesPerNode", json!(65)),
+            ("/spec/compute/deviceMemory", json!("80GB")),
+            ("/spec/strategy/offload", json!("disk")),
+            ("/spec/stages/0/sft/maxLength", json!(1)),
+            ("/spec/stages/0/sft/batch/globalSize", json!(0)),
+            ("/spec/stages/0/sft/optimizer/learningRate", json!(-0.1)),
+            ("/spec/stages/2/ppo/kl/coefficient", json!("a little")),
+            ("/spec/failurePolicy/maxRestarts", json!(101)),
+        ] {
+            let mut manifest = example().0;
+            let (parent, field) = pointer.rsplit_once('/').expect("a pointer");
+            for key in ["strategy", "failurePolicy"] {
+                manifest["spec"][key] = json!({});
+            }
+            manifest.pointer_mut(parent).unwrap_or_else(|| panic!("the example has no {parent}"))[field] = value;
+            let answer = apply(scene, &manifest, false).await;
+            assert!(!answer.ok && answer.errors.contains(field), "{pointer}: {}", answer.errors);
+        }
     });
 }
 

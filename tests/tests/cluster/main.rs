@@ -10,6 +10,8 @@ mod leader;
 mod limits;
 mod meddling;
 mod queue;
+mod outage;
+mod planning;
 mod removal;
 mod security;
 mod stages;

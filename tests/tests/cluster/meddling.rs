@@ -1,22 +1,96 @@
 //! What people do to a job that runs.
 
-use e2e::manifest::{NAME, example};
-use e2e::tools::kubectl;
-use e2e::{eventually, on_the_cluster, stage};
+use e2e::manifest::{Manifest, NAME, example};
+use e2e::tools::{kubectl, kubectl_with};
+use e2e::{eventually, leader, on_the_cluster, stage};
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Service};
-use kube::api::DeleteParams;
+use kube::api::{DeleteParams, PropagationPolicy};
 use kube::{Api, ResourceExt};
-use rlhf_api::job::StagePhase;
-use serde_json::json;
+use rlhf_api::job::{RLHFJob, StagePhase};
+use rlhf_api::names;
+use serde_json::{Value, json};
+
+/// A job that stays where it is, since its claim does not exist.
+fn waits(name: &str) -> Manifest {
+    example().set("/metadata/name", json!(name)).set("/spec/storage/volumeClaim/claimName", json!("missing"))
+}
+
+/// Changes the definition of RLHFJobs by a JSON patch.
+async fn change_definition(change: Value) {
+    let patch = json!([change]).to_string();
+    let answer = kubectl(&["patch", "crd", "rlhfjobs.rlhf.dev", "--type=json", "--patch", &patch]).await;
+    answer.good();
+}
 
 #[test]
-fn case_9_22_and_29_edits_and_deletions_do_no_harm() {
+fn case_7_an_object_that_cannot_be_read_holds_up_no_other() {
+    on_the_cluster(async |scene| {
+        scene.leave_cores();
+        // What the definition of a later version might let through.
+        let values =
+            "/spec/versions/0/schema/openAPIV3Schema/properties/spec/properties/strategy/properties/sharding/enum";
+        change_definition(json!({"op": "add", "path": format!("{values}/0"), "value": "zero9"})).await;
+        let mut unknown = waits("unknown");
+        unknown.0["spec"]["strategy"] = json!({"sharding": "zero9"});
+        let apply = ["apply", "--namespace", &scene.namespace, "--filename", "-"];
+        let stored = async || kubectl_with(&apply, &unknown.0).await.ok;
+        eventually("a definition that knows zero9", 30, stored).await;
+        change_definition(json!({"op": "remove", "path": format!("{values}/0")})).await;
+
+        let told = async || scene.told("unknown").await.iter().any(|event| event.reason == "Undecodable");
+        eventually("an event about the job that cannot be read", 60, told).await;
+        scene.apply(waits("known")).await;
+        scene.await_stage("known", "prepare", StagePhase::Starting, 60).await;
+        assert_eq!(scene.told("unknown").await.len(), 1, "it is told once");
+    });
+}
+
+#[test]
+fn case_28_a_job_of_the_same_name_takes_no_child_of_the_one_before() {
+    on_the_cluster(async |scene| {
+        scene.leave_cores();
+        let first = scene.apply(waits(NAME)).await;
+        scene.await_stage(NAME, "prepare", StagePhase::Starting, 60).await;
+        let attempt = format!("{NAME}-prepare-1");
+        let jobs = scene.api::<Job>();
+        let made = async || jobs.get_opt(&attempt).await.is_ok_and(|job| job.is_some());
+        eventually("the attempt", 60, made).await;
+        let orphan = DeleteParams { propagation_policy: Some(PropagationPolicy::Orphan), ..DeleteParams::default() };
+        scene.api::<RLHFJob>().delete(NAME, &orphan).await.expect("the job can be deleted");
+        let gone = async || scene.api::<RLHFJob>().get_opt(NAME).await.is_ok_and(|job| job.is_none());
+        eventually("the end of the job", 60, gone).await;
+
+        let second = scene.apply(waits(NAME)).await;
+        let blocked = |j: &RLHFJob| {
+            let message = j.status.as_ref().and_then(|s| s.message.clone()).unwrap_or_default();
+            message.contains(&attempt)
+        };
+        scene.await_job(NAME, "word of the other's Job", 60, blocked).await;
+        let left = jobs.get(&attempt).await.expect("the orphan is left alone");
+        assert!(left.owner_references().is_empty(), "nobody adopts it");
+        assert_eq!(left.labels().get(names::LABEL_JOB_UID), first.uid().as_ref());
+
+        jobs.delete(&attempt, &DeleteParams::background()).await.expect("the orphan can be deleted");
+        let own = async || {
+            let job = jobs.get_opt(&attempt).await.ok().flatten();
+            job.is_some_and(|job| job.owner_references().iter().any(|o| Some(&o.uid) == second.uid().as_ref()))
+        };
+        eventually("a Job of the second job's own", 120, own).await;
+    });
+}
+
+#[test]
+fn case_9_19_22_and_29_edits_and_deletions_do_no_harm() {
     on_the_cluster(async |scene| {
         let long =
             example().only(&["sft"]).stage("sft", "sft/epochs", json!(100)).stage("sft", "sft/maxSteps", json!(1000));
         let job = scene.apply(long).await;
         scene.await_step(&job, "sft", 3, 120).await;
+        // Case 19: somebody else writes to the object all the time.
+        for round in 0..30 {
+            scene.patch(NAME, json!({"metadata": {"annotations": {"round": round.to_string()}}})).await;
+        }
         for (change, field) in [
             (r#"{"spec": {"compute": {"nodes": 3}}}"#, "compute"),
             (r#"{"spec": {"failurePolicy": {"maxRestarts": 9}}}"#, "failurePolicy"),
@@ -44,6 +118,9 @@ fn case_9_22_and_29_edits_and_deletions_do_no_harm() {
         let sft = stage(&again, "sft");
         assert_eq!((sft.restarts, sft.disruptions), (0, 1));
         assert_eq!(sft.last_failure.map(|f| f.reason).as_deref(), Some("PodDeleted"));
+        let log = scene.log(&leader(scene).await.expect("an operator leads")).await;
+        let failed = log.lines().filter(|l| l.contains(&scene.namespace) && l.contains("a pass failed"));
+        assert_eq!(failed.collect::<Vec<_>>(), Vec::<&str>::new());
         scene.api::<ConfigMap>().get(&config).await.expect("the config is there again");
         scene.api::<Service>().get(&config).await.expect("the Service is there again");
         let goes_on = async || scene.volume.steps(&job, "sft").iter().any(|s| s.attempt == 2);
