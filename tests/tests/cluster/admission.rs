@@ -48,7 +48,7 @@ fn each_wrong_manifest_is_refused_with_the_message_of_its_rule() {
 }
 
 #[test]
-fn case_10_numbers_and_names_out_of_range_are_refused_with_their_field() {
+fn case_10_what_is_out_of_range_is_refused_with_its_field() {
     on_the_cluster(async |scene| {
         for (pointer, value) in [
             ("/spec/compute/nodes", json!(0)),

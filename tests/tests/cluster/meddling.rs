@@ -2,7 +2,7 @@
 
 use e2e::manifest::{Manifest, NAME, example};
 use e2e::tools::{kubectl, kubectl_with};
-use e2e::{eventually, leader, on_the_cluster, stage};
+use e2e::{SYSTEM, eventually, leader, on_the_cluster, stage};
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Service};
 use kube::api::{DeleteParams, PropagationPolicy};
@@ -43,6 +43,7 @@ fn case_7_an_object_that_cannot_be_read_holds_up_no_other() {
         scene.apply(waits("known")).await;
         scene.await_stage("known", "prepare", StagePhase::Starting, 60).await;
         assert_eq!(scene.told("unknown").await.len(), 1, "it is told once");
+        kubectl(&["delete", "rlhf", "unknown", "--namespace", &scene.namespace]).await.good();
     });
 }
 
@@ -64,14 +65,16 @@ fn case_28_a_job_of_the_same_name_takes_no_child_of_the_one_before() {
         let second = scene.apply(waits(NAME)).await;
         let blocked = |j: &RLHFJob| {
             let message = j.status.as_ref().and_then(|s| s.message.clone()).unwrap_or_default();
-            message.contains(&attempt)
+            message.contains("exists and belongs to somebody else")
         };
-        scene.await_job(NAME, "word of the other's Job", 60, blocked).await;
+        scene.await_job(NAME, "word of the other's children", 60, blocked).await;
         let left = jobs.get(&attempt).await.expect("the orphan is left alone");
         assert!(left.owner_references().is_empty(), "nobody adopts it");
         assert_eq!(left.labels().get(names::LABEL_JOB_UID), first.uid().as_ref());
 
-        jobs.delete(&attempt, &DeleteParams::background()).await.expect("the orphan can be deleted");
+        let orphans = format!("{}={}", names::LABEL_JOB_UID, first.uid().expect("a stored job has a UID"));
+        let kinds = "jobs,configmaps,networkpolicies";
+        kubectl(&["delete", kinds, "--namespace", &scene.namespace, "--selector", &orphans]).await.good();
         let own = async || {
             let job = jobs.get_opt(&attempt).await.ok().flatten();
             job.is_some_and(|job| job.owner_references().iter().any(|o| Some(&o.uid) == second.uid().as_ref()))
@@ -118,7 +121,8 @@ fn case_9_19_22_and_29_edits_and_deletions_do_no_harm() {
         let sft = stage(&again, "sft");
         assert_eq!((sft.restarts, sft.disruptions), (0, 1));
         assert_eq!(sft.last_failure.map(|f| f.reason).as_deref(), Some("PodDeleted"));
-        let log = scene.log(&leader(scene).await.expect("an operator leads")).await;
+        let leader = leader(scene).await.expect("an operator leads").name_any();
+        let log = kubectl(&["logs", &leader, "--namespace", SYSTEM]).await.good();
         let failed = log.lines().filter(|l| l.contains(&scene.namespace) && l.contains("a pass failed"));
         assert_eq!(failed.collect::<Vec<_>>(), Vec::<&str>::new());
         scene.api::<ConfigMap>().get(&config).await.expect("the config is there again");
