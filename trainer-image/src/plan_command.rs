@@ -129,11 +129,12 @@ fn question(flags: &PlanFlags) -> Result<(Task, Machines)> {
         }
         StageName::Ppo => Stage::Ppo {
             reward: model.clone(),
+            reward_lora: None,
             rollout_rows: flags.rollout_batch.map_or(flags.batch, |rows| rows.div_ceil(machines.world_size())),
             new_tokens: flags.new_tokens,
         },
     };
-    Ok((Task { stage, model, rows: flags.batch, time: flags.length }, machines))
+    Ok((Task { stage, model, lora: None, rows: flags.batch, time: flags.length }, machines))
 }
 
 /// The answer as one JSON object: what was chosen or, where nothing fits, what comes closest.

@@ -32,9 +32,9 @@ impl Case {
         let stage = match self.workload {
             "sft" => Stage::Sft,
             "reward" => Stage::RewardModel,
-            _ => Stage::Ppo { reward: model.clone(), rollout_rows: share, new_tokens: NEW_TOKENS },
+            _ => Stage::Ppo { reward: model.clone(), reward_lora: None, rollout_rows: share, new_tokens: NEW_TOKENS },
         };
-        Task { stage, model, rows: self.rows.1, time: PROMPT_TOKENS + NEW_TOKENS }
+        Task { stage, model, lora: None, rows: self.rows.1, time: PROMPT_TOKENS + NEW_TOKENS }
     }
 
     /// Runs it and returns what rank 0 measured.

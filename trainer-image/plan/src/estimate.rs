@@ -10,7 +10,7 @@
 
 use crate::segment::{Chunks, FP32, Pass};
 use rlhf_api::model::{HeadKind, ModelSpec};
-use rlhf_api::stage::{Offload, Precision, Recompute, Sharding, Strategy};
+use rlhf_api::stage::{Lora, Offload, Precision, Recompute, Sharding, Strategy};
 use serde::Serialize;
 use std::ops::Add;
 
@@ -28,6 +28,8 @@ pub struct Task {
     pub stage: Stage,
     /// The shape of the model that is trained; in PPO of actor and reference.
     pub model: ModelSpec,
+    /// The adapters that are trained on frozen weights, where models are not trained whole.
+    pub lora: Option<Lora>,
     /// Rows that a rank runs through a model at a time. A ranking has a row for each of its responses.
     pub rows: u32,
     /// Tokens of a row; in PPO of prompt and response together.
@@ -45,6 +47,9 @@ pub enum Stage {
     Ppo {
         /// The shape of critic and reward model.
         reward: ModelSpec,
+        /// With [`Task::lora`]: the adapters of the reward model, where it was trained by some from the actor's start. All four
+        /// models then share one frozen backbone; else there are two.
+        reward_lora: Option<Lora>,
         /// Rows of a rollout that fall to one rank.
         rollout_rows: u32,
         /// The longest response.

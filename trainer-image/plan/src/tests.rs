@@ -8,8 +8,8 @@ use rlhf_api::stage::{Offload, Precision, Recompute, Sharding, Strategy};
 const GIB: u64 = 1 << 30;
 
 fn ppo(model: ModelSpec, rows: u32) -> Task {
-    let stage = Stage::Ppo { reward: model.clone(), rollout_rows: rows, new_tokens: 112 };
-    Task { stage, model, rows, time: 512 }
+    let stage = Stage::Ppo { reward: model.clone(), reward_lora: None, rollout_rows: rows, new_tokens: 112 };
+    Task { stage, model, lora: None, rows, time: 512 }
 }
 
 fn gpus(nodes: u32, devices: u32) -> Machines {
@@ -72,7 +72,7 @@ fn what_does_not_fit_says_by_how_much_and_what_to_change() {
     assert!(text.contains("GiB of 2.00 GiB on each device") && text.contains("devices with more memory"), "{text}");
     let text = refusal(&Task { rows: 512, stage: Stage::Sft, ..task.clone() }, machines(8, 1024));
     assert!(text.contains("lower the micro-batch"), "{text}");
-    let long = Stage::Ppo { reward: task.model.clone(), rollout_rows: 64, new_tokens: 112 };
+    let long = Stage::Ppo { reward: task.model.clone(), reward_lora: None, rollout_rows: 64, new_tokens: 112 };
     let text = refusal(&Task { rows: 1, stage: long, ..task }, machines(8, 1024));
     assert!(text.contains("fewer prompts in a rollout"), "{text}");
 }
@@ -125,9 +125,9 @@ prop_compose! {
         let stage = match stage {
             0 => Stage::Sft,
             1 => Stage::RewardModel,
-            _ => Stage::Ppo { reward: model.clone(), rollout_rows, new_tokens: time / 3 },
+            _ => Stage::Ppo { reward: model.clone(), reward_lora: None, rollout_rows, new_tokens: time / 3 },
         };
-        Task { stage, model, rows, time }
+        Task { stage, model, lora: None, rows, time }
     }
 }
 
