@@ -80,17 +80,48 @@ pub fn publish_dir(finished: &Path, target: &Path) -> Result<()> {
     }
 }
 
+/// A folder that is filled beside its place and moved there once it is whole. Until then, what was there is as it was.
+#[derive(Debug)]
+pub struct NewDir {
+    temporary: PathBuf,
+    target: PathBuf,
+}
+
+impl NewDir {
+    /// An empty folder that is to become `target`. What an earlier one left is removed.
+    ///
+    /// # Errors
+    /// Names the path where storage failed.
+    pub fn create(target: &Path) -> Result<Self> {
+        let temporary = sibling(target, "tmp");
+        remove_dir(&temporary)?;
+        make_dir(&temporary)?;
+        Ok(Self { temporary, target: target.to_path_buf() })
+    }
+
+    /// Where it is filled.
+    pub fn path(&self) -> &Path {
+        &self.temporary
+    }
+
+    /// Flushes what is in it and moves it to its place.
+    ///
+    /// # Errors
+    /// Names the path where storage failed.
+    pub fn publish(self) -> Result<()> {
+        sync_dir(&self.temporary)?;
+        publish_dir(&self.temporary, &self.target)
+    }
+}
+
 /// Fills a new folder beside `target` and moves it there once it is whole.
 ///
 /// # Errors
 /// What `fill` fails with, or the path where storage failed; `target` is then as it was.
 pub fn replace_dir(target: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-    let temporary = sibling(target, "tmp");
-    remove_dir(&temporary)?;
-    make_dir(&temporary)?;
-    fill(&temporary)?;
-    sync_dir(&temporary)?;
-    publish_dir(&temporary, target)
+    let dir = NewDir::create(target)?;
+    fill(dir.path())?;
+    dir.publish()
 }
 
 /// The path beside `path` with `.suffix` added to its name.

@@ -4,8 +4,10 @@
 #![allow(clippy::unwrap_used, clippy::panic)] // helpers of tests
 
 use rlhf_api::stage::{Recompute, Strategy};
-use rlhf_trainer::engine::{Backbone, Group, HEAD_SLICE_BYTES, Model, Placement, ScalarInit};
-use rlhf_trainer::model::{Batch, HeadKind, Param, Segment, Source, read_adapters, write_adapters, write_model};
+use rlhf_trainer::engine::{Backbone, Group, HEAD_SLICE_BYTES, Model, Placement, ScalarInit, SegmentValues};
+use rlhf_trainer::model::{
+    Adapters, Batch, HeadKind, ModelWriter, Param, SHARD_BYTES, Segment, Source, read_adapters, write_adapters,
+};
 use rlhf_trainer::rollout::{Decoding, Request, generate};
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -244,6 +246,13 @@ fn logits_of_a_trained_model_equal_those_of_its_own_code() {
     }
 }
 
+/// Writes a model, adapters merged, in files of at most so many bytes.
+fn export(dir: &Path, source: &Source, model: &Model, shard_bytes: u64) {
+    let mut writer = ModelWriter::create(dir, source, model.head_kind(), shard_bytes).unwrap();
+    model.parameters(source, |part| writer.write(part.segment, &part.values)).unwrap();
+    writer.finish(None, |_| Ok(())).unwrap();
+}
+
 #[test]
 fn a_written_model_is_the_one_that_was_read() {
     let scalar = [("gpt2-score", HeadKind::Scalar), ("llama-score", HeadKind::Scalar)];
@@ -252,10 +261,10 @@ fn a_written_model_is_the_one_that_was_read() {
         let target = folder.path().join("model");
         let model = load(&model_dir(name), head, Recompute::None);
         let source = Source::open(&model_dir(name)).unwrap();
-        write_model(&target, &source, head, None, &model.parameters(&source).unwrap(), |_| Ok(())).unwrap();
+        export(&target, &source, &model, SHARD_BYTES);
         let read = |dir: &Path| std::fs::read(dir.join("model.safetensors")).unwrap();
-        let (before, after) = (read(&model_dir(name)), read(&target));
-        let (before, after) = (SafeTensors::deserialize(&before).unwrap(), SafeTensors::deserialize(&after).unwrap());
+        let (before, file) = (read(&model_dir(name)), read(&target));
+        let (before, after) = (SafeTensors::deserialize(&before).unwrap(), SafeTensors::deserialize(&file).unwrap());
         let names = |file: &SafeTensors<'_>| {
             let mut names: Vec<String> = file.names().into_iter().map(String::from).collect();
             names.sort_unstable();
@@ -266,7 +275,91 @@ fn a_written_model_is_the_one_that_was_read() {
             names(&before).iter().all(|n| before.tensor(n).unwrap().data() == after.tensor(n).unwrap().data()),
             "{name}: the same bytes"
         );
+        let format = HashMap::from([("format".to_string(), "pt".to_string())]);
+        assert!(file == safetensors::serialize(after.tensors(), Some(format)).unwrap(), "{name}: the library's layout");
     }
+}
+
+/// The shards in a folder, by name.
+fn shards(dir: &Path) -> Vec<String> {
+    let names = std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
+    let mut names: Vec<String> = names.filter(|n| n.ends_with(".safetensors")).collect();
+    names.sort_unstable();
+    names
+}
+
+#[test]
+fn a_model_in_shards_is_the_one_in_a_single_file() {
+    for name in CAUSAL {
+        let folder = tempfile::tempdir().unwrap();
+        let target = folder.path().join("model");
+        let (source, model) =
+            (Source::open(&model_dir(name)).unwrap(), load(&model_dir(name), HeadKind::Lm, Recompute::None));
+        export(&target, &source, &model, 40_000);
+        let files = shards(&target);
+        assert!(files.len() > 2, "{files:?}");
+        assert_eq!(files[0], format!("model-00001-of-{:05}.safetensors", files.len()));
+        let index: Value =
+            serde_json::from_slice(&std::fs::read(target.join("model.safetensors.index.json")).unwrap()).unwrap();
+        let (mut tensors, mut bytes) = (0, 0);
+        for file in &files {
+            let content = std::fs::read(target.join(file)).unwrap();
+            let shard = SafeTensors::deserialize(&content).unwrap();
+            let size: usize = shard.iter().map(|(_, t)| t.data().len()).sum();
+            assert!(size <= 40_000 || shard.len() == 1, "{name}: {file} has {size} bytes");
+            assert!(shard.names().iter().all(|n| index["weight_map"][n] == file.as_str()), "{name}, {file}");
+            (tensors, bytes) = (tensors + shard.len(), bytes + size);
+        }
+        assert_eq!(index["weight_map"].as_object().unwrap().len(), tensors);
+        assert_eq!(index["metadata"]["total_size"], bytes);
+        let read = Source::open(&target).unwrap();
+        for segment in source.spec.segments() {
+            let of = |source: &Source| -> Vec<Tensor> {
+                source.segment(segment, HeadKind::Lm).unwrap().into_iter().flatten().collect()
+            };
+            assert_eq!(of(&read), of(&source), "{name}, {segment:?}");
+        }
+    }
+}
+
+#[test]
+fn a_missing_shard_and_a_wrong_index_are_told_in_one_line() {
+    let name = "gpt2";
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("model");
+    let source = Source::open(&model_dir(name)).unwrap();
+    export(&target, &source, &load(&model_dir(name), HeadKind::Lm, Recompute::None), 40_000);
+    let index = target.join("model.safetensors.index.json");
+    let whole: Value = serde_json::from_slice(&std::fs::read(&index).unwrap()).unwrap();
+    let files = shards(&target);
+    let moved = "transformer.ln_f.weight";
+    let with = |pointer: &str, value: Value| {
+        let mut changed = whole.clone();
+        changed[pointer] = value;
+        changed
+    };
+    let map = |file: Value| {
+        let mut map = whole["weight_map"].clone();
+        map[moved] = file;
+        with("weight_map", map)
+    };
+    for (content, parts) in [
+        (map(files[0].clone().into()), ["'weight_map' says", moved]),
+        (map("../model.safetensors".into()), ["not the name of a file", moved]),
+        (map(7.into()), ["not the name of a file", moved]),
+        (map("model-x.safetensors".into()), ["a shard of", "model-x.safetensors"]),
+        (with("weight_map", Value::Null), ["'weight_map' is missing", "index.json"]),
+    ] {
+        std::fs::write(&index, content.to_string()).unwrap();
+        let error = Source::open(&target).unwrap_err();
+        assert_eq!(error.exit.code(), 65, "{error}");
+        let text = error.to_string();
+        assert!(!text.contains('\n') && parts.iter().all(|part| text.contains(part)), "{parts:?} in {text}");
+    }
+    std::fs::write(&index, whole.to_string()).unwrap();
+    std::fs::remove_file(target.join(&files[1])).unwrap();
+    let text = Source::open(&target).unwrap_err().to_string();
+    assert!(text.contains("a shard of") && text.contains(&files[1]) && !text.contains('\n'), "{text}");
 }
 
 const ADAPTED: [&str; 2] = ["gpt2", "llama-gqa-untied"];
@@ -302,7 +395,7 @@ fn logits_with_adapters_and_of_the_merged_model_equal_those_of_peft() {
         compare_with_peft(name, "adapter", &model);
         let folder = tempfile::tempdir().unwrap();
         let merged = folder.path().join("model");
-        write_model(&merged, &source, HeadKind::Lm, None, &model.parameters(&source).unwrap(), |_| Ok(())).unwrap();
+        export(&merged, &source, &model, SHARD_BYTES);
         compare_with_peft(name, "merged", &load(&merged, HeadKind::Lm, Recompute::None));
         // The live model is as it was.
         compare_with_peft(name, "adapter", &model);
@@ -316,7 +409,13 @@ fn written_adapters_are_those_that_were_read() {
         let (source, model) = adapted(name, &theirs);
         let folder = tempfile::tempdir().unwrap();
         let ours = folder.path().join("adapter");
-        write_adapters(&ours, &model.adapters().unwrap().unwrap(), &source, "base", None).unwrap();
+        let mut adapters = Adapters { lora: model.lora().unwrap().clone(), blocks: vec![] };
+        let mut take = |part: SegmentValues| {
+            adapters.blocks.extend(part.adapters);
+            Ok(())
+        };
+        model.parameters(&source, &mut take).unwrap();
+        write_adapters(&ours, &adapters, &source, "base", None).unwrap();
         compare_with_peft(name, "adapter", &adapted(name, &ours).1);
         let read = |dir: &Path| std::fs::read(dir.join("adapter_model.safetensors")).unwrap();
         let (ours, theirs) = (read(&ours), read(&theirs));
@@ -344,7 +443,7 @@ fn loss_and_every_gradient_of_adapters_equal_those_of_peft() {
         let (source, mut model) = adapted(name, &golden().join("adapters").join(name));
         let (loss, reference) = (run_backward(&mut model, &rows), expected["loss"].as_f64().unwrap());
         assert!((loss - reference).abs() < 1e-5 * reference, "{name}: loss {loss}, expected {reference}");
-        let lora = model.adapters().unwrap().unwrap().lora;
+        let lora = model.lora().unwrap().clone();
         // Queries, keys and values share one A in PEFT's GPT-2.
         let shared = if name == "gpt2" { 2 * source.spec.layers as i64 * 3 * source.spec.hidden } else { 0 };
         assert_eq!(Some(model.trained_parameters() - shared), expected["trained_parameters"].as_i64(), "{name}");

@@ -5,7 +5,7 @@
 mod common;
 
 use common::{Volume, ppo, reward, sft};
-use rlhf_trainer::model::{HeadKind, Segment, Source, base_of, read_adapters};
+use rlhf_trainer::model::{HeadKind, Segment, Source, base_of, merge_adapters, read_adapters};
 use safetensors::SafeTensors;
 use serde_json::json;
 use std::fs;
@@ -31,10 +31,10 @@ fn the_written_model_is_the_start_with_the_written_adapters() {
                 let read = |source: &Source| -> Vec<Tensor> {
                     source.segment(segment, HeadKind::Lm).unwrap().into_iter().flatten().collect()
                 };
-                let (before, after, mut merged) = (read(&start), read(&model), read(&start));
+                let (before, after, merged) = (read(&start), read(&model), read(&start));
                 let params = start.spec.params(segment, HeadKind::Lm);
                 if let Segment::Block(block) = segment {
-                    adapters.merge(&start.spec, block, &params, &mut merged).unwrap();
+                    merge_adapters(&adapters.lora, &adapters.blocks[block], &start.spec, &params, &merged).unwrap();
                 }
                 for (((param, before), after), merged) in params.iter().zip(&before).zip(&after).zip(&merged) {
                     let gap = (after - merged).abs().max().double_value(&[]);

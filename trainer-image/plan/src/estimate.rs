@@ -131,7 +131,7 @@ pub struct HostBytes {
     pub optimizer: f64,
     /// Sums of gradients.
     pub gradients: f64,
-    /// What loading takes beyond all of these.
+    /// What loading takes beyond all of these, or writing the model if that takes more.
     pub loading: f64,
 }
 
@@ -536,11 +536,13 @@ pub fn estimate(task: &Task, machines: &Machines, strategy: Strategy) -> Plan {
         .unwrap_or(("rest", DeviceBytes::default()));
     let ranks = f64::from(machines.devices);
     let trained: f64 = models.iter().filter(|m| m.trained).map(|m| m.chunks.total()).sum();
+    // Rank 0 alone writes the model.
+    let loading = f64::max(ranks * loading(&models, host.total()), writing(&models, setting));
     Plan {
         strategy,
         device: device + most,
         phase,
-        host: HostBytes { loading: loading(&models, host.total()), ..host }.scaled(ranks),
+        host: HostBytes { loading, ..host.scaled(ranks) },
         checkpoint_copies: 3.0 * FP32 * trained / setting.world * ranks,
     }
 }
@@ -596,4 +598,11 @@ fn loading(models: &[Placed<'_>], at_rest: f64) -> f64 {
         }
     }
     (most - at_rest).max(0.0)
+}
+
+/// What rank 0's host memory needs to write a trained model: a chunk's fp32 values, where they do not lie there whole anyhow.
+fn writing(models: &[Placed<'_>], setting: Setting) -> f64 {
+    let whole = setting.state_on_host() && !(setting.shards_state() && setting.parallel());
+    let largest = models.iter().filter(|m| m.trained).flat_map(|m| m.chunks.each()).fold(0.0, f64::max);
+    if whole { 0.0 } else { FP32 * largest }
 }

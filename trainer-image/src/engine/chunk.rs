@@ -6,7 +6,7 @@
 //! itself, there is no second one.
 
 use super::gradient::Gradient;
-use super::group::{Gather, Group};
+use super::group::{self, Gather, Group};
 use super::layout::{ChunkLayout, part, part_size};
 use super::placement::Placement;
 use crate::error::{Error, Result};
@@ -15,7 +15,7 @@ use crate::model::transformer::Params;
 use c10d::{AdamW, Mark};
 use std::ops::Range;
 use std::rc::Rc;
-use tch::{Device, Kind, Tensor};
+use tch::Tensor;
 
 /// A segment's parameters, and what training adds to them.
 pub struct Chunk {
@@ -271,20 +271,19 @@ impl Chunk {
         exchange.then(|| self.group.start_gather(&self.home, &resting)).transpose()
     }
 
-    /// The parameters' fp32 values on the CPU, one tensor a parameter, from all ranks, every one of which must call it.
-    pub(super) fn values(&self) -> Result<Vec<Tensor>> {
+    /// The parameters' fp32 values in host memory, one tensor a parameter, on rank 0 alone; every rank must call it. They may be
+    /// the very ones that are trained.
+    pub(super) fn values(&self) -> Result<Option<Vec<Tensor>>> {
         let (held, sharded) = match &self.training {
             Some(training) => (&training.master, self.placement.shards_state()),
             None => (&self.home, self.placement.shards_parameters()),
         };
-        let flat = if sharded {
-            let whole = Tensor::f_empty([self.padded()], (held.kind(), held.device()))?;
-            self.group.start_gather(&whole, held)?.finish()?;
-            whole
+        let whole = if sharded {
+            self.group.gather_on_first(held)?
         } else {
-            held.shallow_clone()
+            self.group.is_first().then(|| group::on_host(held)).transpose()?
         };
-        self.layout.views(&flat.f_detach()?.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?)
+        whole.map(|whole| self.layout.views(&whole)).transpose()
     }
 
     /// The gradient accumulated since the last step, one tensor a parameter, where the chunk is trained.
@@ -345,6 +344,7 @@ mod tests {
     use crate::model::Param;
     use rlhf_api::stage::{Offload, Sharding, Strategy};
     use serde_json::Value;
+    use tch::{Device, Kind};
 
     fn numbers(json: &Value) -> Vec<f64> {
         json.as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect()

@@ -3,8 +3,17 @@
 use crate::error::{Error, Result};
 use c10d::{ProcessGroup, ReduceOp, SideStream, Work};
 use rlhf_api::report::ExitCode;
+use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
 use tch::{Device, Kind, Tensor};
+
+/// Bytes of all ranks that [`Group::gather_on_first`] moves at a time.
+const GATHERED_BYTES: i64 = 8 << 20;
+
+/// The tensor in fp32 in host memory: itself, where it is that already.
+pub(super) fn on_host(tensor: &Tensor) -> Result<Tensor> {
+    c10d::on_host(|| Ok(tensor.f_detach()?.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?))
+}
 
 /// A gathering in flight.
 #[must_use = "what is gathered is there only after finish()"]
@@ -132,6 +141,30 @@ impl Group {
         Ok(Gather { work: Some(work), staged: Some((staging, whole.shallow_clone())) })
     }
 
+    /// Equal parts of all ranks `[n]`, in rank order and in fp32 in host memory `[world_size * n]`, on rank 0 alone. They come in
+    /// slices, so that no device, and no other rank's host, needs much room for them. Every rank calls it.
+    ///
+    /// # Errors
+    /// A peer was lost.
+    pub fn gather_on_first(&self, part: &Tensor) -> Result<Option<Tensor>> {
+        if self.peers.is_none() {
+            return Ok(Some(on_host(part)?));
+        }
+        let (n, world) = (part.size()[0], i64::from(self.world_size));
+        let empty = || Ok::<_, Error>(Tensor::f_empty([world, n], (Kind::Float, Device::Cpu))?);
+        let whole = self.is_first().then(|| c10d::on_host(empty)).transpose()?;
+        let step = (GATHERED_BYTES / world / part.kind().elt_size_in_bytes() as i64).max(1);
+        for start in (0..n).step_by(step as usize) {
+            let len = step.min(n - start);
+            let received = Tensor::f_empty([world * len], (part.kind(), self.device))?;
+            self.start_gather(&received, &part.f_narrow(0, start, len)?)?.finish()?;
+            if let Some(whole) = &whole {
+                whole.f_narrow(1, start, len)?.f_copy_(&received.f_view([world, len])?)?;
+            }
+        }
+        whole.map(|whole| Ok(whole.f_view([-1])?)).transpose()
+    }
+
     /// Starts summing `whole` `[world_size * n]` over the ranks, of which this rank gets its own part `[n]`.
     ///
     /// # Errors
@@ -251,16 +284,13 @@ impl Group {
             }
         }
         std::thread::scope(|scope| {
-            let worker = scope.spawn(work);
-            loop {
-                for _ in 0..10 {
-                    if !worker.is_finished() {
-                        std::thread::sleep(Duration::from_millis(100));
-                    }
-                }
-                if worker.is_finished() {
-                    break;
-                }
+            let (working, ended) = channel::<()>();
+            let worker = scope.spawn(move || {
+                // It is dropped as the work ends, in whatever way.
+                let _working = working;
+                work()
+            });
+            while ended.recv_timeout(Duration::from_secs(1)) == Err(RecvTimeoutError::Timeout) {
                 self.sum(&mut [0.0, 0.0])?;
             }
             let result = worker.join().unwrap_or_else(|_| Err(Error::bug("rank 0's work panicked")));

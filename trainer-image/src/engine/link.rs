@@ -41,7 +41,7 @@ impl Link {
         }
     }
 
-    /// The segment's own chunk.
+    /// The segment's chunk, shared or not.
     pub(super) fn base(&self) -> &Chunk {
         match &self.base {
             Base::Own(chunk) => chunk,
@@ -54,13 +54,17 @@ impl Link {
         self.adapter.as_ref()
     }
 
+    /// The segment's chunk, where the model alone has it.
+    pub(super) fn own_chunk(&self) -> Option<&Chunk> {
+        match &self.base {
+            Base::Own(chunk) => Some(chunk),
+            Base::Shared(_) => None,
+        }
+    }
+
     /// The chunk that is trained.
     pub(super) fn trained(&self) -> Option<&Chunk> {
-        let own = match &self.base {
-            Base::Own(chunk) => Some(&**chunk),
-            Base::Shared(_) => None,
-        };
-        self.adapter.as_ref().or(own).filter(|chunk| chunk.is_trained())
+        self.adapter.as_ref().or(self.own_chunk()).filter(|chunk| chunk.is_trained())
     }
 
     /// The chunk that is trained.

@@ -11,7 +11,8 @@ use super::link::Link;
 use super::model::{Model, ScalarInit, segment_chunk, source_values};
 use super::placement::Placement;
 use crate::error::{Error, Result};
-use crate::model::{Adapters, HeadKind, ModelSpec, ParamSpec, Segment, Source};
+use crate::model::{Adapters, HeadKind, ModelSpec, ParamSpec, Segment, Source, merge_adapters};
+use rlhf_api::stage::Lora;
 use std::rc::Rc;
 use tch::Tensor;
 
@@ -104,35 +105,44 @@ impl Model {
         Ok(Model::of(self.spec.clone(), self.head, links, None, placement, &self.group))
     }
 
-    /// The adapters as they are now, in fp32 on the CPU; `None` where the model has none. Every rank calls it.
+    /// Hands the parameters to `take`, on rank 0 alone and segment by segment, while the other ranks wait: no more than one
+    /// segment is in memory for it. What is frozen comes from `source`, from which the model was loaded, so that its number
+    /// format here costs no digits. Every rank calls it.
     ///
     /// # Errors
-    /// Where libtorch fails or a peer was lost.
-    pub fn adapters(&self) -> Result<Option<Adapters>> {
-        let Some((lora, _)) = &self.lora else { return Ok(None) };
-        let values = || self.links.iter().filter_map(Link::adapter).map(Chunk::values).collect::<Result<_>>();
-        let blocks = c10d::on_host(values)?;
-        Ok(Some(Adapters { lora: lora.clone(), blocks }))
+    /// What `take` fails with; where libtorch fails, a peer was lost or `source` cannot be read.
+    pub fn parameters(&self, source: &Source, mut take: impl FnMut(SegmentValues) -> Result<()> + Send) -> Result<()> {
+        let (spec, head, lora) = (&self.spec, self.head, self.lora());
+        for (segment, link) in spec.segments().into_iter().zip(&self.links) {
+            let own = link.own_chunk().map(Chunk::values).transpose()?.flatten();
+            let adapters = link.adapter().map(Chunk::values).transpose()?.flatten();
+            let work = || {
+                let values = match own {
+                    Some(values) => values,
+                    None => source.segment(segment, head)?.into_iter().flatten().collect(),
+                };
+                if let (Some(lora), Some(factors)) = (lora, &adapters) {
+                    merge_adapters(lora, factors, spec, &spec.params(segment, head), &values)?;
+                }
+                take(SegmentValues { segment, values, adapters })
+            };
+            self.group.while_first(|| c10d::on_host(work))?;
+        }
+        Ok(())
     }
 
-    /// The parameters' fp32 values on the CPU, segment by segment, with adapters merged in. What is frozen comes from
-    /// `source`, from which the model was loaded, so that its number format here costs no digits. Every rank calls it.
-    ///
-    /// # Errors
-    /// Where libtorch fails, a peer was lost or `source` cannot be read.
-    pub fn parameters(&self, source: &Source) -> Result<Vec<(Segment, Vec<Tensor>)>> {
-        let adapters = self.adapters()?;
-        let values = |(segment, link): (Segment, &Link)| {
-            let params = self.spec.params(segment, self.head);
-            let mut values = match link.without_adapter() {
-                None => link.base().values()?,
-                Some(_) => source.segment(segment, self.head)?.into_iter().flatten().collect(),
-            };
-            if let (Some(adapters), Segment::Block(block)) = (&adapters, segment) {
-                adapters.merge(&self.spec, block, &params, &mut values)?;
-            }
-            Ok((segment, values))
-        };
-        self.spec.segments().into_iter().zip(&self.links).map(values).collect()
+    /// Its adapters' rank, scale and targets, where it has some.
+    pub fn lora(&self) -> Option<&Lora> {
+        self.lora.as_ref().map(|(lora, _)| lora)
     }
+}
+
+/// A segment's parameters in fp32 in host memory.
+pub struct SegmentValues {
+    /// The segment.
+    pub segment: Segment,
+    /// In the order of [`ModelSpec::params`], with adapters merged in. They may be the very values that are trained.
+    pub values: Vec<Tensor>,
+    /// The adapters by themselves, in the order of [`ModelSpec::adapter_params`].
+    pub adapters: Option<Vec<Tensor>>,
 }

@@ -20,7 +20,7 @@ mod train;
 pub use chunk::Chunk;
 pub use group::Group;
 pub use layout::{ChunkLayout, part};
-pub use lora::Backbone;
+pub use lora::{Backbone, SegmentValues};
 pub use loss_scale::LossScale;
 pub use memory_plan::HEAD_SLICE_BYTES;
 pub use model::{Model, ScalarInit};

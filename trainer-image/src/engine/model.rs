@@ -281,9 +281,12 @@ impl Model {
     /// Where libtorch fails or a peer was lost.
     pub fn scalar_bias(&self) -> Result<f64> {
         let head = self.links[self.spec.layers + 1].base();
-        let values = head.values()?;
+        let values = head.values()?.unwrap_or_default();
         let bias = head.specs().position(|s| s.param == Param::ScalarHeadBias).and_then(|i| values.get(i));
-        bias.map_or(Ok(0.0), |b| Ok(b.f_double_value(&[0])?))
+        let mut bias = [bias.map_or(Ok(0.0), |b| b.f_double_value(&[0]))?];
+        // Rank 0 alone has the values.
+        self.group.sum(&mut bias)?;
+        Ok(bias[0])
     }
 
     /// What the adapters' output is multiplied by.

@@ -48,23 +48,29 @@ impl Adapters {
         }
         Ok(specs)
     }
+}
 
-    /// Adds to a block's parameters, which are `values` in the order of `params`, what its adapters come to.
-    ///
-    /// # Errors
-    /// Where libtorch fails.
-    pub fn merge(&self, spec: &ModelSpec, block: usize, params: &[ParamSpec], values: &mut [Tensor]) -> Result<()> {
-        let factors: Vec<(Param, &Tensor)> =
-            spec.adapter_params(&self.lora).iter().map(|s| s.param).zip(&self.blocks[block]).collect();
-        let find = |param: Param| factors.iter().find(|(p, _)| *p == param).map(|(_, value)| *value);
-        for (param, value) in params.iter().zip(values) {
-            let Some(linear) = param.param.as_weight() else { continue };
-            if let (Some(a), Some(b)) = (find(Param::LoraA(linear)), find(Param::LoraB(linear))) {
-                *value = value.f_add(&b.f_matmul(a)?.f_mul_scalar(self.lora.scale())?)?;
-            }
+/// Adds to a block's parameters, which are `values` in the order of `params`, what its adapters come to: `factors`, in the
+/// order of [`ModelSpec::adapter_params`]. The values are changed in place.
+///
+/// # Errors
+/// Where libtorch fails.
+pub fn merge_adapters(
+    lora: &Lora,
+    factors: &[Tensor],
+    spec: &ModelSpec,
+    params: &[ParamSpec],
+    values: &[Tensor],
+) -> Result<()> {
+    let named: Vec<(Param, &Tensor)> = spec.adapter_params(lora).iter().map(|s| s.param).zip(factors).collect();
+    let find = |param: Param| named.iter().find(|(p, _)| *p == param).map(|(_, value)| *value);
+    for (param, value) in params.iter().zip(values) {
+        let Some(linear) = param.param.as_weight() else { continue };
+        if let (Some(a), Some(b)) = (find(Param::LoraA(linear)), find(Param::LoraB(linear))) {
+            let _ = value.shallow_clone().f_add_(&b.f_matmul(a)?.f_mul_scalar_(lora.scale())?)?;
         }
-        Ok(())
     }
+    Ok(())
 }
 
 /// A factor's start: `kaiming_uniform_(a=sqrt(5))`, which is uniform within one over the root of the inputs, or zero.

@@ -1,27 +1,24 @@
-//! Models in Hugging Face layout, in and out: `config.json` and `model.safetensors` (or shards with an index).
+//! Models in Hugging Face layout, as they are read: `config.json` and `model.safetensors` (or shards with an index).
 //!
-//! Reading maps the files into memory and copies one tensor at a time; writing goes to a sibling folder that
-//! is renamed when it is whole, so a reader sees the old model or the new one and never half of one.
+//! Files are mapped into memory, and one tensor is copied at a time. [`super::export`] writes them.
 
 use super::families::{Config, Family, HfTensor};
 use super::{HeadKind, ModelSpec, Param, Segment};
 use crate::error::{Error, Result};
-use crate::files;
 use memmap2::Mmap;
-use safetensors::tensor::{Dtype, Metadata, SafeTensors, View};
-use serde_json::{Value, json};
-use std::borrow::Cow;
-use std::collections::HashMap;
+use safetensors::tensor::{Dtype, Metadata, SafeTensors};
+use serde_json::Value;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tch::{Kind, Tensor};
 
-const CONFIG: &str = "config.json";
-const WEIGHTS: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
-const SCORE_WEIGHT: &str = "score.weight";
-const SCORE_MEAN: &str = "rlhf_score_mean";
-const SCORE_STD: &str = "rlhf_score_std";
+pub(super) const CONFIG: &str = "config.json";
+pub(super) const WEIGHTS: &str = "model.safetensors";
+pub(super) const INDEX: &str = "model.safetensors.index.json";
+pub(super) const SCORE_WEIGHT: &str = "score.weight";
+pub(super) const SCORE_MEAN: &str = "rlhf_score_mean";
+pub(super) const SCORE_STD: &str = "rlhf_score_std";
 
 /// Mean and standard deviation of a reward model's raw scores on reference responses: a score counts as
 /// `(raw - mean) / std` (Huang 2024, detail 8).
@@ -66,8 +63,12 @@ impl Location {
             .ok_or_else(|| error(format!("has type {:?}; F32, F16 and BF16 are supported", self.dtype)))?;
         let view = c10d::from_mmap(self.map.clone(), self.offset, &self.shape, kind)?;
         let copy = view.f_to_dtype(Kind::Float, false, true)?;
-        if copy.f_isfinite()?.f_all()?.f_int64_value(&[])? == 0 {
-            return Err(error("holds NaN or infinity".into()));
+        // The extremes are not finite where any number is not, and finding them takes no memory.
+        if copy.numel() > 0 {
+            let (least, most) = copy.f_aminmax(None, false)?;
+            if !(least.f_double_value(&[])?.is_finite() && most.f_double_value(&[])?.is_finite()) {
+                return Err(error("holds NaN or infinity".into()));
+            }
         }
         Ok(copy)
     }
@@ -102,10 +103,7 @@ impl Source {
             .zip(number(SCORE_STD))
             .filter(|(_, std)| *std > 0.0)
             .map(|(mean, std)| ScoreNormalisation { mean, std });
-        let mut tensors = HashMap::new();
-        for path in weight_files(dir)? {
-            locate(&path, &mut tensors)?;
-        }
+        let tensors = locate_all(dir)?;
         Ok(Self { dir: dir.to_path_buf(), config, family, spec, score, tensors })
     }
 
@@ -181,25 +179,46 @@ impl Source {
     }
 }
 
-/// The model's weight files: the one, or those that the index names.
-fn weight_files(dir: &Path) -> Result<Vec<PathBuf>> {
+/// The tensors of a model: those of its one file, or of the shards that its index names, each where the index says.
+fn locate_all(dir: &Path) -> Result<HashMap<String, Location>> {
     let (single, index) = (dir.join(WEIGHTS), dir.join(INDEX));
+    let mut tensors = HashMap::new();
     if single.exists() || !index.exists() {
-        return Ok(vec![single]);
+        locate(&single, &mut tensors)?;
+        return Ok(tensors);
     }
-    let text = std::fs::read_to_string(&index).map_err(|e| Error::unreadable(&index, &e))?;
-    let json: Value = serde_json::from_str(&text).map_err(|e| Error::input(format!("{}: {e}", index.display())))?;
-    let map = json
-        .get("weight_map")
-        .and_then(Value::as_object)
-        .ok_or_else(|| Error::input(format!("{}: field 'weight_map' is missing", index.display())))?;
-    let mut names: Vec<&str> = map.values().filter_map(Value::as_str).collect();
-    names.sort_unstable();
-    names.dedup();
-    if let Some(bad) = names.iter().find(|n| n.contains(['/', '\\']) || n.starts_with('.')) {
-        return Err(Error::input(format!("{}: '{bad}' is not the name of a file beside it", index.display())));
+    for (file, names) in read_index(&index)? {
+        let mut shard = HashMap::new();
+        locate(&dir.join(&file), &mut shard).map_err(|e| e.context(format!("a shard of {}", index.display())))?;
+        for name in names {
+            let location = shard.remove(&name).ok_or_else(|| {
+                Error::input(format!("{}: tensor '{name}' is not in '{file}', as 'weight_map' says", index.display()))
+            })?;
+            tensors.insert(name, location);
+        }
     }
-    Ok(names.into_iter().map(|n| dir.join(n)).collect())
+    Ok(tensors)
+}
+
+/// An index's shards, and the tensors that are in each.
+fn read_index(index: &Path) -> Result<BTreeMap<String, Vec<String>>> {
+    let wrong = |what: String| Error::input(format!("{}: {what}", index.display()));
+    let text = std::fs::read_to_string(index).map_err(|e| Error::unreadable(index, &e))?;
+    let json: Value = serde_json::from_str(&text).map_err(|e| wrong(e.to_string()))?;
+    let map = json.get("weight_map").and_then(Value::as_object);
+    let map = map.ok_or_else(|| wrong("field 'weight_map' is missing or not an object".into()))?;
+    let mut shards: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for (name, file) in map {
+        let file = file.as_str().filter(|f| !f.is_empty() && !f.contains(['/', '\\']) && !f.starts_with('.'));
+        let file = file.ok_or_else(|| {
+            wrong(format!(
+                "'weight_map' gives tensor '{name}' {}, which is not the name of a file beside it",
+                map[name]
+            ))
+        })?;
+        shards.entry(file.into()).or_default().push(name.clone());
+    }
+    Ok(shards)
 }
 
 /// Adds the tensors of one safetensors file, every range checked by its header's own rules.
@@ -222,127 +241,4 @@ fn kind_of(dtype: Dtype) -> Option<Kind> {
         Dtype::BF16 => Some(Kind::BFloat16),
         _ => None,
     }
-}
-
-/// An fp32 tensor on its way into a file: its bytes are copied only while they are written.
-pub struct Outgoing {
-    tensor: Tensor,
-    shape: Vec<usize>,
-}
-
-impl Outgoing {
-    /// Prepares a tensor of any kind and device for writing as fp32.
-    ///
-    /// # Errors
-    /// Where libtorch fails.
-    pub fn new(tensor: &Tensor) -> Result<Self> {
-        let tensor = tensor.f_detach()?.f_to_device(tch::Device::Cpu)?.f_to_kind(Kind::Float)?.f_contiguous()?;
-        let shape = tensor.size().iter().map(|&n| n as usize).collect();
-        Ok(Self { tensor, shape })
-    }
-}
-
-impl View for Outgoing {
-    fn dtype(&self) -> Dtype {
-        Dtype::F32
-    }
-
-    fn shape(&self) -> &[usize] {
-        &self.shape
-    }
-
-    #[allow(clippy::expect_used)] // `new` made it a contiguous fp32 tensor on the CPU, the one case that cannot fail
-    fn data(&self) -> Cow<'_, [u8]> {
-        let mut bytes = vec![0; self.data_len()];
-        self.tensor.f_copy_data_u8(&mut bytes, self.tensor.numel()).expect("a contiguous fp32 tensor on the CPU");
-        Cow::Owned(bytes)
-    }
-
-    fn data_len(&self) -> usize {
-        self.tensor.numel() * size_of::<f32>()
-    }
-}
-
-/// Writes a trained model beside nothing else into `dir`, replacing what was there: weights, config, and
-/// whatever `extra` puts into the folder before it takes its place.
-///
-/// `segments` are the model's parameters, segment by segment, in the order of [`ModelSpec::params`]. Of a scalar
-/// head only the weight is written, as `transformers` has no bias there: a reward model's bias is part of `score`.
-///
-/// # Errors
-/// Names the path where storage failed.
-pub fn write_model(
-    dir: &Path,
-    source: &Source,
-    head: HeadKind,
-    score: Option<ScoreNormalisation>,
-    segments: &[(Segment, Vec<Tensor>)],
-    extra: impl FnOnce(&Path) -> Result<()>,
-) -> Result<()> {
-    let mut outgoing = Vec::new();
-    for (segment, tensors) in segments {
-        join(source, *segment, head, tensors, &mut outgoing)?;
-    }
-    files::replace_dir(dir, |temporary| {
-        let weights = temporary.join(WEIGHTS);
-        let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
-        safetensors::serialize_to_file(outgoing, Some(metadata), &weights).map_err(|e| Error::storage(&weights, e))?;
-        let config =
-            serde_json::to_vec_pretty(&exported_config(source, head, score)).map_err(|e| Error::bug(e.to_string()))?;
-        files::write(&temporary.join(CONFIG), &config)?;
-        extra(temporary)
-    })
-}
-
-/// Joins a segment's parameters into the tensors of a checkpoint.
-pub(super) fn join(
-    source: &Source,
-    segment: Segment,
-    head: HeadKind,
-    tensors: &[Tensor],
-    outgoing: &mut Vec<(String, Outgoing)>,
-) -> Result<()> {
-    let specs = source.spec.params(segment, head);
-    let find = |param: &Param| specs.iter().position(|s| s.param == *param).and_then(|i| tensors.get(i));
-    for entry in source.family.tensors(&source.spec, segment) {
-        let parts: Vec<&Tensor> = entry.parts.iter().filter_map(find).collect();
-        if parts.len() != entry.parts.len() {
-            continue;
-        }
-        let whole = if let [only] = parts[..] { only.shallow_clone() } else { Tensor::f_cat(&parts, 0)? };
-        let whole = if entry.transposed { whole.f_transpose(0, 1)? } else { whole };
-        outgoing.push((entry.name, Outgoing::new(&whole)?));
-    }
-    if let Some(weight) = find(&Param::ScalarHeadWeight) {
-        outgoing.push((SCORE_WEIGHT.into(), Outgoing::new(weight)?));
-    }
-    Ok(())
-}
-
-/// The start model's config with what the trained model changed.
-fn exported_config(source: &Source, head: HeadKind, score: Option<ScoreNormalisation>) -> Value {
-    let mut config = source.config.clone();
-    config["architectures"] = json!([source.family.architecture(head)]);
-    for dtype in ["torch_dtype", "dtype"] {
-        if config.get(dtype).is_some() {
-            config[dtype] = json!("float32");
-        }
-    }
-    if head == HeadKind::Scalar {
-        config["num_labels"] = json!(1);
-        config["id2label"] = json!({"0": "score"});
-        config["label2id"] = json!({"score": 0});
-        // `transformers` reads the score at the last token that is not the pad token, so where that is also the end
-        // token it would read one token early; without a pad token it reads at the last one, as the trainer does.
-        let end = config.get("eos_token_id").cloned().unwrap_or_default();
-        let pad = config.get("pad_token_id").cloned().unwrap_or_default();
-        if pad == end || end.as_array().is_some_and(|ends| ends.contains(&pad)) {
-            config["pad_token_id"] = Value::Null;
-        }
-    }
-    if let Some(score) = score {
-        config[SCORE_MEAN] = json!(score.mean);
-        config[SCORE_STD] = json!(score.std);
-    }
-    config
 }

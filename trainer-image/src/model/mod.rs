@@ -7,14 +7,18 @@
 mod adapters;
 mod batch;
 mod dropout;
+mod export;
 pub mod families;
 mod hf;
 mod peft;
 pub mod transformer;
+mod weights;
 
-pub use adapters::Adapters;
+pub use adapters::{Adapters, merge_adapters};
 pub use batch::Batch;
 pub use dropout::Dropout;
-pub use hf::{Outgoing, ScoreNormalisation, Source, read_config, write_model};
+pub use export::{ModelWriter, Outgoing};
+pub use hf::{ScoreNormalisation, Source, read_config};
 pub use peft::{base_of, read_adapters, write_adapters};
 pub use rlhf_api::model::{HeadKind, Mlp, ModelSpec, Norm, Param, ParamSpec, Positions, Segment};
+pub use weights::SHARD_BYTES;

@@ -5,8 +5,9 @@
 //! other, B their B along its diagonal. A module whose linears share one A, as PEFT trains it, is read too.
 
 use super::adapters::Adapters;
+use super::export::{self, Outgoing};
 use super::families::{Family, HfTensor};
-use super::hf::{self, Location, Outgoing, Source};
+use super::hf::{self, Location, Source};
 use super::{HeadKind, ModelSpec, Param, Segment};
 use crate::error::{Error, Result};
 use crate::files;
@@ -157,10 +158,7 @@ pub fn write_adapters(
     base: &str,
     scalar_head: Option<&[Tensor]>,
 ) -> Result<()> {
-    let mut outgoing = Vec::new();
-    if let Some(values) = scalar_head {
-        hf::join(source, Segment::Head, HeadKind::Scalar, values, &mut outgoing)?;
-    }
+    let mut outgoing = scalar_head.map_or(Ok(vec![]), |values| trained_head(source, values))?;
     let saved: BTreeSet<String> =
         outgoing.iter().filter_map(|(name, _)| Some(name.rsplit_once('.')?.0.to_string())).collect();
     outgoing.iter_mut().for_each(|(name, _)| *name = format!("{PREFIX}{name}"));
@@ -177,6 +175,15 @@ pub fn write_adapters(
         let config = serde_json::to_vec_pretty(&config).map_err(|e| Error::bug(e.to_string()))?;
         files::write(&temporary.join(CONFIG), &config)
     })
+}
+
+/// The tensors of a scalar head with these parameters, none of which is joined to another.
+fn trained_head(source: &Source, values: &[Tensor]) -> Result<Vec<(String, Outgoing)>> {
+    let params = source.spec.params(Segment::Head, HeadKind::Scalar);
+    let value = |param: &Param| params.iter().position(|s| s.param == *param).and_then(|i| values.get(i));
+    let stored = export::stored(source.family, &source.spec, Segment::Head, HeadKind::Scalar).into_iter();
+    let named = stored.filter_map(|(entry, _)| Some((entry.name, value(entry.parts.first()?)?)));
+    named.map(|(name, value)| Ok((name, Outgoing::new(value)?))).collect()
 }
 
 /// A and B of a module, where any of its linears is a target. Those that are not have zeros.

@@ -1,12 +1,13 @@
 //! What every stage needs beside its settings: its place, its peers, its paths, and whom to tell.
 
+use super::export;
 use crate::checkpoint::{Checkpoints, Restored, Saving};
 use crate::data::dataset_path;
 use crate::engine::{Backbone, Group, HEAD_SLICE_BYTES, Model, Placement, ScalarInit};
 use crate::environment::Environment;
 use crate::error::{Error, Result};
 use crate::files;
-use crate::model::{Adapters, HeadKind, ScoreNormalisation, Source, write_adapters, write_model};
+use crate::model::{Adapters, HeadKind, ScoreNormalisation, Source};
 use crate::shutdown::Shutdown;
 use crate::telemetry::{Figure, Phase, Telemetry};
 use crate::tokenizer::Tokenizer;
@@ -17,7 +18,7 @@ use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 use std::cell::{OnceCell, RefCell};
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::rc::Rc;
 use tch::Device;
 
@@ -335,34 +336,14 @@ impl Context {
         metrics: BTreeMap<String, f64>,
     ) -> Result<Output> {
         self.stop_point().map_err(|e| e.context("before the model was written"))?;
-        let (path, head, parameters) =
-            (self.path(&self.config.paths.output), model.head_kind(), model.parameters(source)?);
-        let (adapters, start_model) = (model.adapters()?, self.config.paths.start_model.as_str());
-        let base_model = self.path(&self.config.paths.base_model);
-        self.group.while_first(move || {
-            let tokenizer = Tokenizer::load(&base_model)?;
-            let beside = adapter_dir(&path);
-            match &adapters {
-                Some(adapters) => {
-                    let trained_head = parameters.last().filter(|_| head == HeadKind::Scalar);
-                    let trained_head = trained_head.map(|(_, values)| values.as_slice());
-                    write_adapters(&beside, adapters, source, start_model, trained_head)?;
-                }
-                None => files::remove_dir(&beside)?,
-            }
-            write_model(&path, source, head, score, &parameters, |dir| tokenizer.copy_files(dir))
-        })?;
+        let head = model.head_kind();
+        export::write(self, model, source, score)?;
         if self.group.is_first() {
             let kind = if head == HeadKind::Lm { "language model" } else { "reward model" };
             tracing::info!(path = self.config.paths.output, "wrote the {kind}");
         }
         Ok(Output { path: self.config.paths.output.clone(), metrics })
     }
-}
-
-/// Where the adapters lie with which the model in `model` was trained.
-pub fn adapter_dir(model: &Path) -> PathBuf {
-    model.with_file_name("adapter")
 }
 
 /// Figures by their keys, as an output carries them.

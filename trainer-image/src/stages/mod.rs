@@ -2,6 +2,7 @@
 //! device copy is, only the engine knows; a stage splits its batches by [`crate::engine::Group::share`] and sums its figures.
 
 mod context;
+mod export;
 pub mod math;
 pub(crate) mod ppo;
 pub(crate) mod reward_model;

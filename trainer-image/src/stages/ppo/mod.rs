@@ -8,7 +8,8 @@ mod evaluate;
 mod experience;
 mod learn;
 
-use super::context::{Context, adapter_dir, keyed};
+use super::context::{Context, keyed};
+use super::export::adapter_dir;
 use super::math::{adapted_kl_coefficient, explained_variance};
 use crate::data::order::permutation;
 use crate::data::{Prompt, load_prompts};

@@ -1,0 +1,155 @@
+//! Models in Hugging Face layout, as they are written: segment by segment, so that no more than one is in memory for it.
+//!
+//! A model is written beside its place and takes it once it is whole, so a reader sees the old model or the new one and never
+//! half of one.
+
+use super::families::{Family, HfTensor};
+use super::hf::{CONFIG, SCORE_MEAN, SCORE_STD, SCORE_WEIGHT, ScoreNormalisation, Source};
+use super::weights::Weights;
+use super::{HeadKind, ModelSpec, Param, Segment};
+use crate::error::{Error, Result};
+use crate::files::{self, NewDir};
+use safetensors::tensor::{Dtype, View};
+use serde_json::{Value, json};
+use std::borrow::Cow;
+use std::path::Path;
+use tch::{Kind, Tensor};
+
+/// An fp32 tensor on its way into a file: its bytes are copied only while they are written.
+pub struct Outgoing {
+    tensor: Tensor,
+    shape: Vec<usize>,
+}
+
+impl Outgoing {
+    /// Prepares a tensor of any kind and device for writing as fp32.
+    ///
+    /// # Errors
+    /// Where libtorch fails.
+    pub fn new(tensor: &Tensor) -> Result<Self> {
+        let tensor = tensor.f_detach()?.f_to_device(tch::Device::Cpu)?.f_to_kind(Kind::Float)?.f_contiguous()?;
+        let shape = tensor.size().iter().map(|&n| n as usize).collect();
+        Ok(Self { tensor, shape })
+    }
+}
+
+impl View for Outgoing {
+    fn dtype(&self) -> Dtype {
+        Dtype::F32
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    #[allow(clippy::expect_used)] // `new` made it a contiguous fp32 tensor on the CPU, the one case that cannot fail
+    fn data(&self) -> Cow<'_, [u8]> {
+        let mut bytes = vec![0; self.data_len()];
+        self.tensor.f_copy_data_u8(&mut bytes, self.tensor.numel()).expect("a contiguous fp32 tensor on the CPU");
+        Cow::Owned(bytes)
+    }
+
+    fn data_len(&self) -> usize {
+        self.tensor.numel() * size_of::<f32>()
+    }
+}
+
+/// A trained model on its way to disk: it is given segment by segment, and is there once it is finished.
+pub struct ModelWriter<'a> {
+    dir: NewDir,
+    source: &'a Source,
+    head: HeadKind,
+    weights: Weights,
+}
+
+impl<'a> ModelWriter<'a> {
+    /// Begins writing a model that was trained from `source` beside nothing else into `dir`, in files of at most `shard_bytes`.
+    ///
+    /// Of a scalar head only the weight is written, as `transformers` has no bias there: a reward model's bias is part of its
+    /// normalisation.
+    ///
+    /// # Errors
+    /// Names the path where storage failed.
+    pub fn create(dir: &Path, source: &'a Source, head: HeadKind, shard_bytes: u64) -> Result<Self> {
+        let dir = NewDir::create(dir)?;
+        let segments = source.spec.segments().into_iter();
+        let tensors: Vec<_> = segments
+            .flat_map(|segment| stored(source.family, &source.spec, segment, head))
+            .map(|(entry, shape)| (entry.name, shape))
+            .collect();
+        let weights = Weights::create(dir.path(), &tensors, shard_bytes)?;
+        Ok(Self { dir, source, head, weights })
+    }
+
+    /// Writes a segment's parameters, which are in the order of [`ModelSpec::params`].
+    ///
+    /// # Errors
+    /// Names the path where storage failed.
+    pub fn write(&mut self, segment: Segment, values: &[Tensor]) -> Result<()> {
+        let params = self.source.spec.params(segment, self.head);
+        for (entry, _) in stored(self.source.family, &self.source.spec, segment, self.head) {
+            let find = |part: &Param| params.iter().position(|s| s.param == *part).and_then(|i| values.get(i));
+            let parts: Vec<&Tensor> = entry.parts.iter().filter_map(find).collect();
+            self.weights.write(&entry, &parts)?;
+        }
+        Ok(())
+    }
+
+    /// Writes the config and whatever `extra` puts into the folder, and lets the model take its place.
+    ///
+    /// # Errors
+    /// Names the path where storage failed.
+    pub fn finish(self, score: Option<ScoreNormalisation>, extra: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+        self.weights.finish()?;
+        let config = exported_config(self.source, self.head, score);
+        let config = serde_json::to_vec_pretty(&config).map_err(|e| Error::bug(e.to_string()))?;
+        files::write(&self.dir.path().join(CONFIG), &config)?;
+        extra(self.dir.path())?;
+        self.dir.publish()
+    }
+}
+
+/// The tensors of a checkpoint that hold a segment's parameters under this head, with their shapes.
+pub(super) fn stored(family: Family, spec: &ModelSpec, segment: Segment, head: HeadKind) -> Vec<(HfTensor, Vec<i64>)> {
+    let params = spec.params(segment, head);
+    let score = HfTensor { name: SCORE_WEIGHT.into(), parts: vec![Param::ScalarHeadWeight], transposed: false };
+    let shaped = |entry: HfTensor| {
+        let find = |part: &Param| params.iter().find(|s| s.param == *part);
+        let parts = entry.parts.iter().map(find).collect::<Option<Vec<_>>>()?;
+        let mut shape = parts.first()?.shape.clone();
+        *shape.first_mut()? = parts.iter().filter_map(|p| p.shape.first()).sum();
+        if entry.transposed {
+            shape.reverse();
+        }
+        Some((entry, shape))
+    };
+    family.tensors(spec, segment).into_iter().chain([score]).filter_map(shaped).collect()
+}
+
+/// The start model's config with what the trained model changed.
+fn exported_config(source: &Source, head: HeadKind, score: Option<ScoreNormalisation>) -> Value {
+    let mut config = source.config.clone();
+    config["architectures"] = json!([source.family.architecture(head)]);
+    for dtype in ["torch_dtype", "dtype"] {
+        if config.get(dtype).is_some() {
+            config[dtype] = json!("float32");
+        }
+    }
+    if head == HeadKind::Scalar {
+        config["num_labels"] = json!(1);
+        config["id2label"] = json!({"0": "score"});
+        config["label2id"] = json!({"score": 0});
+        // `transformers` reads the score at the last token that is not the pad token, so where that is also the end
+        // token it would read one token early; without a pad token it reads at the last one, as the trainer does.
+        let end = config.get("eos_token_id").cloned().unwrap_or_default();
+        let pad = config.get("pad_token_id").cloned().unwrap_or_default();
+        if pad == end || end.as_array().is_some_and(|ends| ends.contains(&pad)) {
+            config["pad_token_id"] = Value::Null;
+        }
+    }
+    if let Some(score) = score {
+        config[SCORE_MEAN] = json!(score.mean);
+        config[SCORE_STD] = json!(score.std);
+    }
+    config
+}
