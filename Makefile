@@ -1,9 +1,9 @@
 # Short names for what the scripts do; `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-down test test-law bench check generate images cluster-up cluster-down
+.PHONY: help demo demo-down test test-law bench bench-operator check generate images cluster-up cluster-down
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 demo: ## one RLHFJob from nothing to a trained model on this machine (MODEL=smollm2: a larger one; DEMO_KUBECONFIG=path: on that cluster)
 	tests/demo.sh
@@ -19,6 +19,9 @@ test-law: ## every strategy, split and family against the plain run; hours on tw
 
 bench: ## speed and memory of the trainer's settings, each beside the one it is compared with (MODEL: a key or folder)
 	tests/bench.sh
+
+bench-operator: ## the operator with 1,000 jobs at once on played nodes (JOBS, STAGES, IDLE_SECONDS: another size)
+	tests/bench-operator.sh
 
 check: ## the static checks, cheapest first
 	tests/check.sh

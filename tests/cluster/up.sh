@@ -5,6 +5,9 @@
 # Needs root. State is in .cache/cluster: admin.conf (the kubeconfig), log/ (one file a part; audit.log has every write
 # to the API), containerd/ (images outlive down.sh, so that they are imported once). Each start is an empty cluster.
 # The pods' bridge does not enforce NetworkPolicy.
+#
+# up.sh --control-plane starts etcd, API server, controller manager and scheduler alone: a cluster whose nodes somebody
+# else plays. Nodes are then not given up for want of heartbeats.
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
 # shellcheck source=tests/cluster/common.sh
@@ -13,6 +16,7 @@ source "$HERE/common.sh"
 SERVICE_CIDR=10.96.0.0/16
 SERVICE_IP=10.96.0.1
 PARTS=(etcd apiserver containerd coredns controllers scheduler kubelet proxy)
+ONLY_CONTROL_PLANE=
 PORTS=(2379 2380 6443 10248 10249 10250 10256 10257 10259)
 # The kubelet and kube-proxy set the rest of these themselves; down.sh puts all back.
 SYSCTLS=(net.ipv4.ip_forward net.bridge.bridge-nf-call-iptables net.ipv4.conf.all.route_localnet
@@ -26,7 +30,8 @@ account_ready() { kubectl get serviceaccount default -n default; }
 healthy() {
     local part
     for part in "${PARTS[@]}"; do pid_of "$part" > /dev/null || return 1; done
-    { api_ready && node_ready && dns_ready; } > /dev/null 2>&1
+    api_ready > /dev/null 2>&1 || return 1
+    [ -n "$ONLY_CONTROL_PLANE" ] || { node_ready && dns_ready; } > /dev/null 2>&1
 }
 
 check_path() {
@@ -165,7 +170,7 @@ E
         --audit-policy-file "$STATE/audit.yaml" --audit-log-path "$STATE/log/audit.log" --audit-log-maxsize 2000
 }
 
-start_controllers() {
+start_dns() {
     cat > "$STATE/Corefile" <<E
 .:53 {
   bind $NODE_IP
@@ -178,10 +183,14 @@ start_controllers() {
 }
 E
     start coredns "$BOX" coredns -conf "$STATE/Corefile"
+}
+
+# start_controllers FLAG...: with FLAGs for the controller manager.
+start_controllers() {
     start controllers "$BOX" kube-controller-manager --kubeconfig "$STATE/controllers.conf" \
         --authentication-kubeconfig "$STATE/controllers.conf" --authorization-kubeconfig "$STATE/controllers.conf" \
         --service-account-private-key-file "$STATE/pki/sa.key" --root-ca-file "$STATE/pki/ca.crt" \
-        --use-service-account-credentials --leader-elect=false --allocate-node-cidrs=false --kube-api-qps 300 --kube-api-burst 600
+        --use-service-account-credentials --leader-elect=false --allocate-node-cidrs=false --kube-api-qps 300 --kube-api-burst 600 "$@"
     start scheduler "$BOX" kube-scheduler --kubeconfig "$STATE/scheduler.conf" --leader-elect=false \
         --authentication-kubeconfig "$STATE/scheduler.conf" --authorization-kubeconfig "$STATE/scheduler.conf" \
         --kube-api-qps 300 --kube-api-burst 600
@@ -235,6 +244,36 @@ E
         --cluster-cidr "$POD_CIDR" --conntrack-max-per-core 0 --conntrack-tcp-timeout-established 0 --conntrack-tcp-timeout-close-wait 0
 }
 
+start_all() {
+    # The node's sandbox image is built before anything runs, so that a failure leaves nothing to clear up.
+    "$HERE/images.sh" --build pause
+    network
+    say "starting etcd, the API server and containerd"
+    start_control_plane
+    start_containerd
+    must 60 "the API server" api_ready
+    must 30 "containerd" ctr version
+    "$HERE/images.sh" pause
+    say "starting the controllers, DNS and the node"
+    start_dns
+    start_controllers
+    start_node
+    must 90 "node1" node_ready
+    must 30 "DNS" dns_ready
+}
+
+start_only_control_plane() {
+    say "starting etcd, the API server, the controllers and the scheduler"
+    start_control_plane
+    must 60 "the API server" api_ready
+    start_controllers --node-monitor-grace-period 24h
+}
+
+case ${1:-} in
+    '') ;;
+    --control-plane) ONLY_CONTROL_PLANE=1 PARTS=(etcd apiserver controllers scheduler) ;;
+    *) die "usage: up.sh [--control-plane]" ;;
+esac
 need_root
 check_path
 "$HERE/install.sh"
@@ -244,23 +283,10 @@ flock 9
 if healthy; then say "the cluster is up; KUBECONFIG=$KUBECONFIG"; exit 0; fi
 "$HERE/down.sh" --locked
 check_ports
-# The node's sandbox image is built before anything runs, so that a failure leaves nothing to clear up.
-"$HERE/images.sh" --build pause
 rm -rf "$STATE/log"
 mkdir -p "$STATE"/{pki,run,log,cni,etcd,containerd,kubelet}
 (certificates)
 accounts
-network
-say "starting etcd, the API server and containerd"
-start_control_plane
-start_containerd
-must 60 "the API server" api_ready
-must 30 "containerd" ctr version
-"$HERE/images.sh" pause
-say "starting the controllers, DNS and the node"
-start_controllers
-start_node
-must 90 "node1" node_ready
-must 30 "DNS" dns_ready
+if [ -n "$ONLY_CONTROL_PLANE" ]; then start_only_control_plane; else start_all; fi
 must 30 "the default service account" account_ready
 say "the cluster is up; KUBECONFIG=$KUBECONFIG"

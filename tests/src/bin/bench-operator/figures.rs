@@ -1,0 +1,68 @@
+//! What the operator tells of itself at its metrics port.
+
+use anyhow::Context;
+
+/// A scrape.
+pub struct Scrape(String);
+
+impl Scrape {
+    /// Asks the operator.
+    pub async fn of(client: &reqwest::Client, url: &str) -> anyhow::Result<Self> {
+        let answer = client.get(url).send().await?.error_for_status()?;
+        Ok(Self(answer.text().await?))
+    }
+
+    /// How many series of this name have all these labels and are not 0.
+    pub fn count(&self, name: &str, labels: &[&str]) -> usize {
+        let of_name = self.0.lines().filter(|l| l.strip_prefix(name).is_some_and(|rest| rest.starts_with('{')));
+        of_name.filter(|l| labels.iter().all(|label| l.contains(label)) && !l.ends_with(" 0")).count()
+    }
+
+    /// The value of the series of this name with this text in its labels.
+    pub fn value(&self, name: &str, label: &str) -> anyhow::Result<f64> {
+        let line = self.0.lines().find(|l| l.starts_with(name) && l.contains(label));
+        let value = line.and_then(|l| l.rsplit_once(' ')).with_context(|| format!("the operator tells no {name}"))?.1;
+        Ok(value.parse()?)
+    }
+
+    /// The time of a pass that a part of all passes stays below, in milliseconds, as Prometheus' `histogram_quantile`
+    /// has it: evenly spread within a bucket.
+    pub fn reconcile_ms(&self, part: f64) -> anyhow::Result<f64> {
+        const BUCKET: &str = "rlhf_operator_reconcile_duration_seconds_bucket{le=\"";
+        let bucket = |line: &str| -> Option<(f64, f64)> {
+            let (bound, count) = line.strip_prefix(BUCKET)?.split_once("\"} ")?;
+            Some((bound.parse().ok()?, count.parse().ok()?))
+        };
+        let buckets: Vec<_> = self.0.lines().filter_map(bucket).collect();
+        quantile(&buckets, part).map(|s| s * 1000.0).context("the operator tells of no pass")
+    }
+}
+
+/// `buckets` are upper bounds with the count of all below, ascending; the last bound is infinite.
+fn quantile(buckets: &[(f64, f64)], part: f64) -> Option<f64> {
+    let rank = part * buckets.last().filter(|(_, all)| *all > 0.0)?.1;
+    let at = buckets.iter().position(|(_, count)| *count >= rank)?;
+    let (lower, before) = if at == 0 { (0.0, 0.0) } else { buckets[at - 1] };
+    let (upper, count) = buckets[at];
+    let upper = if upper.is_finite() { upper } else { lower };
+    Some(lower + (upper - lower) * (rank - before) / (count - before).max(1.0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::quantile;
+
+    #[test]
+    fn a_quantile_lies_evenly_spread_within_its_bucket() {
+        let buckets = [(1.0, 50.0), (2.0, 90.0), (4.0, 100.0), (f64::INFINITY, 100.0)];
+        for (part, wanted) in [(0.25, 0.5), (0.5, 1.0), (0.7, 1.5), (0.95, 3.0), (1.0, 4.0)] {
+            assert!((quantile(&buckets, part).unwrap() - wanted).abs() < 1e-9, "{part}");
+        }
+        assert_eq!(quantile(&[(1.0, 0.0), (f64::INFINITY, 0.0)], 0.5), None);
+        assert_eq!(
+            quantile(&[(1.0, 0.0), (f64::INFINITY, 9.0)], 0.5),
+            Some(1.0),
+            "no more than the last bound is known"
+        );
+    }
+}

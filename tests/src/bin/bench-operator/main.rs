@@ -1,0 +1,403 @@
+//! `make bench-operator`: the operator with a thousand jobs at once.
+//!
+//! `tests/bench-operator.sh` starts the control plane and this program. The operator is the release binary with the
+//! flags, rights and account that the chart gives it, as a process against the API server; API server, etcd, Job
+//! controller and scheduler are real. Played are nodes and pods, by kwok (`tests/scale/*.yaml`), and rank 0's progress, by
+//! [`trainers`]. All jobs are applied at once and stop for a while where all of them run their first stage, for what the
+//! operator writes when nothing changes; then they run to their end, and nothing changes once more.
+
+mod figures;
+mod load;
+mod parts;
+mod trainers;
+mod writes;
+
+use anyhow::{Context, bail, ensure};
+use clap::Parser;
+use e2e::{RELEASE, SYSTEM, tools};
+use figures::Scrape;
+use jiff::Timestamp;
+use k8s_openapi::api::apps::v1::Deployment;
+use k8s_openapi::api::core::v1::Node;
+use kube::api::ListParams;
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::{Api, Client, Config};
+use parts::Part;
+use rlhf_api::job::{Phase, RLHFJob};
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+use tokio::process::Command;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::sleep;
+use writes::Audit;
+
+/// How often something is looked at that is waited for.
+const POLL: Duration = Duration::from_secs(2);
+/// Nothing changes any more when the operator has written nothing for so long: three of its rounds of questions.
+const QUIET: Duration = Duration::from_secs(30);
+/// The addresses of pods; `bench-operator.sh` has this machine answer them.
+const POD_CIDR: &str = "10.98.0.0/16";
+
+#[derive(Parser)]
+struct Args {
+    /// RLHFJobs, applied at once.
+    #[arg(long, env = "JOBS", default_value_t = 1000)]
+    jobs: usize,
+    /// Stages of each: SFT; with 2 the reward model, with 3 PPO too.
+    #[arg(long, env = "STAGES", default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=3))]
+    stages: u8,
+    /// How long writes are counted while nothing changes: once while all jobs run, and once after their end.
+    #[arg(long, env = "IDLE_SECONDS", default_value_t = 600)]
+    idle_seconds: u64,
+    /// Pods in the cluster that are no RLHFJob's.
+    #[arg(long, env = "FOREIGN_PODS", default_value_t = 5000)]
+    foreign_pods: usize,
+}
+
+/// What came out.
+#[derive(Default, Serialize)]
+struct Report {
+    jobs: usize,
+    stages: u8,
+    attempts: u32,
+    seconds: f64,
+    writes_per_attempt: f64,
+    reconcile_p50_ms: f64,
+    reconcile_p99_ms: f64,
+    reconciles: f64,
+    peak_rss_bytes: u64,
+    foreign_pods: usize,
+    foreign_pods_rss_growth_bytes: i64,
+    idle_seconds: u64,
+    idle_writes: usize,
+    idle_writes_running: usize,
+    idle_writes_finished: usize,
+    idle_lease_renewals: usize,
+    /// CPU time while jobs were under way, by process.
+    cpu_seconds: BTreeMap<&'static str, f64>,
+    load_before: f64,
+    load_after: f64,
+}
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    let args = Args::parse();
+    let mut terminate = signal(SignalKind::terminate())?;
+    // Dropping the bench ends what it has started.
+    tokio::select! {
+        done = bench(&args) => done,
+        _ = terminate.recv() => bail!("told to stop"),
+        _ = tokio::signal::ctrl_c() => bail!("told to stop"),
+    }
+}
+
+fn say(text: &str) {
+    eprintln!("{} {text}", Timestamp::now().strftime("%H:%M:%S"));
+}
+
+async fn bench(args: &Args) -> anyhow::Result<()> {
+    let mut report = Report { jobs: args.jobs, stages: args.stages, load_before: parts::load()?, ..Report::default() };
+    report.idle_seconds = args.idle_seconds;
+    trainers::serve().await?;
+    let mut run = Run::start(args).await?;
+    run.meet_foreign_pods(args, &mut report).await?;
+
+    say("applying the jobs");
+    run.begin()?;
+    let begun = Instant::now();
+    load::jobs(&run.client, args.jobs, args.stages.into()).await?;
+    run.until_stages("sft", "Running", args.jobs).await?;
+    report.seconds = begun.elapsed().as_secs_f64();
+    run.pause(&mut report)?;
+    (report.idle_writes_running, report.idle_lease_renewals) = run.idle(args.idle_seconds, "all jobs run").await?;
+
+    say("letting the jobs go on to their end");
+    run.play(&["run.yaml", "end.yaml"]).await?;
+    run.begin()?;
+    let begun = Instant::now();
+    run.until_finished(args.jobs).await?;
+    report.seconds += begun.elapsed().as_secs_f64();
+    run.pause(&mut report)?;
+    let (writes, renewals) = run.idle(args.idle_seconds, "all jobs are finished").await?;
+    report.idle_writes_finished = writes;
+    report.idle_lease_renewals += renewals;
+    report.idle_writes = report.idle_writes_running + report.idle_writes_finished;
+
+    run.measure(&mut report).await?;
+    report.load_after = parts::load()?;
+    print(&report, &run.audit)
+}
+
+/// The cluster of the bench, with what runs there.
+struct Run {
+    client: Client,
+    http: reqwest::Client,
+    state: PathBuf,
+    operator: Part,
+    kwok: Part,
+    audit: Audit,
+    control_plane: BTreeMap<&'static str, u32>,
+    /// CPU time of each process when the jobs were last set going.
+    begun: BTreeMap<&'static str, f64>,
+}
+
+impl Run {
+    async fn start(args: &Args) -> anyhow::Result<Self> {
+        let state = tools::cache().join("cluster");
+        let client = client(&tools::kubeconfig()).await?;
+        say("installing the chart without its pods");
+        install().await;
+        let flags = flags(&client).await?;
+        let kwok = kwok(&state, &["run.yaml"])?;
+        say("making nodes and namespaces");
+        load::namespaces(&client).await?;
+        let nodes = load::nodes(&client, args.jobs).await?;
+        until("nodes that are Ready", 300, async || Ok(ready_nodes(&client).await? == nodes)).await?;
+        let mut command = Command::new(tools::root().join("target/release/rlhf-operator"));
+        command.args(flags).env("KUBECONFIG", account(&state).await?).env("RUST_LOG", "info").env("HOSTNAME", "bench");
+        let operator = Part::start("operator", &mut command, &state.join("log"))?;
+        let audit = Audit::of(&format!("system:serviceaccount:{SYSTEM}:{RELEASE}"), &state.join("log/audit.log"))?;
+        let control_plane = parts::control_plane(&state)?;
+        let http = reqwest::Client::builder().no_proxy().build()?;
+        let begun = BTreeMap::new();
+        let run = Self { client, http, state, operator, kwok, audit, control_plane, begun };
+        let leads =
+            async || Ok(run.scrape().await.is_ok_and(|s| s.value("rlhf_operator_leader", "").is_ok_and(|v| v == 1.0)));
+        until("the operator leads", 60, leads).await?;
+        Ok(run)
+    }
+
+    /// Whether the memory of the operator grows with pods that do not concern it.
+    async fn meet_foreign_pods(&mut self, args: &Args, report: &mut Report) -> anyhow::Result<()> {
+        say("making pods of others");
+        let before = parts::rss_bytes(self.operator.id())?;
+        load::foreign_pods(&self.client, args.foreign_pods).await?;
+        // What a watch brings comes within seconds.
+        sleep(Duration::from_secs(10)).await;
+        report.foreign_pods = args.foreign_pods;
+        report.foreign_pods_rss_growth_bytes = parts::rss_bytes(self.operator.id())? as i64 - before as i64;
+        Ok(())
+    }
+
+    async fn scrape(&self) -> anyhow::Result<Scrape> {
+        Scrape::of(&self.http, "http://127.0.0.1:8080/metrics").await
+    }
+
+    /// Has kwok play these files from now on.
+    async fn play(&mut self, files: &[&str]) -> anyhow::Result<()> {
+        let next = kwok(&self.state, files)?;
+        std::mem::replace(&mut self.kwok, next).stop().await
+    }
+
+    fn processes(&self) -> impl Iterator<Item = (&'static str, u32)> {
+        let own = [("operator", self.operator.id()), ("kwok", self.kwok.id()), ("bench", std::process::id())];
+        self.control_plane.iter().map(|(name, id)| (*name, *id)).chain(own)
+    }
+
+    fn begin(&mut self) -> anyhow::Result<()> {
+        let times: anyhow::Result<_> = self.processes().map(|(name, id)| Ok((name, parts::cpu_seconds(id)?))).collect();
+        self.begun = times?;
+        Ok(())
+    }
+
+    /// Adds the CPU time since [`Self::begin`].
+    fn pause(&self, report: &mut Report) -> anyhow::Result<()> {
+        for (name, id) in self.processes() {
+            let used = parts::cpu_seconds(id)? - self.begun.get(name).copied().unwrap_or_default();
+            *report.cpu_seconds.entry(name).or_default() += used;
+        }
+        Ok(())
+    }
+
+    /// Waits until so many jobs have this stage in this phase.
+    async fn until_stages(&mut self, stage: &str, phase: &str, wanted: usize) -> anyhow::Result<()> {
+        let labels = [format!("stage=\"{stage}\""), format!("phase=\"{phase}\"")];
+        let labels: Vec<_> = labels.iter().map(String::as_str).collect();
+        self.until(wanted, |scrape| Ok(scrape.count("rlhf_operator_stage_info", &labels))).await
+    }
+
+    async fn until_finished(&mut self, wanted: usize) -> anyhow::Result<()> {
+        self.until(wanted, |s| Ok(s.value("rlhf_operator_jobs{", "\"Succeeded\"")? as usize)).await
+    }
+
+    /// Waits until a figure of the operator's is what it should be. There is a deadline for a change of it.
+    async fn until(&mut self, wanted: usize, figure: impl Fn(&Scrape) -> anyhow::Result<usize>) -> anyhow::Result<()> {
+        const PATIENCE: Duration = Duration::from_secs(180);
+        let (mut last, mut since, mut told) = (usize::MAX, Instant::now(), Instant::now());
+        loop {
+            self.operator.check()?;
+            self.kwok.check()?;
+            let scrape = self.scrape().await?;
+            let now = figure(&scrape)?;
+            if now == wanted {
+                return Ok(());
+            }
+            let failed = scrape.value("rlhf_operator_jobs{", "\"Failed\"")?;
+            ensure!(failed == 0.0, "{failed} jobs have failed");
+            if now != last {
+                (last, since) = (now, Instant::now());
+            }
+            ensure!(since.elapsed() < PATIENCE, "{now} of {wanted} jobs, and none more for {} s", PATIENCE.as_secs());
+            if told.elapsed() >= Duration::from_secs(20) {
+                told = Instant::now();
+                say(&format!("{now} of {wanted}"));
+            }
+            sleep(POLL).await;
+        }
+    }
+
+    /// Waits until the operator writes nothing more, and counts what it writes from then on: all but renewals of the
+    /// lease, and those.
+    async fn idle(&mut self, seconds: u64, when: &str) -> anyhow::Result<(usize, usize)> {
+        let settled = Instant::now();
+        loop {
+            let last = self.audit.read_on()?.iter().rev().find(|w| !w.is_lease()).map(|w| w.at);
+            let quiet = Timestamp::now().duration_since(last.context("the operator has written nothing")?);
+            if quiet.unsigned_abs() >= QUIET {
+                break;
+            }
+            ensure!(settled.elapsed() < Duration::from_secs(300), "the operator goes on writing while {when}");
+            sleep(POLL).await;
+        }
+        say(&format!("{when}; counting writes for {seconds} s"));
+        let (begun, cpu) = (Timestamp::now(), parts::cpu_seconds(self.operator.id())?);
+        sleep(Duration::from_secs(seconds)).await;
+        self.operator.check()?;
+        let used = parts::cpu_seconds(self.operator.id())? - cpu;
+        say(&format!("the operator used {used:.1} s of CPU time meanwhile"));
+        let writes = self.audit.read_on()?.iter().filter(|w| w.at >= begun);
+        let (lease, other): (Vec<_>, Vec<_>) = writes.partition(|w| w.is_lease());
+        for write in other.iter().take(10) {
+            say(&format!("an idle write: {} {}", write.at, write.kind));
+        }
+        Ok((other.len(), lease.len()))
+    }
+
+    async fn measure(&mut self, report: &mut Report) -> anyhow::Result<()> {
+        let jobs = Api::<RLHFJob>::all(self.client.clone()).list(&ListParams::default()).await?.items;
+        ensure!(jobs.len() == report.jobs, "{} RLHFJobs of {} are there", jobs.len(), report.jobs);
+        for job in &jobs {
+            let status = job.status.clone().unwrap_or_default();
+            let name = job.metadata.name.as_deref().unwrap_or_default();
+            ensure!(status.phase == Phase::Succeeded, "{name} is {:?}", status.phase);
+            let told = |o: &rlhf_api::report::Output| o.metrics.contains_key("evalLoss");
+            ensure!(status.stages.iter().all(|s| s.output.as_ref().is_some_and(told)), "{name} lacks a last word");
+            report.attempts += status.prepare.iter().chain(&status.stages).map(|s| s.attempt).sum::<u32>();
+        }
+        let scrape = self.scrape().await?;
+        report.reconcile_p50_ms = scrape.reconcile_ms(0.5)?;
+        report.reconcile_p99_ms = scrape.reconcile_ms(0.99)?;
+        report.reconciles = scrape.value("rlhf_operator_reconcile_duration_seconds_count", "")?;
+        report.peak_rss_bytes = parts::peak_rss_bytes(self.operator.id())?;
+        report.writes_per_attempt = self.audit.writes.len() as f64 / f64::from(report.attempts);
+        Ok(())
+    }
+}
+
+/// Polls until `condition` holds.
+async fn until(what: &str, seconds: u64, condition: impl AsyncFn() -> anyhow::Result<bool>) -> anyhow::Result<()> {
+    let begun = Instant::now();
+    while !condition().await? {
+        ensure!(begun.elapsed().as_secs() < seconds, "{what}: not after {seconds} s");
+        sleep(POLL).await;
+    }
+    Ok(())
+}
+
+async fn client(kubeconfig: &Path) -> anyhow::Result<Client> {
+    let config = Kubeconfig::read_from(kubeconfig).context("the control plane is not up: run `make bench-operator`")?;
+    Ok(Client::try_from(Config::from_custom_kubeconfig(config, &KubeConfigOptions::default()).await?)?)
+}
+
+/// Installs all of the chart, with no pod of the operator.
+async fn install() {
+    let chart = tools::root().join("charts/rlhf-operator").display().to_string();
+    let args = ["install", RELEASE, &chart, "--namespace", SYSTEM, "--create-namespace", "--set", "replicas=0"];
+    tools::helm(&args).await.good();
+}
+
+/// What the chart would start the operator with.
+async fn flags(client: &Client) -> anyhow::Result<Vec<String>> {
+    let deployment = Api::<Deployment>::namespaced(client.clone(), SYSTEM).get(RELEASE).await?;
+    let pod = deployment.spec.template.spec.context("the Deployment has no pod")?;
+    pod.containers.into_iter().next().and_then(|c| c.args).context("the operator's container has no arguments")
+}
+
+/// A kubeconfig with a token of the operator's own account.
+async fn account(state: &Path) -> anyhow::Result<PathBuf> {
+    let token = tools::kubectl(&["create", "token", RELEASE, "--namespace", SYSTEM, "--duration", "8h"]).await.good();
+    let mut config = Kubeconfig::read_from(tools::kubeconfig())?;
+    for user in &mut config.auth_infos {
+        user.auth_info =
+            Some(kube::config::AuthInfo { token: Some(token.trim().to_owned().into()), ..Default::default() });
+    }
+    for context in config.contexts.iter_mut().filter_map(|c| c.context.as_mut()) {
+        context.namespace = Some(SYSTEM.into());
+    }
+    let path = state.join("operator.conf");
+    std::fs::write(&path, serde_yaml_ng::to_string(&config)?)?;
+    Ok(path)
+}
+
+fn kwok(state: &Path, files: &[&str]) -> anyhow::Result<Part> {
+    let mut command = Command::new(tools::cache().join("bin/kwok"));
+    command.arg("--kubeconfig").arg(tools::kubeconfig()).args(["--cidr", POD_CIDR]);
+    // Before 3.4.25 etcd lacks what such watches need; the API server refuses them, and kwok then tries for a minute.
+    command.env("KUBE_FEATURE_WatchListClient", "false");
+    command.args(["--manage-all-nodes", "--node-lease-duration-seconds", "0", "--server-address", ""]);
+    for file in files {
+        command.arg("--config").arg(tools::root().join("tests/scale").join(file));
+    }
+    Part::start("kwok", &mut command, &state.join("log"))
+}
+
+async fn ready_nodes(client: &Client) -> anyhow::Result<usize> {
+    let nodes = Api::<Node>::all(client.clone()).list(&ListParams::default()).await?;
+    let ready = |n: &&Node| {
+        let status = n.status.iter().flat_map(|s| s.conditions.iter().flatten());
+        let tainted = n.spec.as_ref().is_some_and(|s| s.taints.as_ref().is_some_and(|t| !t.is_empty()));
+        !tainted && status.into_iter().any(|c| c.type_ == "Ready" && c.status == "True")
+    };
+    Ok(nodes.items.iter().filter(ready).count())
+}
+
+fn print(report: &Report, audit: &Audit) -> anyhow::Result<()> {
+    let mb = |bytes: i64| format!("{:.1} MB", bytes as f64 / 1e6);
+    let rows = [
+        ("jobs, stages of each", format!("{}, {}", report.jobs, report.stages)),
+        ("seconds from applied to all finished, idle times left out", format!("{:.0}", report.seconds)),
+        ("attempts, prepare included", report.attempts.to_string()),
+        ("API writes an attempt", format!("{:.2}", report.writes_per_attempt)),
+        ("passes", report.reconciles.to_string()),
+        ("time of a pass, median", format!("{:.1} ms", report.reconcile_p50_ms)),
+        ("time of a pass, 99th percentile", format!("{:.1} ms", report.reconcile_p99_ms)),
+        ("peak memory (VmHWM)", mb(report.peak_rss_bytes as i64)),
+        (
+            "growth of memory with pods of others",
+            format!("{} with {}", mb(report.foreign_pods_rss_growth_bytes), report.foreign_pods),
+        ),
+        (
+            "writes in idle time: all jobs running, all finished",
+            format!(
+                "{}, {} in {} s each",
+                report.idle_writes_running, report.idle_writes_finished, report.idle_seconds
+            ),
+        ),
+        ("load of the machine before and after", format!("{:.1}, {:.1}", report.load_before, report.load_after)),
+    ];
+    for (what, value) in rows {
+        println!("{what:<60}  {value}");
+    }
+    println!("\nAPI writes of the operator an attempt, by kind");
+    for (kind, count) in audit.by_kind() {
+        println!("  {kind:<58}  {:.3}", count as f64 / f64::from(report.attempts));
+    }
+    println!("\nCPU seconds while jobs were under way");
+    for (name, seconds) in &report.cpu_seconds {
+        println!("  {name:<58}  {seconds:.1}");
+    }
+    println!("\n{}", serde_json::to_string(report)?);
+    Ok(())
+}
