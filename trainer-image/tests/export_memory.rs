@@ -105,7 +105,7 @@ fn ranks(count: u32, run: impl Fn(u32, Group) + Sync) {
                 Rendezvous { host: "127.0.0.1".into(), port, rank, world_size: count, attempt: 1, deadline }.connect();
             ProcessGroup::gloo(&store.unwrap(), rank, count, "127.0.0.1", deadline).unwrap()
         });
-        run(rank, Group::new(peers, rank, count, Device::Cpu));
+        run(rank, Group::new(peers, rank, count, Device::Cpu).unwrap());
     };
     std::thread::scope(|scope| {
         (0..count).for_each(|r| {

@@ -11,7 +11,7 @@ use rlhf_api::job::RLHFJobStatus;
 use rlhf_api::job::{Compute, PlanSource, Stage, StagePhase, StagePlan, StageStatus};
 use rlhf_api::names;
 use rlhf_api::report::{ExitCode, Prepared};
-use rlhf_api::stage::{StageKind, Strategy};
+use rlhf_api::stage::{Lora, Ppo, StageKind, Strategy};
 
 /// The resource whose limit is a pod's host memory.
 const MEMORY: &str = "memory";
@@ -101,7 +101,7 @@ impl<'a> Pass<'a> {
             offload: spec.offload.fixed(),
             recompute: spec.recompute.fixed(),
         };
-        let task = task(stage, prepared, machines.world_size())?;
+        let task = self.task(stage, prepared, machines.world_size())?;
         Some(Question { task, machines, fixed, device_memory, host_memory })
     }
 
@@ -126,6 +126,43 @@ impl<'a> Pass<'a> {
                 Named(&before.strategy)
             )),
         })
+    }
+
+    /// The largest micro-batch that a rank can meet. All models of a job have the shape of its one model.
+    fn task(&self, stage: &Stage, prepared: &Prepared, world_size: u32) -> Option<Task> {
+        let data = prepared.datasets.iter().find(|d| d.stage == stage.name)?;
+        let model = prepared.model.clone();
+        let share = |size: u32| size.div_ceil(world_size);
+        let kind = stage.kind()?;
+        let (shape, rows, time) = match &kind {
+            StageKind::Sft(s) => {
+                let rows = s.batch.micro_size.min(share(s.batch.global_size));
+                (StageShape::Sft, rows, s.max_length.min(data.longest_tokens))
+            }
+            StageKind::RewardModel(s) => {
+                let rankings = s.batch.micro_size.min(share(s.batch.global_size));
+                let rows = rankings.saturating_mul(data.sequences.max(1));
+                (StageShape::RewardModel, rows, s.max_length.min(data.longest_tokens))
+            }
+            StageKind::Ppo(s) => {
+                let shape = StageShape::Ppo {
+                    reward: model.clone(),
+                    reward_lora: self.shared_lora(s),
+                    rollout_rows: share(s.rollout_batch_size),
+                    new_tokens: s.max_new_tokens,
+                };
+                let time = s.max_prompt_length.min(data.longest_tokens).saturating_add(s.max_new_tokens);
+                (shape, s.batch.micro_size.min(share(s.batch.global_size)), time)
+            }
+        };
+        Some(Task { stage: shape, model, lora: kind.lora().cloned(), rows: rows.max(1), time: time.max(2) })
+    }
+
+    /// The adapters of the reward model, where it was trained by some from the actor's start: their models then share a
+    /// backbone.
+    fn shared_lora(&self, ppo: &Ppo) -> Option<Lora> {
+        let reward = self.stage(&ppo.reward)?.reward_model.as_ref()?;
+        reward.lora.clone().filter(|_| reward.from == ppo.actor)
     }
 }
 
@@ -166,32 +203,4 @@ pub(super) fn strategy_of(slot: &StageStatus, spec: Option<Strategy>) -> Strateg
 fn host_memory(compute: &Compute) -> Option<u64> {
     let limit = compute.resources.limits.as_ref()?.get(MEMORY)?;
     memory_plan::parse_bytes(&limit.0)
-}
-
-/// The largest micro-batch that a rank can meet. All models of a job have the shape of its one model.
-fn task(stage: &Stage, prepared: &Prepared, world_size: u32) -> Option<Task> {
-    let data = prepared.datasets.iter().find(|d| d.stage == stage.name)?;
-    let model = prepared.model.clone();
-    let share = |size: u32| size.div_ceil(world_size);
-    let (shape, rows, time) = match stage.kind()? {
-        StageKind::Sft(s) => {
-            let rows = s.batch.micro_size.min(share(s.batch.global_size));
-            (StageShape::Sft, rows, s.max_length.min(data.longest_tokens))
-        }
-        StageKind::RewardModel(s) => {
-            let rankings = s.batch.micro_size.min(share(s.batch.global_size));
-            let rows = rankings.saturating_mul(data.sequences.max(1));
-            (StageShape::RewardModel, rows, s.max_length.min(data.longest_tokens))
-        }
-        StageKind::Ppo(s) => {
-            let shape = StageShape::Ppo {
-                reward: model.clone(),
-                rollout_rows: share(s.rollout_batch_size),
-                new_tokens: s.max_new_tokens,
-            };
-            let time = s.max_prompt_length.min(data.longest_tokens).saturating_add(s.max_new_tokens);
-            (shape, s.batch.micro_size.min(share(s.batch.global_size)), time)
-        }
-    };
-    Some(Task { stage: shape, model, rows: rows.max(1), time: time.max(2) })
 }
