@@ -228,7 +228,7 @@ impl ModelSpec {
     }
 
     /// The linears of a block: their shapes `[out, in]`, and whether they have a bias.
-    fn linears(&self) -> impl Iterator<Item = (Linear, [i64; 2], bool)> {
+    pub fn linears(&self) -> impl Iterator<Item = (Linear, [i64; 2], bool)> {
         let (query, key_value) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
         let of = move |linear| match linear {
             Linear::Query => ([query, self.hidden], self.qkv_bias),

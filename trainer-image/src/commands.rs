@@ -3,11 +3,11 @@
 
 use crate::bench::{self, Figures, Workload};
 use crate::error::{Error, Result};
-use crate::model::{ModelSpec, read_config};
+use crate::model::{Adapters, ModelSpec, read_config};
 use clap::Args;
-use rlhf_api::stage::{Offload, Precision, Recompute, Sharding, Strategy};
+use rlhf_api::stage::{Linear, Lora, Offload, Precision, Recompute, Sharding, Strategy};
 use serde::de::DeserializeOwned;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// A strategy as flags.
 #[derive(Args, Clone, Copy, Debug)]
@@ -30,6 +30,28 @@ impl From<StrategyFlags> for Strategy {
     fn from(flags: StrategyFlags) -> Self {
         let StrategyFlags { sharding, offload, recompute, precision } = flags;
         Self { sharding, offload, recompute, precision }
+    }
+}
+
+/// Adapters as flags.
+#[derive(Args, Clone, Debug)]
+pub struct LoraFlags {
+    /// Trains adapters of this rank on frozen weights, as `lora.rank` of a stage does; in PPO, on one backbone for all models.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    lora_rank: Option<u32>,
+    /// The linears that get adapters, such as query,value; by default all.
+    #[arg(long, value_delimiter = ',', value_parser = named::<Linear>, requires = "lora_rank")]
+    lora_targets: Vec<Linear>,
+}
+
+impl LoraFlags {
+    /// The adapters of a model of this shape, where there are to be some.
+    pub(crate) fn of(&self, spec: &ModelSpec) -> Result<Option<Lora>> {
+        let Some(rank) = self.lora_rank else { return Ok(None) };
+        let targets = if self.lora_targets.is_empty() { Linear::ALL.to_vec() } else { self.lora_targets.clone() };
+        let lora = Lora { rank, alpha: None, dropout: 0.0, targets };
+        Adapters::check(spec, &lora)?;
+        Ok(Some(lora))
     }
 }
 
@@ -70,6 +92,8 @@ pub struct BenchFlags {
     micro: Option<u32>,
     #[command(flatten)]
     strategy: StrategyFlags,
+    #[command(flatten)]
+    lora: LoraFlags,
     /// Tokens of a prompt.
     #[arg(long, default_value_t = 400)]
     prompt_tokens: u32,
@@ -79,6 +103,9 @@ pub struct BenchFlags {
     /// Rounds that are counted, after one that is not.
     #[arg(long, default_value_t = 2)]
     rounds: u32,
+    /// Measures what saves cost too, with sft and reward: they are written into a new folder in this one and removed.
+    #[arg(long, value_name = "DIR")]
+    save: Option<PathBuf>,
     /// Prints one JSON object in the last line.
     #[arg(long)]
     json: bool,
@@ -96,15 +123,18 @@ pub fn bench(flags: &BenchFlags) -> Result<()> {
             return Err(Error::config(format!("{flag} is 0: write at least 1")));
         }
     }
+    let spec = shape(&flags.model)?;
     let options = bench::Options {
         workload: flags.workload,
-        spec: shape(&flags.model)?,
+        lora: flags.lora.of(&spec)?,
+        spec,
         strategy: flags.strategy.into(),
         batch: flags.batch,
         micro: flags.micro.unwrap_or(flags.batch).max(1),
         prompt_tokens: flags.prompt_tokens,
         new_tokens: flags.new_tokens.max(1),
         rounds: flags.rounds,
+        save: flags.save.clone(),
     };
     if let Some(figures) = bench::run(&options)? {
         if flags.json {
@@ -129,5 +159,9 @@ fn print_figures(figures: &Figures) {
     println!("sent a round         {}", mib(figures.sent_bytes));
     for (phase, seconds) in &figures.phase_seconds {
         println!("{phase:<20} {seconds:.3} s");
+    }
+    if let (Some(foreground), Some(stall)) = (figures.save_foreground_seconds, figures.save_stall_seconds) {
+        println!("a save               {foreground:.3} s");
+        println!("in the background    {stall:.3} s longer");
     }
 }

@@ -1,7 +1,7 @@
 //! The command `plan`: what each strategy needs on device and host, which ones fit, and which is the fastest of these. It
 //! computes from shapes alone and never touches a device.
 
-use crate::commands::{named, shape};
+use crate::commands::{LoraFlags, named, shape};
 use crate::error::{Error, Result};
 use clap::{Args, ValueEnum};
 use memory_plan::{
@@ -55,6 +55,8 @@ pub struct PlanFlags {
     /// Responses of a rollout over all ranks in PPO; by default --batch for each rank.
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     rollout_batch: Option<u32>,
+    #[command(flatten)]
+    lora: LoraFlags,
     /// Only this sharding: ddp, zero1, zero2 or zero3.
     #[arg(long, value_parser = named::<Sharding>)]
     sharding: Option<Sharding>,
@@ -114,6 +116,7 @@ fn question(flags: &PlanFlags) -> Result<(Task, Machines)> {
         let (length, most) = (flags.length, model.max_positions);
         return Err(Error::config(format!("--length {length}: the model knows {most} positions")));
     }
+    let lora = flags.lora.of(&model)?;
     let machines = Machines {
         nodes: flags.nodes,
         devices: flags.devices,
@@ -129,12 +132,12 @@ fn question(flags: &PlanFlags) -> Result<(Task, Machines)> {
         }
         StageName::Ppo => Stage::Ppo {
             reward: model.clone(),
-            reward_lora: None,
+            reward_lora: lora.clone(),
             rollout_rows: flags.rollout_batch.map_or(flags.batch, |rows| rows.div_ceil(machines.world_size())),
             new_tokens: flags.new_tokens,
         },
     };
-    Ok((Task { stage, model, lora: None, rows: flags.batch, time: flags.length }, machines))
+    Ok((Task { stage, model, lora, rows: flags.batch, time: flags.length }, machines))
 }
 
 /// The answer as one JSON object: what was chosen or, where nothing fits, what comes closest.

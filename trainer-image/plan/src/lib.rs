@@ -6,6 +6,7 @@
 
 mod choose;
 mod estimate;
+mod placed;
 mod presets;
 mod quantity;
 mod segment;

@@ -2,7 +2,8 @@
 //!
 //! Sizes are `f64`, whole numbers below 2^53, which no product of dimensions can make wrap.
 
-use rlhf_api::model::{HeadKind, Mlp, ModelSpec, Norm, Segment};
+use rlhf_api::model::{HeadKind, Mlp, ModelSpec, Norm, ParamSpec, Segment};
+use rlhf_api::stage::{Linear, Lora};
 
 /// Each tensor of a chunk starts at a multiple of this many elements (64 bytes in fp32, a cache line and a vector register).
 pub const ALIGN: i64 = 16;
@@ -19,17 +20,18 @@ pub(crate) struct Chunks {
     pub layers: f64,
 }
 
+/// Elements of the chunk of these parameters, padded to a multiple of `parts`.
+pub(crate) fn chunk(params: &[ParamSpec], parts: f64) -> f64 {
+    let aligned =
+        |p: &ParamSpec| (p.shape.iter().map(|&n| n as f64).product::<f64>() / ALIGN as f64).ceil() * ALIGN as f64;
+    let elements: f64 = params.iter().map(aligned).sum();
+    (elements / parts).ceil() * parts
+}
+
 impl Chunks {
     /// Of a model with this head, every chunk padded to a multiple of `parts`.
     pub fn new(spec: &ModelSpec, head: HeadKind, parts: f64) -> Self {
-        let chunk = |segment| {
-            let elements: f64 = spec
-                .params(segment, head)
-                .iter()
-                .map(|p| (p.shape.iter().map(|&n| n as f64).product::<f64>() / ALIGN as f64).ceil() * ALIGN as f64)
-                .sum();
-            (elements / parts).ceil() * parts
-        };
+        let chunk = |segment| chunk(&spec.params(segment, head), parts);
         Self {
             embed: chunk(Segment::Embed),
             block: chunk(Segment::Block(0)),
@@ -37,30 +39,20 @@ impl Chunks {
             layers: spec.layers as f64,
         }
     }
-
-    /// Of the whole model.
-    pub fn total(&self) -> f64 {
-        self.embed + self.layers * self.block + self.head
-    }
-
-    /// In the order in which they are loaded.
-    pub fn each(&self) -> impl Iterator<Item = f64> {
-        let blocks = std::iter::repeat_n(self.block, self.layers as usize);
-        std::iter::once(self.embed).chain(blocks).chain([self.head])
-    }
 }
 
 /// Rows of so many tokens in a number format of `bytes` bytes, which a block attends over with or without a kernel that
-/// never holds the matrix of attention weights.
+/// never holds the matrix of attention weights. With adapters, nothing else of the block is trained.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Pass {
+pub(crate) struct Pass<'a> {
     pub rows: f64,
     pub time: f64,
     pub bytes: f64,
     pub fused: bool,
+    pub lora: Option<&'a Lora>,
 }
 
-impl Pass {
+impl Pass<'_> {
     pub fn tokens(&self) -> f64 {
         self.rows * self.time
     }
@@ -75,26 +67,55 @@ impl Pass {
         self.tensor(spec.hidden as f64)
     }
 
+    /// Whether autograd needs the input of these linears, which is one tensor: for the gradient of their weights, or of an
+    /// adapter's. (With dropout an adapter has an input of its own.)
+    fn keeps_input_of(&self, linears: &[Linear]) -> bool {
+        self.lora.is_none_or(|lora| lora.dropout == 0.0 && linears.iter().any(|l| lora.targets.contains(l)))
+    }
+
     /// Bytes that autograd saves of a block, its input apart.
     pub fn saved(&self, spec: &ModelSpec) -> f64 {
         let (hidden, query) = (spec.hidden as f64, (spec.heads * spec.head_dim) as f64);
         let key_value = (2 * spec.kv_heads * spec.head_dim) as f64;
         let after_attention = self.tensor(hidden);
         let projections = self.tensor(query + key_value);
-        2.0 * self.saved_norm(spec) + projections + self.saved_attention(spec) + after_attention + self.saved_mlp(spec)
+        let norms = self.saved_norm(spec, self.keeps_input_of(&[Linear::Query, Linear::Key, Linear::Value]))
+            + self.saved_norm(spec, self.keeps_input_of(&[Linear::Gate, Linear::Up]));
+        norms
+            + projections
+            + self.saved_attention(spec)
+            + after_attention
+            + self.saved_mlp(spec, self.keeps_input_of(&[Linear::Down]))
+            + self.saved_adapters(spec)
     }
 
-    /// A norm's output, which linears save, and what the norm itself does.
-    pub fn saved_norm(&self, spec: &ModelSpec) -> f64 {
+    /// What autograd saves of a norm and, where linears that follow need it, the norm's output.
+    pub fn saved_norm(&self, spec: &ModelSpec, output: bool) -> f64 {
         let hidden = spec.hidden as f64;
+        let output = if output { self.tensor(hidden) } else { 0.0 };
         match spec.norm {
-            Norm::Layer => self.tensor(hidden) + 2.0 * FP32 * self.tokens(),
-            // The scaled input too; and the input in fp32, where it is not the input itself.
+            Norm::Layer => output + 2.0 * FP32 * self.tokens(),
+            // The scaled input too, for the gradient of the weight; and the input in fp32, where it is not the input itself.
             Norm::Rms => {
                 let widened = if self.bytes < FP32 { FP32 * self.tokens() * hidden } else { 0.0 };
-                2.0 * self.tensor(hidden) + widened + FP32 * self.tokens()
+                let scaled = if self.lora.is_none() { self.tensor(hidden) } else { 0.0 };
+                output + scaled + widened + FP32 * self.tokens()
             }
         }
+    }
+
+    /// What autograd saves for the adapters: what lies between A and B, and with dropout what went in and what was left out.
+    fn saved_adapters(&self, spec: &ModelSpec) -> f64 {
+        let Some(lora) = self.lora else { return 0.0 };
+        let targets = spec.linears().filter(|(linear, ..)| lora.targets.contains(linear));
+        let dropped = if lora.dropout > 0.0 { 2.0 } else { 0.0 };
+        targets.map(|(_, [_, input], _)| self.tensor(f64::from(lora.rank) + dropped * input as f64)).sum()
+    }
+
+    /// Bytes of the draws of dropout at their height: four tensors of 64-bit numbers as wide as the widest input.
+    fn draws(&self, spec: &ModelSpec) -> f64 {
+        let widest = spec.ffn.max(spec.hidden) as f64;
+        if self.lora.is_some_and(|lora| lora.dropout > 0.0) { 32.0 * self.tokens() * widest } else { 0.0 }
     }
 
     /// Attention's output and the logarithms of its sums; without a fused kernel also the weights, and queries, keys and
@@ -113,34 +134,49 @@ impl Pass {
         FP32 * self.tokens() * keys * spec.heads as f64
     }
 
-    fn saved_mlp(&self, spec: &ModelSpec) -> f64 {
-        self.tensor(spec.ffn as f64)
-            * match spec.mlp {
-                Mlp::SwiGlu => 4.0,
-                Mlp::Gelu => 2.0,
-            }
+    /// What autograd saves of the feed-forward network, with or without the input of its last linear.
+    fn saved_mlp(&self, spec: &ModelSpec, last_input: bool) -> f64 {
+        let tensors = match spec.mlp {
+            Mlp::SwiGlu => 3.0,
+            Mlp::Gelu => 1.0,
+        };
+        self.tensor(spec.ffn as f64) * (tensors + f64::from(u8::from(last_input)))
     }
 
     /// Bytes beside saved tensors and the gradient from above at the height of a block's backward, which is in its
-    /// feed-forward network, or in attention that is not fused.
+    /// feed-forward network, or in attention that is not fused. An adapter's input has a gradient of its own until it is added.
     pub fn backward(&self, spec: &ModelSpec) -> f64 {
+        let adapted = self.adapts(Linear::Down);
         let inner = match spec.mlp {
             Mlp::SwiGlu => 2.0,
+            Mlp::Gelu if adapted => 2.0,
             Mlp::Gelu => 1.0,
         };
         let mlp = self.tensor(inner * spec.ffn as f64);
         if self.fused {
             return mlp;
         }
-        let attention = 2.0 * self.weights(spec, self.time) + self.input(spec) - self.saved_mlp(spec);
+        let saved_mlp = self.saved_mlp(spec, self.keeps_input_of(&[Linear::Down]));
+        let attention = 2.0 * self.weights(spec, self.time) + self.input(spec) - saved_mlp;
         mlp.max(attention)
+    }
+
+    fn adapts(&self, linear: Linear) -> bool {
+        self.lora.is_some_and(|lora| lora.targets.contains(&linear))
     }
 
     /// Bytes beside its input at the height of a block's forward without a graph, over `keys` keys a row.
     pub fn forward(&self, spec: &ModelSpec, keys: f64) -> f64 {
         let (hidden, query) = (spec.hidden as f64, (spec.heads * spec.head_dim) as f64);
         let key_value = (2 * spec.kv_heads * spec.head_dim) as f64;
-        let mlp = self.tensor(2.0 * hidden) + self.saved_mlp(spec);
+        let ffn = spec.ffn as f64;
+        // While an adapter's output is added, the output, the adapter's and their sum are there.
+        let tensors = match spec.mlp {
+            Mlp::SwiGlu => 4.0,
+            Mlp::Gelu if self.adapts(Linear::Up) => 3.0,
+            Mlp::Gelu => 2.0,
+        };
+        let mlp = self.tensor(2.0 * hidden + tensors * ffn) + self.draws(spec);
         let mut attention = self.tensor(hidden + 2.0 * query + key_value);
         if !self.fused {
             let widened = FP32 * query * (self.tokens() + 2.0 * self.rows * keys);

@@ -3,7 +3,7 @@
 use crate::*;
 use proptest::prelude::*;
 use rlhf_api::model::{HeadKind, Mlp, ModelSpec, Norm, Positions};
-use rlhf_api::stage::{Offload, Precision, Recompute, Sharding, Strategy};
+use rlhf_api::stage::{Linear, Lora, Offload, Precision, Recompute, Sharding, Strategy};
 
 const GIB: u64 = 1 << 30;
 
@@ -54,6 +54,27 @@ fn a_rank_alone_needs_forty_bytes_a_parameter_for_ppo() {
         let device = (copies + optimizer + gradients) / parameters;
         assert!((40.0..40.2).contains(&device), "{precision:?}: {device}");
         assert_eq!(on_host.device.parameters + on_host.device.optimizer, 0.0);
+    }
+}
+
+/// With adapters, four models need one backbone where the reward model was so trained too, and else two; the optimizer has the
+/// adapters and the critic's head.
+#[test]
+fn adapters_need_one_backbone_or_two() {
+    let model = preset("l").unwrap();
+    let lora = Lora { rank: 8, alpha: None, dropout: 0.0, targets: Linear::ALL.to_vec() };
+    let parameters = model.parameter_count(HeadKind::Lm) as f64;
+    let adapters: i64 = model.adapter_params(&lora).iter().map(|p| p.shape.iter().product::<i64>()).sum();
+    let adapters = adapters as f64 * model.layers as f64;
+    for (reward_lora, backbones) in [(Some(lora.clone()), 1.0), (None, 2.0)] {
+        let stage = Stage::Ppo { reward: model.clone(), reward_lora, rollout_rows: 1, new_tokens: 112 };
+        let task = Task { stage, lora: Some(lora.clone()), ..ppo(model.clone(), 1) };
+        let strategy = Strategy { precision: Precision::Bf16, ..Strategy::default() };
+        let DeviceBytes { parameters: copies, optimizer, .. } = estimate(&task, &gpus(1, 1), strategy).device;
+        let sets = if backbones == 1.0 { 3.0 } else { 2.0 };
+        let expected = 2.0 * (backbones * parameters + sets * adapters);
+        assert!((copies / expected - 1.0).abs() < 0.001, "{backbones} backbones: {copies} bytes, not {expected}");
+        assert!((optimizer / (12.0 * 2.0 * adapters) - 1.0).abs() < 0.01, "{optimizer} bytes of optimizer state");
     }
 }
 
@@ -120,14 +141,24 @@ prop_compose! {
     }
 }
 
+fn adapters() -> impl proptest::strategy::Strategy<Value = Option<Lora>> {
+    use proptest::strategy::Strategy as _;
+    let targets = prop::sample::subsequence(Linear::ALL.to_vec(), 1..=7);
+    let lora = (1u32..65, prop_oneof![Just(0.0), Just(0.1)], targets);
+    prop::option::of(lora.prop_map(|(rank, dropout, targets)| Lora { rank, alpha: None, dropout, targets }))
+}
+
 prop_compose! {
-    fn task()(model in model(), rows in 1u32..17, time in 16u32..1024, stage in 0u8..3, rollout_rows in 1u32..100) -> Task {
+    fn task()(
+        model in model(), rows in 1u32..17, time in 16u32..1024, stage in 0u8..3, rollout_rows in 1u32..100,
+        lora in adapters(), reward_lora in adapters(),
+    ) -> Task {
         let stage = match stage {
             0 => Stage::Sft,
             1 => Stage::RewardModel,
-            _ => Stage::Ppo { reward: model.clone(), reward_lora: None, rollout_rows, new_tokens: time / 3 },
+            _ => Stage::Ppo { reward: model.clone(), reward_lora, rollout_rows, new_tokens: time / 3 },
         };
-        Task { stage, model, lora: None, rows, time }
+        Task { stage, model, lora, rows, time }
     }
 }
 

@@ -5,12 +5,13 @@
 //! told beside that of a plain matrix product in the same run, so that a figure means something on any machine.
 
 mod flops;
+mod save;
 
 use crate::data::{Prompt, Ranking, SftSample};
-use crate::engine::{Group, HEAD_SLICE_BYTES, Model, Placement};
+use crate::engine::{Backbone, Group, HEAD_SLICE_BYTES, Model, Placement};
 use crate::environment::Environment;
 use crate::error::{Error, Result};
-use crate::model::{HeadKind, ModelSpec, ScoreNormalisation};
+use crate::model::{Adapters, HeadKind, ModelSpec, ScoreNormalisation};
 use crate::rollout::{Decoding, Request, generate};
 use crate::shutdown::Shutdown;
 use crate::stages::Context;
@@ -20,14 +21,20 @@ use crate::stages::sft::CrossEntropy;
 use crate::stages::supervised::{Objective, make_step};
 use crate::telemetry::{Phase, Telemetry};
 use crate::{random, worker};
+use flops::Learning;
 use rlhf_api::config::StageConfig;
-use rlhf_api::stage::{Optimizer, Ppo, Recompute, Sampling, StageKind, Strategy};
+use rlhf_api::stage::{Lora, Optimizer, Ppo, Recompute, Sampling, StageKind, Strategy};
+use save::Saves;
 use serde::Serialize;
 use serde_json::json;
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Instant;
 use tch::{Device, Kind, Tensor};
+
+/// Seeds what is drawn.
+const SEED: u64 = 42;
 
 /// What is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -51,6 +58,8 @@ pub struct Options {
     pub spec: ModelSpec,
     /// How they are placed.
     pub strategy: Strategy,
+    /// The adapters that are trained on frozen weights, where models are not trained whole.
+    pub lora: Option<Lora>,
     /// Samples in a rollout or global batch, over all ranks.
     pub batch: u32,
     /// Samples that a rank runs at a time.
@@ -61,6 +70,8 @@ pub struct Options {
     pub new_tokens: u32,
     /// Rounds that are counted.
     pub rounds: u32,
+    /// A folder to save into, where the cost of saves is to be measured too.
+    pub save: Option<PathBuf>,
 }
 
 /// What was measured.
@@ -85,6 +96,12 @@ pub struct Figures {
     pub sent_bytes: u64,
     /// Seconds of a round by phase.
     pub phase_seconds: BTreeMap<&'static str, f64>,
+    /// Seconds until a save is whole that training waits for; absent where saves were not measured.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub save_foreground_seconds: Option<f64>,
+    /// Seconds by which a save that goes on in the background lengthens training.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub save_stall_seconds: Option<f64>,
 }
 
 /// Runs a workload; rank 0 gets the figures.
@@ -97,30 +114,17 @@ pub fn run(options: &Options) -> Result<Option<Figures>> {
         let most = options.spec.max_positions;
         return Err(Error::config(format!("{tokens} tokens a sample, but the model knows {most} positions")));
     }
+    if options.save.is_some() && !matches!(options.workload, Workload::Sft | Workload::Reward) {
+        return Err(Error::config("--save: saves are measured with the workloads sft and reward"));
+    }
     c10d::init(true);
     let context = context(options)?;
-    let placement = |trainable| Placement {
-        device: context.device,
-        trainable,
-        strategy: options.strategy,
-        head_slice_bytes: HEAD_SLICE_BYTES,
-    };
-    let model = |head, trainable| Model::random(&options.spec, head, placement(trainable), &context.group);
     let rounds = Rounds { options, context: &context };
     let (counted, operations) = match options.workload {
-        Workload::Ppo => {
-            let models = Models {
-                actor: model(HeadKind::Lm, true)?,
-                critic: model(HeadKind::Scalar, true)?,
-                reference: model(HeadKind::Lm, false)?,
-                reward: model(HeadKind::Scalar, false)?,
-                score: ScoreNormalisation { mean: 0.0, std: 1.0 },
-            };
-            rounds.ppo(models)?
-        }
-        Workload::Sft => rounds.sft(model(HeadKind::Lm, true)?)?,
-        Workload::Reward => rounds.reward(model(HeadKind::Scalar, true)?)?,
-        Workload::Generate => rounds.generate(&model(HeadKind::Lm, false)?)?,
+        Workload::Ppo => rounds.ppo(rounds.models()?)?,
+        Workload::Sft => rounds.sft(rounds.model(HeadKind::Lm)?)?,
+        Workload::Reward => rounds.reward(rounds.model(HeadKind::Scalar)?)?,
+        Workload::Generate => rounds.generate(&rounds.model(HeadKind::Lm)?)?,
     };
     let figures = counted.figures(options, &context, operations)?;
     Ok(context.group.is_first().then_some(figures))
@@ -137,10 +141,13 @@ fn context(options: &Options) -> Result<Context> {
         "actorOptimizer": {"learningRate": 5e-6}, "criticOptimizer": {"learningRate": 5e-6},
     }))
     .map_err(|e| Error::bug(e.to_string()))?;
+    let folder = options.save.as_ref().map(|dir| dir.join("bench-checkpoints"));
+    let checkpoints = folder.map(std::path::absolute).transpose().map_err(|e| Error::config(format!("--save: {e}")))?;
+    let checkpoints = checkpoints.unwrap_or_default();
     let config: StageConfig = serde_json::from_value(json!({
         "job": {"namespace": "", "name": "bench", "uid": ""}, "stage": "bench", "kind": StageKind::Ppo(Box::new(settings)),
-        "strategy": options.strategy, "seed": 42, "collectiveTimeoutSeconds": 1800,
-        "paths": {"baseModel": "", "startModel": "", "output": "", "checkpoints": ""},
+        "strategy": options.strategy, "seed": SEED, "collectiveTimeoutSeconds": 1800,
+        "paths": {"baseModel": "", "startModel": "", "output": "", "checkpoints": checkpoints},
     }))
     .map_err(|e| Error::bug(e.to_string()))?;
     let (rank, world_size) = (environment.rank(), environment.world_size());
@@ -156,6 +163,8 @@ struct Counted {
     seconds: f64,
     phases: Vec<(&'static str, f64)>,
     sent: u64,
+    memory: c10d::Allocated,
+    saves: Option<Saves>,
 }
 
 struct Rounds<'a> {
@@ -164,6 +173,69 @@ struct Rounds<'a> {
 }
 
 impl Rounds<'_> {
+    fn placement(&self, trainable: bool) -> Placement {
+        let (device, strategy) = (self.context.device, self.options.strategy);
+        Placement { device, trainable, strategy, head_slice_bytes: HEAD_SLICE_BYTES }
+    }
+
+    fn whole(&self, head: HeadKind, trainable: bool) -> Result<Model> {
+        Model::random(&self.options.spec, head, self.placement(trainable), &self.context.group)
+    }
+
+    fn backbone(&self, head: HeadKind, lora: &Lora) -> Result<(Backbone, Adapters)> {
+        let spec = &self.options.spec;
+        Ok((
+            Backbone::random(spec, head, self.placement(false), &self.context.group)?,
+            Adapters::fresh(spec, lora, SEED)?,
+        ))
+    }
+
+    /// The model of a workload that has one, which is trained where the workload trains.
+    fn model(&self, head: HeadKind) -> Result<Model> {
+        let Some(lora) = &self.options.lora else {
+            return self.whole(head, self.options.workload != Workload::Generate);
+        };
+        let (backbone, fresh) = self.backbone(head, lora)?;
+        match head {
+            HeadKind::Lm => backbone.language_model(&fresh, SEED),
+            HeadKind::Scalar => backbone.random_scalar_model(&fresh, SEED, true),
+        }
+    }
+
+    /// The models of PPO. With adapters all of them share a backbone, as where the reward model was so trained too.
+    fn models(&self) -> Result<Models> {
+        let score = ScoreNormalisation { mean: 0.0, std: 1.0 };
+        let Some(lora) = &self.options.lora else {
+            return Ok(Models {
+                actor: self.whole(HeadKind::Lm, true)?,
+                critic: self.whole(HeadKind::Scalar, true)?,
+                reference: self.whole(HeadKind::Lm, false)?,
+                reward: self.whole(HeadKind::Scalar, false)?,
+                score,
+            });
+        };
+        let (backbone, fresh) = self.backbone(HeadKind::Lm, lora)?;
+        let actor = backbone.language_model(&fresh, SEED)?;
+        Ok(Models {
+            critic: backbone.random_scalar_model(&fresh, SEED, true)?,
+            reward: backbone.random_scalar_model(&fresh, SEED, false)?,
+            reference: actor.without_adapters()?,
+            actor,
+            score,
+        })
+    }
+
+    fn learning(&self) -> Learning<'_> {
+        let recompute = self.options.strategy.recompute == Recompute::Block;
+        Learning { recompute, lora: self.options.lora.as_ref() }
+    }
+
+    /// Operations of a forward pass over a whole row.
+    fn forward(&self) -> f64 {
+        let (spec, tokens) = (&self.options.spec, self.tokens());
+        flops::forward(spec, tokens) + flops::adapters(spec, self.options.lora.as_ref(), tokens)
+    }
+
     /// Runs one round to warm up, and then those that count.
     fn count(&self, mut round: impl FnMut(u64) -> Result<()>) -> Result<Counted> {
         round(0)?;
@@ -180,6 +252,8 @@ impl Rounds<'_> {
                 .map(|((name, after), (_, before))| (*name, (after - before) / n))
                 .collect(),
             sent: (self.context.group.bytes_sent() - sent) / u64::from(self.options.rounds),
+            memory: c10d::allocated(self.context.device)?,
+            saves: None,
         })
     }
 
@@ -193,12 +267,13 @@ impl Rounds<'_> {
         let mut run = Run::new(self.context, settings, -1, models);
         let counted = self.count(|round| run.iterate(round, &prompts).map(drop))?;
         let (spec, new) = (&self.options.spec, u64::from(self.options.new_tokens));
-        let (tokens, recompute) = (self.tokens(), self.options.strategy.recompute == Recompute::Block);
-        let rollout = flops::forward(spec, tokens) + flops::head(spec, HeadKind::Lm, new);
-        let score = 4.0 * flops::forward(spec, tokens) + 2.0 * flops::head(spec, HeadKind::Lm, new);
+        let (tokens, learning) = (self.tokens(), self.learning());
+        let rollout = self.forward() + flops::head(spec, HeadKind::Lm, new);
+        // The reference has no adapters.
+        let score = 3.0 * self.forward() + flops::forward(spec, tokens) + 2.0 * flops::head(spec, HeadKind::Lm, new);
         let learn = f64::from(settings.epochs)
-            * (flops::learn(spec, HeadKind::Lm, tokens, new, recompute)
-                + flops::learn(spec, HeadKind::Scalar, tokens, new, recompute));
+            * (flops::learn(spec, HeadKind::Lm, tokens, new, learning)
+                + flops::learn(spec, HeadKind::Scalar, tokens, new, learning));
         Ok((counted, rollout + score + learn))
     }
 
@@ -209,7 +284,7 @@ impl Rounds<'_> {
             .collect();
         let objective = CrossEntropy { train: &samples, held_out: &[], micro_size: self.options.micro as usize };
         let counted = self.learn(model, &objective)?;
-        Ok((counted, self.learning(HeadKind::Lm, self.tokens())))
+        Ok((counted, flops::learn(&self.options.spec, HeadKind::Lm, self.tokens(), self.tokens(), self.learning())))
     }
 
     fn reward(&self, model: Model) -> Result<(Counted, f64)> {
@@ -222,19 +297,20 @@ impl Rounds<'_> {
         let micro_size = (self.options.micro as usize / 2).max(1);
         let objective = PairwiseLogistic { train: &rankings, held_out: &[], micro_size, centering: 0.0 };
         let counted = self.learn(model, &objective)?;
-        Ok((counted, self.learning(HeadKind::Scalar, 1)))
+        Ok((counted, flops::learn(&self.options.spec, HeadKind::Scalar, self.tokens(), 1, self.learning())))
     }
 
     fn learn(&self, mut model: Model, objective: &impl Objective) -> Result<Counted> {
         let optimizer: Optimizer =
             serde_json::from_value(json!({"learningRate": 5e-6})).map_err(|e| Error::bug(e.to_string()))?;
         let all: Vec<usize> = (0..objective.records()).collect();
-        self.count(|_| make_step(self.context, &mut model, objective, &all, (&optimizer, 5e-6)).map(drop))
-    }
-
-    fn learning(&self, head: HeadKind, positions: u64) -> f64 {
-        let recompute = self.options.strategy.recompute == Recompute::Block;
-        flops::learn(&self.options.spec, head, self.tokens(), positions, recompute)
+        let step = |model: &mut Model| make_step(self.context, model, objective, &all, (&optimizer, 5e-6)).map(drop);
+        let mut counted = self.count(|_| step(&mut model))?;
+        if self.options.save.is_some() {
+            let measured = save::measure(self.context, self.options.rounds, &mut model, counted.seconds, step)?;
+            counted.saves = Some(measured);
+        }
+        Ok(counted)
     }
 
     fn generate(&self, model: &Model) -> Result<(Counted, f64)> {
@@ -243,13 +319,13 @@ impl Rounds<'_> {
         let requests: Vec<Request<'_>> = self.context.group.share(&requests).into_iter().copied().collect();
         let counted = self.count(|round| {
             let sampling = Sampling { top_k: 50, ..Sampling::default() };
-            let decoding = Decoding::Sample { sampling, stream: [42, round] };
+            let decoding = Decoding::Sample { sampling, stream: [SEED, round] };
             let stop = || self.context.shutdown.requested();
             let work = || generate(model, &requests, &decoding, -1, self.options.new_tokens as usize, &stop);
             self.context.telemetry.phase(Phase::Rollout, work).map(drop)
         })?;
         let (spec, new) = (&self.options.spec, u64::from(self.options.new_tokens));
-        Ok((counted, flops::forward(spec, self.tokens()) + flops::head(spec, HeadKind::Lm, new)))
+        Ok((counted, self.forward() + flops::head(spec, HeadKind::Lm, new)))
     }
 
     fn tokens(&self) -> u64 {
@@ -260,7 +336,7 @@ impl Rounds<'_> {
     fn rows(&self, tokens: u32) -> impl Iterator<Item = Vec<i64>> {
         let vocab = self.options.spec.vocab as f64;
         (0..u64::from(self.options.batch))
-            .map(move |row| (0..u64::from(tokens)).map(|i| (random::uniform(&[42, row, i]) * vocab) as i64).collect())
+            .map(move |row| (0..u64::from(tokens)).map(|i| (random::uniform(&[SEED, row, i]) * vocab) as i64).collect())
     }
 }
 
@@ -268,7 +344,6 @@ impl Counted {
     /// The figures of a round that took `operations` floating-point operations a sample.
     fn figures(self, options: &Options, context: &Context, operations: f64) -> Result<Figures> {
         let batch = f64::from(options.batch);
-        let memory = c10d::allocated(context.device)?;
         let gemm_tflops = gemm(context.device, options)? / 1e12;
         let tflops = operations * batch / f64::from(context.group.world_size()) / self.seconds / 1e12;
         let phase_seconds: BTreeMap<_, _> = self.phases.into_iter().filter(|(_, seconds)| *seconds > 0.0).collect();
@@ -279,10 +354,12 @@ impl Counted {
             tflops,
             utilisation: tflops / gemm_tflops,
             gemm_tflops,
-            peak_device_bytes: memory.device.peak,
-            peak_host_bytes: memory.host.peak,
+            peak_device_bytes: self.memory.device.peak,
+            peak_host_bytes: self.memory.host.peak,
             sent_bytes: self.sent,
             phase_seconds,
+            save_foreground_seconds: self.saves.map(|s| s.foreground),
+            save_stall_seconds: self.saves.map(|s| s.stall),
         })
     }
 }

@@ -8,7 +8,7 @@ use super::chunk::Chunk;
 use super::group::Group;
 use super::layout::ChunkLayout;
 use super::link::Link;
-use super::model::{Model, ScalarInit, segment_chunk, source_values};
+use super::model::{Model, ScalarInit, random_values, segment_chunk, source_values};
 use super::placement::Placement;
 use crate::error::{Error, Result};
 use crate::model::{Adapters, HeadKind, ModelSpec, ParamSpec, Segment, Source, merge_adapters};
@@ -32,14 +32,33 @@ impl Backbone {
     /// # Errors
     /// Names the tensor or file that is wrong, or says that the device has no room.
     pub fn load(source: &Source, head: HeadKind, placement: Placement, group: &Rc<Group>) -> Result<Self> {
-        let placement = Placement { trainable: false, ..placement };
         let init = ScalarInit { seed: 0, fold: None };
-        let mut values = |segment, specs: &[ParamSpec]| source_values(source, segment, head, specs, init);
-        let mut load = |segment| segment_chunk(&source.spec, segment, head, placement, group, &mut values).map(Rc::new);
-        let below = source.spec.segments().into_iter().filter(|s| *s != Segment::Head);
+        Self::build(&source.spec, head, placement, group, |segment, specs| {
+            source_values(source, segment, head, specs, init)
+        })
+    }
+
+    /// A backbone of random weights, as [`Model::random`].
+    ///
+    /// # Errors
+    /// The device has no room.
+    pub fn random(spec: &ModelSpec, head: HeadKind, placement: Placement, group: &Rc<Group>) -> Result<Self> {
+        Self::build(spec, head, placement, group, random_values)
+    }
+
+    fn build(
+        spec: &ModelSpec,
+        head: HeadKind,
+        placement: Placement,
+        group: &Rc<Group>,
+        mut values: impl FnMut(Segment, &[ParamSpec]) -> Result<Vec<Tensor>>,
+    ) -> Result<Self> {
+        let placement = Placement { trainable: false, ..placement };
+        let mut load = |segment| segment_chunk(spec, segment, head, placement, group, &mut values).map(Rc::new);
+        let below = spec.segments().into_iter().filter(|s| *s != Segment::Head);
         let chunks = below.map(&mut load).collect::<Result<_>>()?;
         let language_head = (head == HeadKind::Lm).then(|| load(Segment::Head)).transpose()?;
-        Ok(Self { spec: source.spec.clone(), chunks, language_head, placement, group: group.clone() })
+        Ok(Self { spec: spec.clone(), chunks, language_head, placement, group: group.clone() })
     }
 
     /// The backbone's language model, with adapters to be trained.
@@ -63,10 +82,28 @@ impl Backbone {
         adapters: Option<&Adapters>,
         trainable: bool,
     ) -> Result<Model> {
+        let values = |segment, specs: &[ParamSpec]| source_values(source, segment, HeadKind::Scalar, specs, init);
+        self.scalar(values, adapters, init.seed, trainable)
+    }
+
+    /// A scalar model on the backbone with a head of random weights.
+    ///
+    /// # Errors
+    /// The device has no room.
+    pub fn random_scalar_model(&self, adapters: &Adapters, seed: u64, trainable: bool) -> Result<Model> {
+        self.scalar(random_values, Some(adapters), seed, trainable)
+    }
+
+    fn scalar(
+        &self,
+        mut values: impl FnMut(Segment, &[ParamSpec]) -> Result<Vec<Tensor>>,
+        adapters: Option<&Adapters>,
+        seed: u64,
+        trainable: bool,
+    ) -> Result<Model> {
         let placement = Placement { trainable, ..self.placement };
-        let mut values = |segment, specs: &[ParamSpec]| source_values(source, segment, HeadKind::Scalar, specs, init);
         let head = segment_chunk(&self.spec, Segment::Head, HeadKind::Scalar, placement, &self.group, &mut values)?;
-        self.model(HeadKind::Scalar, Link::own(head), adapters, init.seed, trainable)
+        self.model(HeadKind::Scalar, Link::own(head), adapters, seed, trainable)
     }
 
     fn model(

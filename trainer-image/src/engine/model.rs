@@ -87,7 +87,7 @@ impl Model {
     /// # Errors
     /// The device has no room.
     pub fn random(spec: &ModelSpec, head: HeadKind, placement: Placement, group: &Rc<Group>) -> Result<Self> {
-        Self::build(spec, head, placement, group, |_, specs| specs.iter().map(random_value).collect())
+        Self::build(spec, head, placement, group, random_values)
     }
 
     fn build(
@@ -303,6 +303,11 @@ impl Model {
         let step = (self.placement.head_slice_bytes / (width * size_of::<f32>() as i64)).max(1) as usize;
         (0..rows).step_by(step).map(|start| start..(start + step).min(rows)).collect()
     }
+}
+
+/// A segment's random start.
+pub(super) fn random_values(_: Segment, specs: &[ParamSpec]) -> Result<Vec<Tensor>> {
+    specs.iter().map(random_value).collect()
 }
 
 fn random_value(spec: &ParamSpec) -> Result<Tensor> {

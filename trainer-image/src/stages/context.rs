@@ -159,8 +159,9 @@ impl Context {
         let model = match self.config.kind.lora() {
             None => self.load(&source, head, true, None)?,
             Some(lora) => {
-                let adapters = Adapters::fresh(&source.spec, lora, seed)?;
+                Adapters::check(&source.spec, lora)?;
                 let backbone = self.backbone(&source, head)?;
+                let adapters = Adapters::fresh(&source.spec, lora, seed)?;
                 match head {
                     HeadKind::Lm => backbone.language_model(&adapters, seed)?,
                     HeadKind::Scalar => {
