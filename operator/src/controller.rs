@@ -2,6 +2,7 @@
 
 use crate::apply::{self, Blocked, apply};
 use crate::build::Settings;
+use crate::children::{Child, Children};
 use crate::decide::{Decision, Trouble, decide};
 use crate::lease::Leadership;
 use crate::listed::{Listed, Watch};
@@ -18,6 +19,7 @@ use kube::core::DeserializeGuard;
 use kube::runtime::controller::{Action, Config};
 use kube::runtime::events::{Event, EventType, Recorder};
 use kube::runtime::reflector::{self, ObjectRef, Store};
+use kube::runtime::watcher::ExponentialBackoff;
 use kube::runtime::{Controller, WatchStreamExt, watcher};
 use kube::{Api, Client, Resource, ResourceExt};
 use rlhf_api::job::RLHFJob;
@@ -43,10 +45,10 @@ pub struct Context {
     /// The API server.
     pub client: Client,
     /// The operator's Jobs.
-    pub jobs: Store<Job>,
+    pub jobs: Children<Job>,
     /// Their pods.
-    pub pods: Store<Pod>,
-    /// Whether the stores are filled.
+    pub pods: Children<Pod>,
+    /// Whether these are all.
     pub listed: Listed,
     /// What the flags say.
     pub settings: Settings,
@@ -224,14 +226,14 @@ pub async fn check_crd(client: &Client, namespace: Option<&str>) -> Result<(), S
 #[derive(Default)]
 pub struct Watches {
     rlhf_jobs: reflector::store::Writer<Guarded>,
-    jobs: reflector::store::Writer<Job>,
-    pods: reflector::store::Writer<Pod>,
+    jobs: Children<Job>,
+    pods: Children<Pod>,
 }
 
 impl Watches {
-    /// Readers of the stores, for the context.
-    pub fn readers(&self) -> (Store<Job>, Store<Pod>) {
-        (self.jobs.as_reader(), self.pods.as_reader())
+    /// The children that the watches will tell of, for the context.
+    pub fn children(&self) -> (Children<Job>, Children<Pod>) {
+        (self.jobs.clone(), self.pods.clone())
     }
 
     /// A reader of the RLHFJobs.
@@ -248,20 +250,12 @@ impl Watches {
     ) -> BoxFuture<'static, ()> {
         let client = &ctx.client;
         let listed = ctx.listed.clone();
-        let jobs = children::<Job>(scoped(client, namespace), self.jobs, (Watch::Jobs, listed.clone()), |job| {
-            // A template is most of a Job's size, and the operator made it.
-            if let Some(spec) = &mut job.spec {
-                spec.template = Default::default();
-            }
-        });
-        let pods = children::<Pod>(scoped(client, namespace), self.pods, (Watch::Pods, listed.clone()), |pod| {
-            if let Some(spec) = &mut pod.spec {
-                *spec = k8s_openapi::api::core::v1::PodSpec { node_name: spec.node_name.take(), ..Default::default() };
-            }
-        });
+        let jobs = watched(scoped(client, namespace), self.jobs, Watch::Jobs, listed.clone());
+        let pods = watched(scoped(client, namespace), self.pods, Watch::Pods, listed.clone());
         let store = self.rlhf_jobs.as_reader();
         let stream = watcher(scoped::<Guarded>(client, namespace), watcher::Config::default())
-            .default_backoff()
+            .backoff(watch_backoff())
+            .modify(forget_writers)
             .reflect(self.rlhf_jobs);
         let stream = tell(stream, Watch::RlhfJobs, listed).applied_objects();
         let controller = Controller::for_stream(stream, store)
@@ -283,27 +277,36 @@ impl Watches {
     }
 }
 
-/// The watch of one kind of child, kept small and written to its store.
-fn children<K>(
+/// Takes out who wrote which field and, from `kubectl apply`, the manifest once more: half of an object, and not looked
+/// at here.
+fn forget_writers(job: &mut Guarded) {
+    job.managed_fields_mut().clear();
+    job.annotations_mut().remove("kubectl.kubernetes.io/last-applied-configuration");
+}
+
+/// A watch that fails is tried again soon, for as long as it takes: without it the operator is blind, and three watches are
+/// no burden for an API server that has just come back. (kube's own default waits for up to 30 s.)
+fn watch_backoff() -> ExponentialBackoff {
+    ExponentialBackoff::new(Duration::from_millis(200), Duration::from_secs(5), 2.0, true)
+}
+
+/// The watch of one kind of child, whose events come after what they tell is known.
+fn watched<K>(
     api: Api<K>,
-    writer: reflector::store::Writer<K>,
-    (watch, listed): (Watch, Listed),
-    prune: impl Fn(&mut K) + Send + 'static,
+    children: Children<K>,
+    watch: Watch,
+    listed: Listed,
 ) -> impl Stream<Item = Result<K, watcher::Error>> + Send
 where
-    K: Resource<DynamicType = ()> + Clone + serde::de::DeserializeOwned + std::fmt::Debug + Send + Sync + 'static,
+    K: Child<View: Send> + Clone + serde::de::DeserializeOwned + std::fmt::Debug + Send + Sync + 'static,
 {
     let stream = watcher(api, watcher::Config::default().labels(names::LABEL_JOB_UID))
-        .default_backoff()
-        .modify(move |child| {
-            child.managed_fields_mut().clear();
-            prune(child);
-        })
-        .reflect(writer);
+        .backoff(watch_backoff())
+        .inspect_ok(move |event| children.take(event));
     tell(stream, watch, listed).touched_objects()
 }
 
-/// Tells when a watch, whose events have reached their store, has listed everything.
+/// Tells when a watch, whose events are known by now, has listed everything.
 fn tell<K>(
     events: impl Stream<Item = Result<watcher::Event<K>, watcher::Error>> + Send,
     watch: Watch,

@@ -6,6 +6,7 @@
 
 pub mod apply;
 pub mod build;
+pub mod children;
 pub mod classify;
 pub mod controller;
 pub mod decide;

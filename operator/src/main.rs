@@ -117,7 +117,7 @@ async fn run(args: Args) -> Result<(), Box<dyn Error>> {
     check_crd(&client, namespace).await?;
     let keys = ProgressKeys::load(&client, client.default_namespace(), &args.key_secret).await?;
     let watches = Watches::default();
-    let (jobs, pods) = watches.readers();
+    let (jobs, pods) = watches.children();
     let metrics = Arc::new(Metrics::new()?);
     let listed = Listed::default();
     let leadership = Leadership::default();

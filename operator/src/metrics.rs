@@ -78,7 +78,7 @@ impl Metrics {
     /// Registers everything, with each known label value present from the start.
     pub fn new() -> prometheus::Result<Self> {
         let registry = Registry::new();
-        let buckets = prometheus::exponential_buckets(0.001, 4.0, 8)?;
+        let buckets = prometheus::exponential_buckets(0.001, 2.0, 16)?;
         let duration =
             HistogramOpts::new("rlhf_operator_reconcile_duration_seconds", "Time that one pass over one RLHFJob took.");
         let first_step = HistogramOpts::new(

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::build::{self, Task, tests};
+use crate::children::Children;
 use crate::decide::{Event, Observed, decide};
 use crate::lease::Leadership;
 use crate::listed::Listed;
@@ -13,7 +14,7 @@ use http_body_util::BodyExt;
 use kube::Client;
 use kube::client::Body;
 use kube::runtime::events::Recorder;
-use kube::runtime::reflector;
+
 use serde_json::Value;
 use std::sync::{Arc, Mutex};
 
@@ -58,8 +59,8 @@ fn server(answers: Vec<(&'static str, u16, Value)>) -> (Context, Log) {
     let ctx = Context {
         recorder: Recorder::new(client.clone(), FIELD_MANAGER.into()),
         client,
-        jobs: reflector::store().0,
-        pods: reflector::store().0,
+        jobs: Children::default(),
+        pods: Children::default(),
         listed: Listed::default(),
         settings: tests::settings(),
         metrics: Arc::new(Metrics::new().unwrap()),

@@ -1,8 +1,8 @@
 //! All reads of a pass.
 //!
-//! Jobs and pods come from label-selected reflector stores, which lag behind the API server. Where a lag could
-//! mislead the rules, the API server is asked: for a current attempt's Job that the store lacks or that may have been
-//! stopped, and, in [`still_holds`], for the job itself and a stage's pods right before children are touched.
+//! Jobs and pods come from label-selected watches, which lag behind the API server. Where a lag could mislead the rules, the
+//! API server is asked: for a current attempt's Job that no watch has told of or that may have been stopped, and, in
+//! [`still_holds`], for the job itself and a stage's pods right before children are touched.
 
 mod nodes;
 mod progress;
@@ -43,7 +43,7 @@ pub struct Error {
 /// Everything that is known of a job's children.
 pub async fn observe(job: &RLHFJob, ctx: &Context) -> Result<Observed, Error> {
     ctx.listed.wait().await;
-    let mut stages = from_stores(job, ctx);
+    let mut stages = from_watches(job, ctx);
     let status = job.status.clone().unwrap_or_default();
     let live: Vec<_> = status
         .prepare
@@ -70,22 +70,14 @@ pub async fn observe(job: &RLHFJob, ctx: &Context) -> Result<Observed, Error> {
     Ok(Observed { stages, trouble, device_memory })
 }
 
-/// Children by the owner's UID. A Job carries it in its owner reference; a pod, whose owner is the Job and may be
-/// gone, in a label.
-fn from_stores(job: &RLHFJob, ctx: &Context) -> BTreeMap<String, StageView> {
-    let (namespace, uid) = (job.namespace(), job.uid());
+/// Children that the watches have told of.
+fn from_watches(job: &RLHFJob, ctx: &Context) -> BTreeMap<String, StageView> {
     let mut stages: BTreeMap<String, StageView> = BTreeMap::new();
-    for child in ctx.jobs.state_filter(|j| j.namespace() == namespace && is_owned(j, job)) {
-        if let (Some(stage), Some(view)) = (child.labels().get(names::LABEL_STAGE), JobView::parse(&child)) {
-            stages.entry(stage.clone()).or_default().jobs.push(view);
-        }
+    for (stage, view) in ctx.jobs.of(job) {
+        stages.entry(stage).or_default().jobs.push(view);
     }
-    let of_job =
-        |p: &Pod| p.namespace() == namespace && p.labels().get(names::LABEL_JOB_UID) == uid.as_ref() && is_jobs(p);
-    for child in ctx.pods.state_filter(of_job) {
-        if let (Some(stage), Some(view)) = (child.labels().get(names::LABEL_STAGE), PodView::parse(&child)) {
-            stages.entry(stage.clone()).or_default().pods.push(view);
-        }
+    for (stage, view) in ctx.pods.of(job) {
+        stages.entry(stage).or_default().pods.push(view);
     }
     stages
 }
@@ -94,10 +86,6 @@ fn from_stores(job: &RLHFJob, ctx: &Context) -> BTreeMap<String, StageView> {
 pub fn is_owned(object: &impl Resource, job: &RLHFJob) -> bool {
     let owners = object.meta().owner_references.iter().flatten();
     owners.filter(|o| o.controller == Some(true)).any(|o| Some(&o.uid) == job.metadata.uid.as_ref())
-}
-
-fn is_jobs(pod: &Pod) -> bool {
-    pod.owner_references().iter().any(|o| o.controller == Some(true) && o.kind == "Job")
 }
 
 async fn job_now(job: &RLHFJob, slot: &StageStatus, ctx: &Context) -> Result<Option<JobView>, Error> {

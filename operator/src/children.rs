@@ -1,0 +1,222 @@
+//! What the watches tell of the children of all jobs, by the job's UID.
+//!
+//! A pass finds its job's children without a walk over all those of the cluster, and of each no more is kept than the
+//! rules read: a [`JobView`] or a [`PodView`]. A reflector's store of whole objects, pruned or not, takes several times
+//! that memory.
+
+use crate::view::{JobView, PodView};
+use k8s_openapi::api::batch::v1::Job;
+use k8s_openapi::api::core::v1::Pod;
+use kube::runtime::watcher::Event;
+use kube::{Resource, ResourceExt};
+use rlhf_api::names;
+use std::collections::HashMap;
+use std::mem::take;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// A kind of child.
+pub trait Child: Resource<DynamicType = ()> {
+    /// What the rules read of it.
+    type View: Clone;
+    /// The UID of the RLHFJob whose child it is.
+    fn job(&self) -> Option<&str>;
+    /// What the rules read of it, if it is a child.
+    fn view(&self) -> Option<Self::View>;
+}
+
+/// A Job carries the UID in its owner reference.
+impl Child for Job {
+    type View = JobView;
+
+    fn job(&self) -> Option<&str> {
+        let owners = self.metadata.owner_references.iter().flatten();
+        owners.filter(|o| o.controller == Some(true)).map(|o| o.uid.as_str()).next()
+    }
+
+    fn view(&self) -> Option<JobView> {
+        JobView::parse(self)
+    }
+}
+
+/// A pod, whose owner is the Job and may be gone, carries it in a label.
+impl Child for Pod {
+    type View = PodView;
+
+    fn job(&self) -> Option<&str> {
+        let is_jobs = self.owner_references().iter().any(|o| o.controller == Some(true) && o.kind == "Job");
+        self.labels().get(names::LABEL_JOB_UID).map(String::as_str).filter(|_| is_jobs)
+    }
+
+    fn view(&self) -> Option<PodView> {
+        PodView::parse(self)
+    }
+}
+
+/// All children of one kind. Clones share them.
+pub struct Children<K: Child>(Arc<Mutex<Watched<K::View>>>);
+
+impl<K: Child> Clone for Children<K> {
+    fn clone(&self) -> Self {
+        Self(self.0.clone())
+    }
+}
+
+impl<K: Child> Default for Children<K> {
+    fn default() -> Self {
+        Self(Arc::new(Mutex::new(Watched { known: Known::default(), listing: Known::default() })))
+    }
+}
+
+struct Watched<V> {
+    known: Known<V>,
+    /// What a list has told that is not at its end.
+    listing: Known<V>,
+}
+
+struct Known<V> {
+    /// By the child's own UID.
+    children: HashMap<Arc<str>, Kept<V>>,
+    /// Their UIDs by that of the job.
+    families: HashMap<Arc<str>, Vec<Arc<str>>>,
+}
+
+struct Kept<V> {
+    job: Arc<str>,
+    namespace: String,
+    stage: String,
+    view: V,
+}
+
+impl<V> Default for Known<V> {
+    fn default() -> Self {
+        Self { children: HashMap::new(), families: HashMap::new() }
+    }
+}
+
+impl<V> Known<V> {
+    fn take<K: Child<View = V>>(&mut self, child: &K) {
+        let Some(uid) = child.uid() else { return };
+        self.remove(&uid);
+        let (Some(job), Some(stage), Some(view)) =
+            (child.job(), child.labels().get(names::LABEL_STAGE).cloned(), child.view())
+        else {
+            return;
+        };
+        let (uid, job): (Arc<str>, Arc<str>) = (uid.into(), job.into());
+        self.families.entry(job.clone()).or_default().push(uid.clone());
+        let namespace = child.namespace().unwrap_or_default();
+        self.children.insert(uid, Kept { job, namespace, stage, view });
+    }
+
+    fn remove(&mut self, uid: &str) {
+        let Some(kept) = self.children.remove(uid) else { return };
+        let Some(family) = self.families.get_mut(&kept.job) else { return };
+        family.retain(|other| &**other != uid);
+        if family.is_empty() {
+            self.families.remove(&kept.job);
+        }
+    }
+}
+
+impl<K: Child> Children<K> {
+    fn lock(&self) -> MutexGuard<'_, Watched<K::View>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes in what the watch tells. Until a list is at its end, what was known before stands.
+    pub fn take(&self, event: &Event<K>) {
+        let mut watched = self.lock();
+        match event {
+            Event::Apply(child) => watched.known.take(child),
+            Event::Delete(child) => watched.known.remove(child.meta().uid.as_deref().unwrap_or_default()),
+            Event::Init => watched.listing = Known::default(),
+            Event::InitApply(child) => watched.listing.take(child),
+            Event::InitDone => watched.known = take(&mut watched.listing),
+        }
+    }
+
+    /// A job's children, each with its stage.
+    pub fn of(&self, job: &impl Resource) -> Vec<(String, K::View)> {
+        let (namespace, uid) = (job.meta().namespace.as_deref(), job.meta().uid.as_deref());
+        let watched = self.lock();
+        let family = watched.known.families.get(uid.unwrap_or_default()).into_iter().flatten();
+        let kept = family.filter_map(|child| watched.known.children.get(child));
+        kept.filter(|k| namespace == Some(&k.namespace)).map(|k| (k.stage.clone(), k.view.clone())).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::build::tests::job;
+    use serde_json::{Value, json};
+
+    /// A pod of the tests' job, as the API server has it.
+    fn pod(uid: &str, change: impl Fn(&mut Value)) -> Pod {
+        let mut pod = json!({"metadata": {
+            "name": uid, "namespace": "team", "uid": uid,
+            "labels": {names::LABEL_JOB_UID: "0123456789-abc", names::LABEL_STAGE: "tune", names::LABEL_ATTEMPT: "1"},
+            "annotations": {crate::view::INDEX_ANNOTATION: "0"},
+            "ownerReferences": [{"apiVersion": "batch/v1", "kind": "Job", "name": "j", "uid": "j", "controller": true}],
+        }});
+        change(&mut pod);
+        serde_json::from_value(pod).unwrap()
+    }
+
+    fn of_the_job(children: &Children<Pod>) -> Vec<String> {
+        let mut names: Vec<_> =
+            children.of(&job()).into_iter().map(|(stage, view)| format!("{stage} {}", view.name)).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn only_a_jobs_own_children_are_its_children() {
+        let children = Children::<Pod>::default();
+        for (name, path, value) in [
+            ("of-another-job", "/metadata/labels/rlhf.dev~1job-uid", json!("another")),
+            ("of-another-namespace", "/metadata/namespace", json!("other")),
+            ("of-a-replica-set", "/metadata/ownerReferences/0/kind", json!("ReplicaSet")),
+            ("not-controlled", "/metadata/ownerReferences/0/controller", json!(false)),
+            ("of-no-attempt", "/metadata/labels/rlhf.dev~1attempt", json!("first")),
+        ] {
+            children.take(&Event::Apply(pod(name, |p| *p.pointer_mut(path).unwrap() = value.clone())));
+        }
+        assert!(of_the_job(&children).is_empty());
+        children.take(&Event::Apply(pod("a", |_| ())));
+        assert_eq!(of_the_job(&children), ["tune a"]);
+    }
+
+    #[test]
+    fn a_child_is_as_it_was_last_told_until_it_is_deleted_or_given_away() {
+        let children = Children::default();
+        let relabelled = |p: &mut Value| p["metadata"]["labels"][names::LABEL_JOB_UID] = json!("another");
+        children.take(&Event::Apply(pod("a", |_| ())));
+        children.take(&Event::Apply(pod("b", |_| ())));
+        children.take(&Event::Apply(pod("a", |p| p["spec"] = json!({"containers": [], "nodeName": "n"}))));
+        assert_eq!(of_the_job(&children), ["tune a", "tune b"]);
+        assert!(children.of(&job()).iter().any(|(_, view)| view.node.as_deref() == Some("n")));
+        children.take(&Event::Delete(pod("b", |_| ())));
+        children.take(&Event::Apply(pod("a", relabelled)));
+        assert!(of_the_job(&children).is_empty());
+        children.take(&Event::Delete(pod("a", relabelled)));
+        let watched = children.lock();
+        assert!(watched.known.children.is_empty() && watched.known.families.is_empty());
+    }
+
+    #[test]
+    fn a_new_list_replaces_what_was_known_once_it_is_whole() {
+        let children = Children::default();
+        children.take(&Event::Apply(pod("a", |_| ())));
+        for (event, wanted) in [
+            (Event::Init, "tune a"),
+            (Event::InitApply(pod("b", |_| ())), "tune a"),
+            (Event::Init, "tune a"),
+            (Event::InitApply(pod("c", |_| ())), "tune a"),
+            (Event::InitDone, "tune c"),
+        ] {
+            children.take(&event);
+            assert_eq!(of_the_job(&children), [wanted]);
+        }
+    }
+}
