@@ -148,6 +148,7 @@ network() {
 E
 }
 
+# start_control_plane FLAG...: with FLAGs for the API server.
 start_control_plane() {
     start etcd etcd --data-dir "$STATE/etcd" --unsafe-no-fsync --listen-peer-urls http://127.0.0.1:2380 \
         --listen-client-urls http://127.0.0.1:2379 --advertise-client-urls http://127.0.0.1:2379
@@ -167,7 +168,7 @@ E
         --service-account-key-file "$pki/sa.key" --service-account-signing-key-file "$pki/sa.key" \
         --service-account-issuer https://kubernetes.default.svc --service-cluster-ip-range "$SERVICE_CIDR" \
         --authorization-mode Node,RBAC --allow-privileged=true --kubelet-preferred-address-types InternalIP \
-        --audit-policy-file "$STATE/audit.yaml" --audit-log-path "$STATE/log/audit.log" --audit-log-maxsize 2000
+        --audit-policy-file "$STATE/audit.yaml" --audit-log-path "$STATE/log/audit.log" --audit-log-maxsize 2000 "$@"
 }
 
 start_dns() {
@@ -264,7 +265,8 @@ start_all() {
 
 start_only_control_plane() {
     say "starting etcd, the API server, the controllers and the scheduler"
-    start_control_plane
+    # Watches from the start on, as kwok makes them, need an etcd of 3.4.25 or newer, unless they are done in the old way.
+    start_control_plane --feature-gates WatchList=false
     must 60 "the API server" api_ready
     start_controllers --node-monitor-grace-period 24h
 }

@@ -344,8 +344,6 @@ async fn account(state: &Path) -> anyhow::Result<PathBuf> {
 fn kwok(state: &Path, files: &[&str]) -> anyhow::Result<Part> {
     let mut command = Command::new(tools::cache().join("bin/kwok"));
     command.arg("--kubeconfig").arg(tools::kubeconfig()).args(["--cidr", POD_CIDR]);
-    // Before 3.4.25 etcd lacks what such watches need; the API server refuses them, and kwok then tries for a minute.
-    command.env("KUBE_FEATURE_WatchListClient", "false");
     command.args(["--manage-all-nodes", "--node-lease-duration-seconds", "0", "--server-address", ""]);
     for file in files {
         command.arg("--config").arg(tools::root().join("tests/scale").join(file));
