@@ -244,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn passes_attempts_errors_and_requests_are_counted() {
+    fn case_12_passes_attempts_errors_and_requests_are_counted() {
         let metrics = Metrics::new().unwrap();
         let under_way = metrics.pass();
         has(&metrics.render(std::iter::empty()).unwrap(), &["rlhf_operator_reconciles_in_flight 1"]);

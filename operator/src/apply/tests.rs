@@ -107,7 +107,7 @@ fn started() -> RLHFJob {
 }
 
 #[tokio::test]
-async fn status_is_written_before_anything_is_made_and_the_job_last() {
+async fn case_37_status_is_written_before_anything_is_made_and_the_job_last() {
     let (ctx, log) = server(vec![]);
     let (job, decision) = first();
     assert!(apply(&job, &decision, &ctx).await.unwrap().is_none());
@@ -151,7 +151,7 @@ async fn a_status_that_is_out_of_date_stops_every_other_write() {
 }
 
 #[tokio::test]
-async fn a_pass_that_changes_nothing_asks_nothing() {
+async fn case_18_and_40_a_pass_that_changes_nothing_asks_nothing() {
     let (ctx, log) = server(vec![]);
     let job = started();
     let decision = Decision { status: job.status.clone().unwrap(), ..Decision::default() };
@@ -160,7 +160,7 @@ async fn a_pass_that_changes_nothing_asks_nothing() {
 }
 
 #[tokio::test]
-async fn somebody_elses_object_is_left_alone_and_named_and_other_stages_go_on() {
+async fn case_30_somebody_elses_object_is_left_alone_and_named_and_other_stages_go_on() {
     let foreign = json!({"metadata": {"name": "demo-tune", "ownerReferences": [
         {"apiVersion": "v1", "kind": "Team", "name": "other", "uid": "another", "controller": true}]}});
     let (ctx, log) = server(vec![("GET services/demo-tune", 200, foreign)]);
@@ -182,7 +182,7 @@ async fn somebody_elses_object_is_left_alone_and_named_and_other_stages_go_on() 
 }
 
 #[tokio::test]
-async fn a_job_that_the_api_server_calls_invalid_is_refused_for_good_and_a_forbidden_one_is_not() {
+async fn case_3_a_job_that_the_api_server_calls_invalid_is_refused_for_good_and_a_forbidden_one_is_not() {
     for (reason, code, permanent) in [("Invalid", 422, true), ("Forbidden", 403, false)] {
         let (ctx, _) = server(vec![("POST jobs", code, failure(reason, code))]);
         let job = started();

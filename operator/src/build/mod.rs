@@ -385,7 +385,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn the_network_lets_in_the_gang_everywhere_and_readers_at_the_workers_ports() {
+    fn case_46_the_network_lets_in_the_gang_everywhere_and_readers_at_the_workers_ports() {
         let own = json!({"matchLabels": {"app.kubernetes.io/managed-by": "rlhf-operator", "rlhf.dev/job": "demo", "rlhf.dev/job-uid": "0123456789-abc"}});
         let spec = policy(&job(), rules("All"));
         assert_eq!((&spec["podSelector"], &spec["policyTypes"]), (&own, &json!(["Ingress"])));
@@ -513,7 +513,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn names_fit_for_the_longest_names_that_admission_lets_through() {
+    fn case_1_and_2_names_fit_for_the_longest_names_that_admission_lets_through() {
         let mut job = job();
         for stage_length in [1, 7, 20] {
             job.metadata.name = Some("j".repeat(names::MAX_JOB_AND_STAGE - stage_length));

@@ -138,7 +138,7 @@ impl Case {
 }
 
 #[test]
-fn the_first_pass_numbers_prepare_and_makes_nothing_else() {
+fn case_17_the_first_pass_numbers_prepare_and_makes_nothing_else() {
     let mut case = Case::new();
     case.pass();
     assert_eq!(case.made(), ["demo-prepare-1"]);
@@ -231,7 +231,7 @@ fn a_stage_succeeds_with_what_rank_0_said_last() {
 }
 
 #[test]
-fn a_job_whose_stages_all_succeed_has_succeeded_for_good() {
+fn case_25_a_job_whose_stages_all_succeed_has_succeeded_for_good() {
     let mut case = Case::running();
     for stage in ["tune", "judge", "act"] {
         case.see(stage, 1, JobState::Complete, &[ended(0, None), ended(0, None)]);
@@ -262,7 +262,7 @@ fn bad_end(code: i32, prepare: impl FnOnce(&mut Case)) -> Case {
 }
 
 #[test]
-fn a_failure_is_followed_by_another_attempt_after_its_back_off() {
+fn case_20_a_failure_is_followed_by_another_attempt_after_its_back_off() {
     let mut case = bad_end(1, |_| ());
     assert_eq!(
         (case.slot("tune").phase, case.slot("tune").attempt, case.slot("tune").restarts),
@@ -322,7 +322,7 @@ fn a_crash_after_the_failure_was_written_still_stops_what_runs() {
 }
 
 #[test]
-fn restarts_are_bounded_and_disruptions_are_bounded_apart() {
+fn case_21_and_24_restarts_are_bounded_and_disruptions_are_bounded_apart() {
     let mut case = bad_end(1, |c| c.job.spec.failure_policy.max_restarts = 0);
     assert_eq!(case.condition("Failed"), Some(("True", "RestartsExhausted")));
     assert!(case.status().message.as_deref().unwrap().ends_with("failurePolicy.maxRestarts is 0"));
@@ -403,7 +403,7 @@ fn a_pod_that_succeeded_and_was_deleted_is_not_missed() {
 }
 
 #[test]
-fn evidence_is_stored_as_soon_as_the_attempt_fails_and_outlives_its_pods() {
+fn case_26_evidence_is_stored_as_soon_as_the_attempt_fails_and_outlives_its_pods() {
     let mut case = Case::running();
     case.see("tune", 1, JobState::Failing, &[ended(65, None), PodState::Running]);
     case.pass();
@@ -435,7 +435,7 @@ fn a_running_attempt_whose_job_is_gone_is_followed_by_the_next() {
 }
 
 #[test]
-fn a_job_made_suspended_makes_nothing_until_it_is_resumed() {
+fn case_31_a_job_made_suspended_makes_nothing_until_it_is_resumed() {
     let mut case = Case::new();
     case.job.spec.suspend = true;
     case.pass();
@@ -449,7 +449,7 @@ fn a_job_made_suspended_makes_nothing_until_it_is_resumed() {
 }
 
 #[test]
-fn suspension_stops_the_pods_first_and_resumes_the_same_attempt() {
+fn case_35_suspension_stops_the_pods_first_and_resumes_the_same_attempt() {
     let mut case = Case::running();
     case.job.spec.suspend = true;
     case.pass();
@@ -645,7 +645,7 @@ fn children_that_are_newer_than_the_status_mean_that_the_status_is_old() {
 }
 
 #[test]
-fn a_refusal_is_told_once_and_tried_again_later() {
+fn case_39_a_refusal_is_told_once_and_tried_again_later() {
     let mut case = Case::new();
     case.pass();
     let trouble = Trouble {
@@ -671,7 +671,7 @@ fn a_refusal_is_told_once_and_tried_again_later() {
 }
 
 #[test]
-fn a_spec_that_admission_should_have_refused_fails_with_the_field_named() {
+fn case_6_a_spec_that_admission_should_have_refused_fails_with_the_field_named() {
     let mut case = Case::new();
     case.job.spec.model.source = "elsewhere".into();
     case.pass();

@@ -473,6 +473,11 @@ impl World {
                 prop_assert_eq!(old, new, "a final stage stays as it is");
             }
         }
+        let holds = |kind: &str| after.conditions.iter().any(|c| c.type_ == kind && c.status == "True");
+        prop_assert_eq!(holds(names::CONDITION_COMPLETE), after.phase == Phase::Succeeded);
+        prop_assert_eq!(holds(names::CONDITION_FAILED), after.phase == Phase::Failed);
+        let passing = [names::CONDITION_SUSPENDED, names::CONDITION_WAITING, names::CONDITION_STALLED];
+        prop_assert!(!after.phase.is_terminal() || !passing.into_iter().any(holds), "{:?}", after.conditions);
         if before.phase.is_terminal() {
             prop_assert_eq!(before, &after, "a terminal job stays as it is");
         }
@@ -504,7 +509,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 2000, max_shrink_iters: 2000, ..ProptestConfig::default() })]
 
     #[test]
-    fn whatever_happens_the_promises_hold_and_the_job_comes_to_its_end(steps in prop::collection::vec(step(), 0..150)) {
+    fn case_11_whatever_happens_the_promises_hold_and_the_job_comes_to_its_end(steps in prop::collection::vec(step(), 0..150)) {
         let mut world = World::new();
         for step in &steps {
             let before = world.status();
