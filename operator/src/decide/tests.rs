@@ -621,7 +621,7 @@ fn what_was_recorded_of_an_attempt_that_then_succeeds_is_dropped() {
 }
 
 #[test]
-fn no_back_off_runs_out_during_suspension() {
+fn case_36_no_back_off_runs_out_during_suspension() {
     let mut case = bad_end(1, |c| {
         c.see("judge", 1, JobState::Complete, &[ended(0, None), ended(0, None)]);
         c.pass();
