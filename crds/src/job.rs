@@ -420,8 +420,8 @@ pub struct FailurePolicy {
     #[serde(default = "default_startup_deadline")]
     #[schemars(range(min = 1, max = 31_536_000))]
     pub startup_deadline_seconds: u32,
-    /// An attempt at a stage that makes no step for so long is restarted; 0: never. Choose more than the longest step
-    /// (PPO: iteration), evaluation and checkpoint take. Before an attempt's first figures, while it loads models, the
+    /// An attempt at a stage that shows no sign of life for so long is restarted; 0: never. Each micro-batch and each token of
+    /// a rollout is one. Choose more than what a checkpoint takes. Before an attempt's first figures, while it loads models, the
     /// longer of this and `startupDeadlineSeconds` holds. Prepare makes no steps and is not watched.
     #[serde(default = "default_stall")]
     #[schemars(range(min = 0, max = 31_536_000))]

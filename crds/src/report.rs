@@ -35,6 +35,9 @@ pub struct Progress {
     /// Seconds to the end at the present pace.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub eta_seconds: Option<u64>,
+    /// Grows as long as the trainer works, between steps too: with each micro-batch and each token of a rollout.
+    #[serde(default)]
+    pub activity: u64,
     /// The last step's figures, such as `loss`, `reward`, `kl` and `tokensPerSecond`.
     #[serde(default)]
     pub metrics: BTreeMap<String, f64>,

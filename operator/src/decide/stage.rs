@@ -19,6 +19,9 @@ const FIRST_BACKOFF: SignedDuration = SignedDuration::from_secs(10);
 const QUEUE_ANSWERS: SignedDuration = SignedDuration::from_secs(2);
 /// How often it is asked why a Job waits, which no watch tells.
 const QUEUE_PERIOD: SignedDuration = SignedDuration::from_secs(60);
+/// Between steps a trainer's signs of life are kept in status once in so long: often enough for any `stallSeconds` that
+/// makes sense.
+const SIGNS_OF_LIFE: SignedDuration = SignedDuration::from_secs(60);
 /// The longest wait.
 const LONGEST_BACKOFF: SignedDuration = SignedDuration::from_secs(300);
 
@@ -182,14 +185,25 @@ impl Pass<'_> {
             slot.advanced_at = Some(self.now);
         }
         if let Some(progress) = &view.progress {
-            if slot.progress.as_ref().is_none_or(|old| advanced(old, progress)) {
-                slot.advanced_at = Some(self.now);
-            }
-            slot.checkpoint = progress.checkpoint.clone().or(slot.checkpoint.take());
-            slot.progress = Some(progress.clone());
+            self.hear(slot, progress.clone());
         }
         self.decision.look_again(view.ask_again.unwrap_or(PROGRESS_PERIOD));
         self.limit_stall(slot, view);
+    }
+
+    /// Takes in what rank 0 tells. That it works, between steps, is not written down each time.
+    fn hear(&self, slot: &mut StageStatus, mut progress: Progress) {
+        if let Some(old) = &slot.progress {
+            let recent = slot.advanced_at.is_some_and(|at| self.now.duration_since(at) < SIGNS_OF_LIFE);
+            if recent && !advanced(old, &Progress { activity: old.activity, ..progress.clone() }) {
+                progress.activity = old.activity;
+            }
+        }
+        if slot.progress.as_ref().is_none_or(|old| advanced(old, &progress)) {
+            slot.advanced_at = Some(self.now);
+        }
+        slot.checkpoint = progress.checkpoint.clone().or(slot.checkpoint.take());
+        slot.progress = Some(progress);
     }
 
     /// Ends an attempt that stands still. Only what a trainer says counts, or the silence of one that spoke to this very
@@ -211,7 +225,7 @@ impl Pass<'_> {
         let first = view.pods_of(slot.attempt).find(|p| p.index == 0);
         let step = slot.progress.as_ref().map_or(0, |p| p.step);
         let silent = if view.silent_for.is_some() { ", and it does not answer" } else { "" };
-        let message = format!("no step after step {step} for {} s{silent}", limit.as_secs());
+        let message = format!("no sign of life after step {step} for {} s{silent}", limit.as_secs());
         let failure = Failure {
             reason: Reason::Stalled.as_str().into(),
             pod: first.map(|p| p.name.clone()),

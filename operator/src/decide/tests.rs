@@ -853,6 +853,7 @@ fn an_attempt_that_stands_still_is_restarted_and_one_that_moves_or_cannot_be_hea
         ("no step for too long", told(), 900, told(), None, true),
         ("only the estimate moves", told(), 900, estimate, None, true),
         ("a step just now", told(), 5000, step(4, Some(0.4)), None, false),
+        ("a long step in which it works", told(), 900, told().map(|p| Progress { activity: 7, ..p }), None, false),
         ("an evaluation just now", told(), 900, step(3, Some(0.4)), None, false),
         ("a checkpoint just now", told(), 900, saved, None, false),
         ("it spoke and has long been silent", told(), 2000, told(), Some(900), true),
@@ -881,6 +882,23 @@ fn an_attempt_that_stands_still_is_restarted_and_one_that_moves_or_cannot_be_hea
             assert_eq!((case.deleted(), case.events()), (vec!["demo-tune-1"], vec!["AttemptFailed"]), "{name}");
         }
     }
+}
+
+#[test]
+fn signs_of_life_between_steps_are_written_once_a_minute() {
+    let mut case = Case::running();
+    let working = |activity| step(3, Some(0.5)).map(|p| Progress { activity, ..p });
+    later(&mut case, 0, working(1), None);
+    later(&mut case, 59, working(2), None);
+    assert_eq!(case.slot("tune").progress, working(1));
+    later(&mut case, 60, working(3), None);
+    assert_eq!((case.slot("tune").progress.clone(), case.slot("tune").advanced_at), (working(3), Some(at(60))));
+    later(&mut case, 61, step(4, Some(0.4)).map(|p| Progress { activity: 4, ..p }), None);
+    assert_eq!(
+        case.slot("tune").progress.as_ref().map(|p| (p.step, p.activity)),
+        Some((4, 4)),
+        "a step is told at once"
+    );
 }
 
 #[test]

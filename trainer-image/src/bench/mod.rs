@@ -320,7 +320,7 @@ impl Rounds<'_> {
         let counted = self.count(|round| {
             let sampling = Sampling { top_k: 50, ..Sampling::default() };
             let decoding = Decoding::Sample { sampling, stream: [SEED, round] };
-            let stop = || self.context.shutdown.requested();
+            let stop = || self.context.asked_to_stop();
             let work = || generate(model, &requests, &decoding, -1, self.options.new_tokens as usize, &stop);
             self.context.telemetry.phase(Phase::Rollout, work).map(drop)
         })?;

@@ -197,13 +197,20 @@ impl Context {
         Ok(restored)
     }
 
+    /// Whether this rank was asked to stop. Whatever takes long asks at each micro-batch and each token, so that to ask is
+    /// also a sign of life.
+    pub fn asked_to_stop(&self) -> bool {
+        self.telemetry.alive();
+        self.shutdown.requested()
+    }
+
     /// Gives up an unfinished step or evaluation where any rank was asked to stop, so that a stop does not have to wait
     /// for its end. Every rank must call it.
     ///
     /// # Errors
     /// [`ExitCode::Terminated`] on all ranks, or a peer was lost.
     pub fn stop_point(&self) -> Result<()> {
-        match self.group.any(self.shutdown.requested())? {
+        match self.group.any(self.asked_to_stop())? {
             true => Err(Error::new(ExitCode::Terminated, "stopped on request")),
             false => Ok(()),
         }

@@ -91,7 +91,7 @@ pub(super) fn train(
         let learnt = make_step(context, model, objective, &global_batch, (optimizer, rate));
         let learnt = learnt.map_err(|e| located(e, step + 1, &global_batch));
         let (mut sums, made) = context.save_if_stopped(learnt, step, &[("model", model)], &Value::Null)?;
-        sums.push(f64::from(u8::from(context.shutdown.requested())));
+        sums.push(f64::from(u8::from(context.asked_to_stop())));
         context.group.sum(&mut sums)?;
         let stop = sums.pop().is_some_and(|votes| votes > 0.0);
         context.telemetry.add_tokens(sums[0] as u64);

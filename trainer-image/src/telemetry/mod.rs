@@ -102,6 +102,11 @@ impl Telemetry {
         self.0.metrics.seconds(phase)
     }
 
+    /// Shows that the trainer works, though a step may take long.
+    pub fn alive(&self) {
+        self.state().progress.activity += 1;
+    }
+
     /// Counts tokens that were trained on, over all ranks.
     pub fn add_tokens(&self, n: u64) {
         metrics::add(&self.0.metrics.tokens, n);
@@ -191,6 +196,9 @@ mod tests {
             [("evalReward", 2.0), ("kl", 0.25), ("reward", 1.5)].map(|(k, v)| (k.to_owned(), v)).into()
         );
         assert_eq!(progress.checkpoint.unwrap().step, 5);
+        assert_eq!(progress.activity, 0);
+        telemetry.alive();
+        assert_eq!(telemetry.progress().activity, 1);
         for (metric, value) in [
             ("rlhf_reward", 1.5),
             ("rlhf_eval_reward", 2.0),

@@ -51,6 +51,7 @@ fn after(seconds: u64) -> Progress {
         ("tokensPerSecond", 21_000.0 + step as f64),
     ];
     Progress {
+        activity: 0,
         step,
         total_steps: STEPS,
         eta_seconds: Some(STEPS - step),

@@ -264,7 +264,7 @@ impl<'a> Run<'a> {
     /// Saves where a checkpoint is due, and stops where asked.
     fn step_edge(&self, iteration: u64) -> Result<()> {
         let context = self.context;
-        let stop = context.group.any(context.shutdown.requested())?;
+        let stop = context.group.any(context.asked_to_stop())?;
         context.step_edge(iteration, self.settings.iterations.into(), stop, &self.saved_models(), &self.saved_state()?)
     }
 
