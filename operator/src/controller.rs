@@ -9,6 +9,7 @@ use crate::listed::{Listed, Watch};
 use crate::metrics::{Metrics, Reason};
 use crate::observe::{self, ProgressReader, observe, still_holds};
 use crate::retries::Retries;
+use backon::ExponentialBuilder;
 use futures::future::BoxFuture;
 use futures::{FutureExt, Stream, StreamExt, TryStreamExt};
 use jiff::Timestamp;
@@ -287,7 +288,10 @@ fn forget_writers(job: &mut Guarded) {
 /// A watch that fails is tried again soon, for as long as it takes: without it the operator is blind, and three watches are
 /// no burden for an API server that has just come back. (kube's own default waits for up to 30 s.)
 fn watch_backoff() -> ExponentialBackoff {
-    ExponentialBackoff::new(Duration::from_millis(200), Duration::from_secs(5), 2.0, true)
+    let (first, longest) = (Duration::from_millis(200), Duration::from_secs(5));
+    let builder =
+        ExponentialBuilder::new().with_min_delay(first).with_max_delay(longest).with_factor(2.0).with_jitter();
+    builder.without_max_times().into()
 }
 
 /// The watch of one kind of child, whose events come after what they tell is known.
