@@ -16,11 +16,12 @@ fn waits(name: &str) -> Manifest {
     example().set("/metadata/name", json!(name)).set("/spec/storage/volumeClaim/claimName", json!("missing"))
 }
 
-/// Changes the definition of RLHFJobs by a JSON patch.
+/// Changes the definition of RLHFJobs by a JSON patch, of which it then knows nothing: Helm would not write over it.
 async fn change_definition(change: Value) {
-    let patch = json!([change]).to_string();
-    let answer = kubectl(&["patch", "crd", "rlhfjobs.rlhf.dev", "--type=json", "--patch", &patch]).await;
-    answer.good();
+    for (kind, patch) in [("json", json!([change])), ("merge", json!({"metadata": {"managedFields": [{}]}}))] {
+        let (kind, patch) = (format!("--type={kind}"), patch.to_string());
+        kubectl(&["patch", "crd", "rlhfjobs.rlhf.dev", &kind, "--patch", &patch]).await.good();
+    }
 }
 
 #[test]
