@@ -1,5 +1,6 @@
 //! The plan of memory against what was allocated: real processes train models of random weights under many settings, and
-//! the allocators' peaks, device and host apart, are within a tenth of the plan.
+//! the allocators' peaks, device and host apart, are within a tenth of the plan. What writing a model takes at a stage's end
+//! is in the plan and not in these runs; `export_memory.rs` measures it.
 
 #![allow(clippy::unwrap_used, clippy::panic)] // tests and what they are made of fail by panicking
 
@@ -63,8 +64,8 @@ impl Case {
         let plan = estimate(&self.task(folder), &machines, self.strategy);
         let measured = self.measure(folder);
         let mut wrong = Vec::new();
-        for (domain, planned) in [("device", plan.device.total()), ("host", plan.host.total() / f64::from(self.ranks))]
-        {
+        let host = (plan.host.total() - plan.writing) / f64::from(self.ranks);
+        for (domain, planned) in [("device", plan.device.total()), ("host", host)] {
             let bytes = measured[format!("peak_{domain}_bytes")].as_f64().unwrap();
             let line = format!(
                 "{} {} on {}, {:?}, {:?}: {domain} {:.1} MB planned ({}), {:.1} MB measured ({:+.1} %)",
@@ -153,7 +154,7 @@ fn cases() -> Vec<Case> {
         adapted(64, &Linear::ALL, case("reward", "llama", (16, 16), 1, (Ddp, parameters, Block, Fp32))),
         adapted(8, &[Linear::Down], case("reward", "gpt2", (4, 4), 1, (Ddp, optimizer, None, Bf16))),
         adapted(8, &Linear::ALL, case("ppo", "llama", (8, 4), 1, (Ddp, whole, None, Bf16))),
-        adapted(32, &Linear::ALL, case("ppo", "gpt2", (4, 2), 2, (Zero3, parameters, Block, Bf16))),
+        adapted(32, &Linear::ALL, case("ppo", "gpt2", (4, 2), 2, (Zero1, whole, Block, Bf16))),
         adapted(16, &Linear::ALL, case("sft", "gpt2", (4, 2), 2, (Zero2, whole, None, Fp32))),
     ]
 }

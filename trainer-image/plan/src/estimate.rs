@@ -177,6 +177,8 @@ pub struct Plan {
     pub phase: &'static str,
     /// On each host.
     pub host: HostBytes,
+    /// What of the host's bytes is there only while a trained model is written, at a stage's end.
+    pub writing: f64,
     /// On each host, while a checkpoint is written as training goes on.
     pub checkpoint_copies: f64,
 }
@@ -198,12 +200,13 @@ pub fn estimate(task: &Task, machines: &Machines, strategy: Strategy) -> Plan {
     let pieces = models.iter().flat_map(Placed::pieces);
     let trained: f64 = pieces.filter(|(_, trained)| *trained).map(|(elements, _)| elements).sum();
     // Rank 0 alone writes the model.
-    let loading = f64::max(ranks * loading(&models, host.total()), writing(&models, setting));
+    let (loading, writing) = (ranks * loading(&models, host.total()), writing(&models, setting));
     Plan {
         strategy,
         device: device + most,
         phase,
-        host: HostBytes { loading, ..host.scaled(ranks) },
+        host: HostBytes { loading: loading.max(writing), ..host.scaled(ranks) },
+        writing: (writing - loading).max(0.0),
         checkpoint_copies: 3.0 * FP32 * trained / setting.world * ranks,
     }
 }

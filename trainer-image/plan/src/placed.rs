@@ -270,10 +270,10 @@ impl<'a> Placed<'a> {
         set.gathering(self.chunks.head) + if self.tied() { set.gathering(self.chunks.embed) } else { 0.0 }
     }
 
-    /// The chunks that are on the device when a pass begins.
+    /// The chunks that are on the device when a pass begins. Both may be on their way at once.
     fn fetched_embed(&self) -> f64 {
-        let set = &self.setting;
-        set.fetched(self.chunks.embed + self.block()) + set.gathering(self.chunks.embed)
+        let (set, elements) = (&self.setting, self.chunks.embed + self.block());
+        set.fetched(elements) + set.gathering(elements)
     }
 
     /// Positions in one of the head's slices of at most `positions`.
