@@ -296,7 +296,6 @@ fn a_model_in_shards_is_the_one_in_a_single_file() {
         let (source, model) =
             (Source::open(&model_dir(name)).unwrap(), load(&model_dir(name), HeadKind::Lm, Recompute::None));
         export(&target, &source, &model, 40_000);
-        export(&Path::new("/tmp/eng-sharded").join(name), &source, &model, 40_000);
         let files = shards(&target);
         assert!(files.len() > 2, "{files:?}");
         assert_eq!(files[0], format!("model-00001-of-{:05}.safetensors", files.len()));
