@@ -63,10 +63,15 @@ impl<'a> Pass<'a> {
         self.job.spec.stages.iter().find(|s| s.name == name)
     }
 
-    /// The strategy of a stage's first attempt, `None` for a stage that admission should have refused.
+    /// The strategy of a stage's first attempt; `None` where nothing is to be chosen and too little is known to tell what it
+    /// takes.
     fn plan(&mut self, stage: &Stage, prepared: &Prepared, known: Option<u64>) -> Result<Option<StagePlan>, String> {
-        let Some(question) = self.question(stage, prepared, known) else { return Ok(None) };
         let spec = &self.job.spec.strategy;
+        let Some(question) = self.question(stage, prepared, known) else {
+            let unknown =
+                format!("stage {}: prepare told nothing of its data, so no strategy can be chosen", stage.name);
+            return if spec.has_auto() { Err(unknown) } else { Ok(None) };
+        };
         let Some(strategy) = spec.fixed() else {
             question.require_memory(&stage.name)?;
             let chosen = memory_plan::choose(&question.task, &question.machines, question.fixed);
