@@ -15,12 +15,11 @@ use rlhf_api::report::{Checkpoint, ExitCode, Output, Progress, Verdict};
 
 /// The wait before the first attempt that follows a failure; it doubles with each, as the Job controller's does.
 const FIRST_BACKOFF: SignedDuration = SignedDuration::from_secs(10);
-/// How soon after its Job a queue has something to say of it.
-const QUEUE_ANSWERS: SignedDuration = SignedDuration::from_secs(2);
+/// How soon after its Job a queue has something to say of it, or is asked again.
+const QUEUE_ANSWERS: SignedDuration = SignedDuration::from_secs(10);
 /// How often it is asked why a Job waits, which no watch tells.
 const QUEUE_PERIOD: SignedDuration = SignedDuration::from_secs(60);
-/// Between steps a trainer's signs of life are kept in status once in so long: often enough for any `stallSeconds` that
-/// makes sense.
+/// Between steps a trainer's signs of life are kept in status once in so long at most, or in half of `stallSeconds`.
 const SIGNS_OF_LIFE: SignedDuration = SignedDuration::from_secs(60);
 /// The longest wait.
 const LONGEST_BACKOFF: SignedDuration = SignedDuration::from_secs(300);
@@ -102,7 +101,8 @@ impl Pass<'_> {
         if self.job.spec.suspend || job.suspended {
             slot.phase = StagePhase::Starting;
             (slot.starting_since, slot.advanced_at) = (None, None);
-            return self.decision.look_again(if view.refused.is_some() { QUEUE_PERIOD } else { QUEUE_ANSWERS });
+            let unanswered = job.queue.is_some() && view.refused.is_none();
+            return self.decision.look_again(if unanswered { QUEUE_ANSWERS } else { QUEUE_PERIOD });
         }
         let pods = || view.pods_of(slot.attempt);
         if pods().any(|p| p.ended().is_some() && !p.succeeded()) {
@@ -194,7 +194,9 @@ impl Pass<'_> {
     /// Takes in what rank 0 tells. That it works, between steps, is not written down each time.
     fn hear(&self, slot: &mut StageStatus, mut progress: Progress) {
         if let Some(old) = &slot.progress {
-            let recent = slot.advanced_at.is_some_and(|at| self.now.duration_since(at) < SIGNS_OF_LIFE);
+            let limit = SignedDuration::from_secs(i64::from(self.job.spec.failure_policy.stall_seconds) / 2);
+            let period = if limit > SignedDuration::ZERO { limit.min(SIGNS_OF_LIFE) } else { SIGNS_OF_LIFE };
+            let recent = slot.advanced_at.is_some_and(|at| self.now.duration_since(at) < period);
             if recent && !advanced(old, &Progress { activity: old.activity, ..progress.clone() }) {
                 progress.activity = old.activity;
             }

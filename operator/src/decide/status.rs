@@ -104,7 +104,8 @@ impl Pass<'_> {
 
     /// Whether every attempt that is to run waits to be let run.
     fn only_waits(&self, status: &RLHFJobStatus) -> bool {
-        let held = |s: &StageStatus| self.view(&s.name).job(s.attempt).is_some_and(|j| j.suspended);
+        let held =
+            |s: &StageStatus| self.view(&s.name).job(s.attempt).is_some_and(|j| j.suspended && j.queue.is_some());
         let mut active = status.prepare.iter().chain(&status.stages).filter(|s| is_active(s)).peekable();
         active.peek().is_some() && active.all(held)
     }

@@ -521,7 +521,7 @@ fn an_attempt_in_a_queue_waits_without_a_deadline_and_says_for_what() {
     case.pass();
     let message = "tune: attempt 1 waits: Queued: in queue team-a; judge: attempt 1 waits: Queued: in queue team-a";
     assert_eq!(case.status().message.as_deref(), Some(message));
-    assert_eq!(case.last.requeue, Some(SignedDuration::from_secs(2)), "the queue has not spoken yet");
+    assert_eq!(case.last.requeue, Some(SignedDuration::from_secs(10)), "the queue has not spoken yet");
     let text = "in queue team-a: insufficient unused quota for cpu in flavor a, 1 more needed".to_owned();
     case.view("tune").refused = Some(Wait { reason: Wait::QUEUED.into(), text: text.clone() });
     case.pass();
@@ -882,6 +882,19 @@ fn an_attempt_that_stands_still_is_restarted_and_one_that_moves_or_cannot_be_hea
             assert_eq!((case.deleted(), case.events()), (vec!["demo-tune-1"], vec!["AttemptFailed"]), "{name}");
         }
     }
+}
+
+#[test]
+fn signs_of_life_count_for_a_short_limit_too() {
+    let mut case = Case::running();
+    case.job.spec.failure_policy.stall_seconds = 30;
+    let working = |activity| step(3, Some(0.5)).map(|p| Progress { activity, ..p });
+    for second in (0..200).step_by(10) {
+        later(&mut case, second, working(second as u64), None);
+        assert_eq!(case.slot("tune").restarts, 0, "at {second}");
+    }
+    later(&mut case, 230, working(180), None);
+    assert_eq!(case.slot("tune").restarts, 1);
 }
 
 #[test]

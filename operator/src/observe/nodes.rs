@@ -45,7 +45,8 @@ fn unplanned<'a>(
     });
     let unplanned =
         move |name: &str| status.is_none_or(|s| s.stages.iter().all(|s| s.name != name || s.plan.is_none()));
-    let wanted = done && job.spec.strategy.has_auto();
+    let over = status.is_some_and(|s| s.phase.is_terminal());
+    let wanted = done && !over && job.spec.strategy.has_auto();
     let stages = job.spec.stages.iter().filter(move |stage| wanted && unplanned(&stage.name));
     let computes = stages.map(|s| (s.name.as_str(), s.compute.as_ref().unwrap_or(&job.spec.compute)));
     computes.filter(|(_, compute)| compute.devices_per_node > 0 && compute.device_memory.is_none())

@@ -33,7 +33,7 @@ pub(super) async fn wait(job: &RLHFJob, child: &JobView, ctx: &Context) -> Resul
 }
 
 /// What is said in place of Kueue where there is none.
-const NO_KUEUE: &str = "this cluster has no Kueue (v1beta2) that would let it run; install Kueue, or delete the RLHFJob and create it without the label kueue.x-k8s.io/queue-name";
+const NO_KUEUE: &str = "this cluster has no Kueue that tells (v1beta2, 0.15 or newer); install one, or delete the RLHFJob and create it without the label kueue.x-k8s.io/queue-name";
 
 /// What a Workload waits for, in Kueue's words.
 fn reason(workload: &DynamicObject) -> Option<String> {
