@@ -114,6 +114,15 @@ impl NewDir {
     }
 }
 
+/// What was not published is removed; after it was, there is nothing.
+impl Drop for NewDir {
+    fn drop(&mut self) {
+        if let Err(error) = remove_dir(&self.temporary) {
+            tracing::warn!("an unfinished folder is left: {error}");
+        }
+    }
+}
+
 /// Fills a new folder beside `target` and moves it there once it is whole.
 ///
 /// # Errors
@@ -145,6 +154,7 @@ mod tests {
             Err(Error::bug("stopped halfway"))
         });
         assert_eq!(failed.unwrap_err().message, "stopped halfway");
+        assert!(!sibling(&target, "tmp").exists());
         assert_eq!(fs::read(target.join("a")).unwrap(), b"1");
         replace_dir(&target, |dir| write(&dir.join("b"), b"2")).unwrap();
         assert!(!target.join("a").exists() && target.join("b").exists());

@@ -10,6 +10,7 @@
 #include <ATen/ops/_fused_adamw.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/CachingDeviceAllocator.h>
+#include <c10/core/DeviceGuard.h>
 #include <c10/core/Event.h>
 #include <c10/core/StreamGuard.h>
 #include <c10/core/alignment.h>
@@ -75,7 +76,8 @@ struct Counting final : c10::Allocator {
   struct alignas(c10::gAlignment) Header {
     size_t bytes;
     int domain;
-    bool locked;
+    // The CUDA device for which it is locked in place, or -1.
+    int locked;
   };
 
   std::atomic<int64_t> current[2] = {};
@@ -101,7 +103,7 @@ struct Counting final : c10::Allocator {
   at::DataPtr allocate(size_t bytes) override {
     if (bytes == 0) return {nullptr, nullptr, &release, at::Device(at::kCPU)};
     auto* header = static_cast<Header*>(c10::alloc_cpu(bytes + sizeof(Header)));
-    *header = {bytes, domain(), false};
+    *header = {bytes, domain(), -1};
     add(header->domain, static_cast<int64_t>(bytes));
     return {header + 1, header + 1, &release, at::Device(at::kCPU)};
   }
@@ -109,8 +111,9 @@ struct Counting final : c10::Allocator {
   static void release(void* data) {
     if (!data) return;
     auto* header = static_cast<Header*>(data) - 1;
-    if (header->locked) {
+    if (header->locked >= 0) {
       // A copy may still be under way.
+      const c10::DeviceGuard guard(cuda(header->locked));
       PageLock::get().wait();
       PageLock::get().unlock(data);
     }
@@ -288,17 +291,19 @@ int c10d_count_memory() noexcept GUARD(c10::SetCPUAllocator(&Counting::get(), 1)
 
 // Locks the memory under a whole CPU tensor in place, exactly as much as it has (libtorch's own pinned memory comes in
 // powers of two), until it is freed. out: whether that went well; where not, copies only take longer.
-int c10d_page_lock(Tensor* tensor, int* out) noexcept GUARD(
+int c10d_page_lock(Tensor* tensor, int device, int* out) noexcept GUARD(
     *out = 0;
     const auto& storage = tensor->storage().data_ptr();
     void* data = storage.get();
     const auto& cuda = PageLock::get();
     if (storage.get_deleter() != &Counting::release || !data || !cuda.lock) return shim::kOk;
     auto* header = static_cast<Counting::Header*>(data) - 1;
-    if (header->locked) return shim::kOk;
-    header->locked = cuda.lock(data, header->bytes, 0) == 0;
-    if (!header->locked) cuda.forget_error();
-    *out = header->locked)
+    if (header->locked >= 0) return shim::kOk;
+    // CUDA's own functions mean the current device, which nobody else sets.
+    const c10::DeviceGuard guard(at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(device)));
+    *out = cuda.lock(data, header->bytes, 0) == 0;
+    if (*out) header->locked = device;
+    else cuda.forget_error())
 
 // The domain of what this thread allocates from now on (0: device, 1: host); returns the one before.
 int c10d_set_domain(int domain) noexcept {

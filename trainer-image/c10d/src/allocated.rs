@@ -44,15 +44,16 @@ pub fn on_host<T>(work: impl FnOnce() -> T) -> T {
     work()
 }
 
-/// Locks the memory under a whole CPU tensor in place until it is freed, so that a GPU reads and writes it without a copy in
-/// between; exactly as much as the tensor has. Whether that went well: where it did not, copies only take longer.
+/// Locks the memory under a whole CPU tensor in place until it is freed, so that CUDA device `device` reads and writes it
+/// without a copy in between; exactly as much as the tensor has. Whether that went well: where it did not, copies only take
+/// longer.
 ///
 /// # Errors
-/// The tensor has no storage.
-pub fn page_lock(tensor: &Tensor) -> Result<bool> {
+/// The tensor has no storage, or the device is not there.
+pub fn page_lock(tensor: &Tensor, device: usize) -> Result<bool> {
     let mut locked = 0;
     // SAFETY: the tensor lives through the call, which writes one number.
-    check(unsafe { ffi::c10d_page_lock(ptr(tensor), &mut locked) })?;
+    check(unsafe { ffi::c10d_page_lock(ptr(tensor), c_index(device)?, &mut locked) })?;
     Ok(locked != 0)
 }
 

@@ -108,7 +108,7 @@ unsafe extern "C" {
     pub fn c10d_resize_storage(tensor: T, bytes: usize) -> c_int;
 
     pub fn c10d_count_memory() -> c_int;
-    pub fn c10d_page_lock(tensor: T, out: *mut c_int) -> c_int;
+    pub fn c10d_page_lock(tensor: T, device: c_int, out: *mut c_int) -> c_int;
     pub fn c10d_set_domain(domain: c_int) -> c_int;
     pub fn c10d_counted(out: *mut i64);
     pub fn c10d_reset_counted_peaks();

@@ -68,14 +68,23 @@ impl Held {
 pub(super) struct Fetch {
     held: Held,
     gather: Option<Gather>,
-    copied: Option<Mark>,
+    copied: Option<Copied>,
+}
+
+/// A copy that the device waits for before anything else, even where nobody does: its memory may be another's by then.
+struct Copied(Mark);
+
+impl Drop for Copied {
+    fn drop(&mut self) {
+        let _ = self.0.pass();
+    }
 }
 
 impl Fetch {
     /// Waits until the parameters are there.
     pub(super) fn ready(self) -> Result<Held> {
         self.gather.map(Gather::finish).transpose()?;
-        self.copied.as_ref().map(Mark::pass).transpose()?;
+        self.copied.as_ref().map(|copied| copied.0.pass()).transpose()?;
         Ok(self.held)
     }
 }
@@ -187,7 +196,7 @@ impl Chunk {
         // After what the device is at: the buffer may be one that an earlier segment has just given back.
         let side = self.group.side();
         let ((), copied) = side.after(&side.mark()?, || c10d::copy(flat, &self.home))?;
-        Ok(Fetch { held, gather: None, copied: Some(copied) })
+        Ok(Fetch { held, gather: None, copied: Some(Copied(copied)) })
     }
 
     /// Adds gradients, one a parameter in order; `None` stands for zero.

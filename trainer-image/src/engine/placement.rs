@@ -85,7 +85,9 @@ impl Placement {
 /// Zeros `[numel]` in host memory; page-locked where the device is a GPU, which reads it without a copy in between.
 fn host_zeros(numel: i64, kind: Kind, device: Device) -> Result<Tensor> {
     let zeros = c10d::on_host(|| Tensor::f_zeros([numel], (kind, Device::Cpu)))?;
-    if device.is_cuda() && !c10d::page_lock(&zeros)? {
+    if let Device::Cuda(index) = device
+        && !c10d::page_lock(&zeros, index)?
+    {
         tracing::warn!(numel, "host memory could not be locked in place: copies to the GPU take longer");
     }
     Ok(zeros)

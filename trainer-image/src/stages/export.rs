@@ -27,24 +27,26 @@ pub(super) fn write(
         Ok(())
     })?;
     let mut adapters = model.lora().map(|lora| Adapters { lora: lora.clone(), blocks: vec![] });
+    let mut trained_head = None;
     model.parameters(source, |SegmentValues { segment, values, adapters: of_block }| {
         if let Some(adapters) = &mut adapters {
             adapters.blocks.extend(of_block);
-            if segment == Segment::Head {
-                let trained_head = (head == HeadKind::Scalar).then_some(values.as_slice());
-                write_adapters(&beside, adapters, source, &paths.start_model, trained_head)?;
-            }
         }
-        writer.as_mut().map_or(Ok(()), |writer| writer.write(segment, &values))
+        writer.as_mut().map_or(Ok(()), |writer| writer.write(segment, &values))?;
+        if segment == Segment::Head && head == HeadKind::Scalar {
+            trained_head = Some(values);
+        }
+        Ok(())
     })?;
-    let whole = adapters.is_none();
-    context.group.while_first(|| {
-        if whole {
-            files::remove_dir(&beside)?;
-        }
+    context.group.while_first(move || {
         let tokenizer = Tokenizer::load(&base_model)?;
         let writer = writer.ok_or_else(|| Error::bug("a model is finished before it is begun"))?;
-        writer.finish(score, |dir| tokenizer.copy_files(dir))
+        writer.finish(score, |dir| tokenizer.copy_files(dir))?;
+        // Only then, so that no adapters lie beside a model that is not theirs.
+        match adapters {
+            None => files::remove_dir(&beside),
+            Some(adapters) => write_adapters(&beside, &adapters, source, &paths.start_model, trained_head.as_deref()),
+        }
     })
 }
 
