@@ -151,10 +151,7 @@ impl Checkpoints {
         };
         let (send, outcome) = channel();
         // Nobody hears it where the process ends for another reason.
-        std::thread::spawn(move || {
-            yield_cores();
-            drop(send.send(write()));
-        });
+        std::thread::spawn(move || drop(send.send(write())));
         let mut saving = Saving { checkpoint, outcome, done: false };
         if !copied {
             tracing::info!(step, bytes, "host memory has no room to copy what is saved: training waits for it");
@@ -328,15 +325,6 @@ fn attempt_of(name: &str) -> Option<u32> {
 enum Unusable {
     Damaged(String),
     Foreign(String),
-}
-
-/// Lets training go first where it takes all cores: this thread writes in what it leaves. (On Linux a priority is that of one
-/// thread.)
-fn yield_cores() {
-    const LEAST: i32 = 19;
-    if let Err(error) = rustix::process::setpriority_process(None, LEAST) {
-        tracing::debug!(%error, "a save goes on with the priority of training");
-    }
 }
 
 #[cfg(test)]
