@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The operator with many jobs at once: a control plane of its own, nodes and pods played by kwok, and the release binary of
 # the operator as a process. Prints a table, and as JSON in the last line. JOBS, STAGES, IDLE_SECONDS and FOREIGN_PODS
-# change the size. tests/src/bin/bench-operator says what is measured; operator/BENCHMARKS.md has results.
+# change the size. tests/src/bin/bench-operator says what is measured.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -11,7 +11,7 @@ POD_CIDR=10.98.0.0/16
 tests/cluster/install.sh
 tests/cluster/kubebox.sh
 tests/cluster/kwok.sh
-cargo build --release --locked --package rlhf-operator --bin rlhf-operator --package e2e --bin bench-operator
+cargo build --release --locked --workspace --bins
 down() {
     ip route del local "$POD_CIDR" dev lo 2> /dev/null || true
     tests/cluster/down.sh

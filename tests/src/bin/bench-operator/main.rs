@@ -117,7 +117,7 @@ async fn bench(args: &Args) -> anyhow::Result<()> {
     run.play(&["run.yaml", "end.yaml"]).await?;
     run.begin()?;
     let begun = Instant::now();
-    run.until_finished(args.jobs).await?;
+    run.until_finished(args.jobs * usize::from(args.stages)).await?;
     report.seconds += begun.elapsed().as_secs_f64();
     run.pause(&mut report)?;
     let (writes, renewals) = run.idle(args.idle_seconds, "all jobs are finished").await?;
@@ -218,8 +218,9 @@ impl Run {
         self.until(wanted, |scrape| Ok(scrape.count("rlhf_operator_stage_info", &labels))).await
     }
 
+    /// Waits until so many stages have succeeded; the jobs' own ends take long to begin.
     async fn until_finished(&mut self, wanted: usize) -> anyhow::Result<()> {
-        self.until(wanted, |s| Ok(s.value("rlhf_operator_jobs{", "\"Succeeded\"")? as usize)).await
+        self.until(wanted, |s| Ok(s.count("rlhf_operator_stage_info", &["phase=\"Succeeded\""]))).await
     }
 
     /// Waits until a figure of the operator's is what it should be. There is a deadline for a change of it.
