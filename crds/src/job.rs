@@ -685,6 +685,11 @@ fn tidy(schema: &mut JSONSchemaProps) {
 }
 
 impl RLHFJob {
+    /// Where a stage runs: where it says itself, or where every stage does.
+    pub fn compute<'a>(&'a self, stage: &'a Stage) -> &'a Compute {
+        stage.compute.as_ref().unwrap_or(&self.spec.compute)
+    }
+
     /// The names of the stages whose outputs `stage` needs.
     pub fn needs(stage: &Stage) -> Vec<String> {
         stage.kind().map(|k| names::needs(&k).into_iter().map(String::from).collect()).unwrap_or_default()

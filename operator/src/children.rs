@@ -7,12 +7,18 @@
 use crate::view::{JobView, PodView};
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::runtime::watcher::Event;
 use kube::{Resource, ResourceExt};
 use rlhf_api::names;
 use std::collections::HashMap;
 use std::mem::take;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// The one owner that controls an object.
+pub(crate) fn controller(object: &impl Resource) -> Option<&OwnerReference> {
+    object.meta().owner_references.iter().flatten().find(|o| o.controller == Some(true))
+}
 
 /// A kind of child.
 pub trait Child: Resource<DynamicType = ()> {
@@ -29,8 +35,7 @@ impl Child for Job {
     type View = JobView;
 
     fn job(&self) -> Option<&str> {
-        let owners = self.metadata.owner_references.iter().flatten();
-        owners.filter(|o| o.controller == Some(true)).map(|o| o.uid.as_str()).next()
+        controller(self).map(|o| o.uid.as_str())
     }
 
     fn view(&self) -> Option<JobView> {
@@ -43,7 +48,7 @@ impl Child for Pod {
     type View = PodView;
 
     fn job(&self) -> Option<&str> {
-        let is_jobs = self.owner_references().iter().any(|o| o.controller == Some(true) && o.kind == "Job");
+        let is_jobs = controller(self).is_some_and(|o| o.kind == "Job");
         self.labels().get(names::LABEL_JOB_UID).map(String::as_str).filter(|_| is_jobs)
     }
 

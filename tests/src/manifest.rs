@@ -38,6 +38,11 @@ pub fn example() -> Manifest {
         .stage("ppo", "checkpoint", json!({"everySteps": 2}))
 }
 
+/// A job that stays where it is, since its claim does not exist.
+pub fn waits(name: &str) -> Manifest {
+    example().set("/metadata/name", json!(name)).set("/spec/storage/volumeClaim/claimName", json!("missing"))
+}
+
 impl Manifest {
     /// Sets a field that the manifest has, by JSON pointer: the example must not drift away from the tests.
     pub fn set(mut self, pointer: &str, value: Value) -> Self {

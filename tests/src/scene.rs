@@ -12,7 +12,7 @@ use kube::api::{ApiResource, DeleteParams, DynamicObject, ListParams, LogParams,
 use kube::runtime::wait::{Condition, await_condition};
 use kube::runtime::watcher::watch_object;
 use kube::{Api, Client, Resource, ResourceExt};
-use rlhf_api::job::{RLHFJob, RLHFJobStatus, StagePhase, StageStatus};
+use rlhf_api::job::{Phase, RLHFJob, RLHFJobStatus, StagePhase, StageStatus};
 use rlhf_api::names;
 use rustix::process::{Pid, Signal, kill_process};
 use serde::de::DeserializeOwned;
@@ -206,6 +206,12 @@ impl Scene {
             status.message.unwrap_or_default()
         );
         job
+    }
+
+    /// Waits until a job is in a phase.
+    pub async fn await_phase(&self, name: &str, phase: Phase, seconds: u64) -> RLHFJob {
+        let is = |job: &RLHFJob| job.status.as_ref().is_some_and(|s| s.phase == phase);
+        self.await_job(name, &format!("{phase:?}"), seconds, is).await
     }
 
     /// Waits until a stage of a job is in a phase.

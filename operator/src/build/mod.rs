@@ -76,7 +76,7 @@ impl<'a> Task<'a> {
                 pod_template: job.spec.compute.pod_template.clone(),
                 ..Compute::default()
             },
-            Task::Stage(stage) => stage.compute.clone().unwrap_or_else(|| job.spec.compute.clone()),
+            Task::Stage(stage) => job.compute(stage).clone(),
         }
     }
 }

@@ -88,7 +88,7 @@ impl<'a> Pass<'a> {
     }
 
     fn question(&self, stage: &Stage, prepared: &Prepared, known: Option<u64>) -> Option<Question> {
-        let compute = stage.compute.as_ref().unwrap_or(&self.job.spec.compute);
+        let compute = self.job.compute(stage);
         let has_devices = compute.devices_per_node > 0;
         let written = compute.device_memory.as_deref().and_then(memory_plan::parse_bytes);
         let device_memory = written.or(known).filter(|_| has_devices);

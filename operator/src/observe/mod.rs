@@ -10,6 +10,7 @@ mod queue;
 
 pub use progress::{Heard, ProgressReader};
 
+use crate::children::controller;
 use crate::controller::Context;
 use crate::decide::{Decision, Observed};
 use crate::view::{JobState, JobView, PodState, PodView, StageView, Wait};
@@ -84,8 +85,7 @@ fn from_watches(job: &RLHFJob, ctx: &Context) -> BTreeMap<String, StageView> {
 
 /// Whether the object's controller is this very job.
 pub fn is_owned(object: &impl Resource, job: &RLHFJob) -> bool {
-    let owners = object.meta().owner_references.iter().flatten();
-    owners.filter(|o| o.controller == Some(true)).any(|o| Some(&o.uid) == job.metadata.uid.as_ref())
+    controller(object).is_some_and(|o| Some(&o.uid) == job.metadata.uid.as_ref())
 }
 
 async fn job_now(job: &RLHFJob, slot: &StageStatus, ctx: &Context) -> Result<Option<JobView>, Error> {

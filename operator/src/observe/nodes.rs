@@ -48,7 +48,7 @@ fn unplanned<'a>(
     let over = status.is_some_and(|s| s.phase.is_terminal());
     let wanted = done && !over && job.spec.strategy.has_auto();
     let stages = job.spec.stages.iter().filter(move |stage| wanted && unplanned(&stage.name));
-    let computes = stages.map(|s| (s.name.as_str(), s.compute.as_ref().unwrap_or(&job.spec.compute)));
+    let computes = stages.map(|s| (s.name.as_str(), job.compute(s)));
     computes.filter(|(_, compute)| compute.devices_per_node > 0 && compute.device_memory.is_none())
 }
 

@@ -1,16 +1,10 @@
 //! Two operators, of which one works.
 
 use e2e::audit::operators_writes;
-use e2e::manifest::{Manifest, example};
+use e2e::manifest::waits;
 use e2e::{eventually, kill_operator, leader, on_the_cluster};
 use kube::ResourceExt;
 use rlhf_api::job::{RLHFJob, StagePhase};
-use serde_json::json;
-
-/// A job that stays where it is, since its claim does not exist.
-fn waits(name: &str) -> Manifest {
-    example().set("/metadata/name", json!(name)).set("/spec/storage/volumeClaim/claimName", json!("missing"))
-}
 
 #[test]
 fn case_45_a_killed_leader_is_succeeded_and_only_one_writes() {

@@ -21,11 +21,6 @@ async fn await_reason(scene: &Scene, kind: &str, reason: &str, seconds: u64) -> 
     condition(&job, kind).map(|(_, _, message)| message).unwrap_or_default()
 }
 
-async fn await_phase(scene: &Scene, phase: Phase, seconds: u64) -> RLHFJob {
-    let is = |j: &RLHFJob| j.status.as_ref().is_some_and(|s| s.phase == phase);
-    scene.await_job(NAME, &format!("{phase:?}"), seconds, is).await
-}
-
 #[test]
 fn case_16_a_missing_image_is_named_and_ends_the_attempt_in_time() {
     on_the_cluster(async |scene| {
@@ -50,7 +45,7 @@ fn case_16_a_missing_image_is_named_and_ends_the_attempt_in_time() {
         let message = await_reason(scene, "Waiting", "ImagePull", 30).await;
         assert!(message.contains("image docker.io/rlhf/missing:none cannot be pulled"), "{message}");
 
-        let job = await_phase(scene, Phase::Failed, 40).await;
+        let job = scene.await_phase(NAME, Phase::Failed, 40).await;
         nodes.patch(&node, &PatchParams::default(), &mark(Value::Null)).await.expect("the label can go");
         assert_eq!(condition(&job, "Failed").map(|(_, reason, _)| reason).as_deref(), Some("RestartsExhausted"));
         assert_eq!(condition(&job, "Waiting").map(|(status, _, _)| status).as_deref(), Some("False"));
@@ -74,7 +69,7 @@ fn a_gang_that_does_not_fit_is_explained_until_its_time_is_over() {
         let message = await_reason(scene, "Waiting", "Unschedulable", 30).await;
         assert!(message.starts_with("sft: attempt 1 waits: pod ") && message.contains("Insufficient cpu"), "{message}");
 
-        let failed = await_phase(scene, Phase::Failed, 40).await;
+        let failed = scene.await_phase(NAME, Phase::Failed, 40).await;
         assert_eq!(condition(&failed, "Failed").map(|(_, reason, _)| reason).as_deref(), Some("DeadlineExceeded"));
         assert_eq!(stage(&failed, "sft").last_failure.map(|f| f.reason).as_deref(), Some("Stopped"));
         assert!(failed.status.is_some_and(|s| (20..40).contains(&s.active_seconds)));

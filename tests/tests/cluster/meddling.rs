@@ -1,6 +1,6 @@
 //! What people do to a job that runs.
 
-use e2e::manifest::{Manifest, NAME, example};
+use e2e::manifest::{NAME, example, waits};
 use e2e::tools::{kubectl, kubectl_with};
 use e2e::{SYSTEM, eventually, leader, on_the_cluster, stage};
 use k8s_openapi::api::batch::v1::Job;
@@ -10,11 +10,6 @@ use kube::{Api, ResourceExt};
 use rlhf_api::job::{RLHFJob, StagePhase};
 use rlhf_api::names;
 use serde_json::{Value, json};
-
-/// A job that stays where it is, since its claim does not exist.
-fn waits(name: &str) -> Manifest {
-    example().set("/metadata/name", json!(name)).set("/spec/storage/volumeClaim/claimName", json!("missing"))
-}
 
 /// Changes the definition of RLHFJobs by a JSON patch, of which it then knows nothing: Helm would not write over it.
 async fn change_definition(change: Value) {

@@ -1,7 +1,7 @@
 //! Strategies that are left to the operator.
 
 use e2e::manifest::{Manifest, NAME, example};
-use e2e::{Scene, eventually, on_the_cluster, stage, starve_worker};
+use e2e::{eventually, on_the_cluster, stage, starve_worker};
 use k8s_openapi::api::core::v1::{Node, Pod};
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams};
 use kube::{Api, ResourceExt};
@@ -14,11 +14,6 @@ fn left_open() -> Manifest {
     let mut manifest = example().only(&["sft"]);
     manifest.0["spec"]["strategy"] = json!({"sharding": "auto", "offload": "auto", "recompute": "auto"});
     manifest
-}
-
-async fn await_phase(scene: &Scene, phase: Phase) -> RLHFJob {
-    let is = |j: &RLHFJob| j.status.as_ref().is_some_and(|s| s.phase == phase);
-    scene.await_job(NAME, &format!("{phase:?}"), 180, is).await
 }
 
 fn message(job: &RLHFJob) -> String {
@@ -59,7 +54,7 @@ fn what_fits_nowhere_is_refused_before_a_pod_trains() {
     on_the_cluster(async |scene| {
         let limits = json!({"requests": {"cpu": "100m"}, "limits": {"memory": "256Mi"}});
         scene.apply(left_open().set("/spec/compute/resources", limits)).await;
-        let job = await_phase(scene, Phase::Failed).await;
+        let job = scene.await_phase(NAME, Phase::Failed, 180).await;
         let message = message(&job);
         assert!(
             message.starts_with("stage sft: none of ") && message.contains("of 0.25 GiB on each host"),
@@ -77,7 +72,7 @@ fn the_memory_of_devices_is_read_from_the_nodes_that_have_them() {
         let compute = json!({"nodes": 2, "devicesPerNode": 1, "resources": {"limits": {"memory": "8Gi"}}});
         let manifest = || left_open().set("/spec/compute", compute.clone());
         scene.apply(manifest()).await;
-        let job = await_phase(scene, Phase::Failed).await;
+        let job = scene.await_phase(NAME, Phase::Failed, 180).await;
         let why = message(&job);
         assert!(why.contains(label) && why.ends_with("write compute.deviceMemory"), "{why}");
         scene.api::<RLHFJob>().delete(NAME, &DeleteParams::foreground()).await.expect("the job can be deleted");

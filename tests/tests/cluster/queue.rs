@@ -46,8 +46,7 @@ async fn await_queued(scene: &Scene, of: &str, why: &[&str]) -> RLHFJob {
 }
 
 async fn success(scene: &Scene) -> RLHFJob {
-    let succeeded = |j: &RLHFJob| j.status.as_ref().is_some_and(|s| s.phase == Phase::Succeeded);
-    let job = scene.await_job(NAME, "success", 180, succeeded).await;
+    let job = scene.await_phase(NAME, Phase::Succeeded, 180).await;
     for name in ["prepare", "sft"] {
         let slot = stage(&job, name);
         assert_eq!((slot.attempt, slot.restarts, slot.disruptions), (1, 0, 0), "{name}: a queue is neither");
@@ -103,8 +102,7 @@ fn a_queued_job_takes_quota_only_while_a_stage_of_it_runs() {
         scene.await_step(&job, "sft", 5, 120).await;
         assert_eq!(queue.used().await, [2, 0]);
         scene.patch(NAME, json!({"spec": {"suspend": true}})).await;
-        let is = |j: &RLHFJob, phase| j.status.as_ref().is_some_and(|s| s.phase == phase);
-        scene.await_job(NAME, "suspension", 90, |j| is(j, Phase::Suspended)).await;
+        scene.await_phase(NAME, Phase::Suspended, 90).await;
         queue.await_used([0, 0], 30).await;
         let stopped = scene.volume.steps(&job, "sft").last().expect("steps were made").step;
         assert_eq!(scene.volume.checkpoints(&job, "sft"), [stopped]);
