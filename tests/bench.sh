@@ -34,7 +34,8 @@ bench bf16 sft --batch 4 --micro 2
 bench bf16-recompute sft --batch 4 --micro 2 --recompute block
 bench fp32-offload sft --batch 4 --micro 2 --precision fp32 --offload optimizer
 bench bf16-offload sft --batch 4 --micro 2 --offload optimizer
-bench bf16-saves sft --batch 4 --micro 2 --save "$results"
+# A core is left for the writing, as where training computes on a GPU.
+OMP_NUM_THREADS=$(($(nproc) > 1 ? $(nproc) - 1 : 1)) bench bf16-saves sft --batch 1 --micro 1 --rounds 8 --save "$results"
 bench ppo-frugal ppo --batch 1 --rounds 1 --offload parameters --recompute block
 
 printf '\n'

@@ -21,6 +21,7 @@ pub mod plan_command;
 pub mod prepare;
 pub mod random;
 pub mod rollout;
+pub mod safetensors_header;
 pub mod shutdown;
 pub mod stages;
 pub mod telemetry;

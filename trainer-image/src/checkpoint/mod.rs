@@ -1,7 +1,7 @@
 //! Checkpoints: whole or absent, verified by hash, independent of the world size that wrote them.
 //!
 //! `step-N/` holds one safetensors file a rank with that rank's range of every chunk (parameters and moments),
-//! and `manifest.json`. All ranks write copies into a folder beside it while training goes on, and rank 0 renames that as soon
+//! and `manifest.json`. All ranks write into a folder beside it while training goes on, and rank 0 renames that as soon
 //! as every file is flushed and its hash is known. Random draws are made by counter, so a step number and a stage's own state are all
 //! that a resumed run needs to go on exactly.
 
@@ -116,9 +116,9 @@ impl Checkpoints {
         Checkpoint { step, path: format!("{}/step-{step}", self.relative) }
     }
 
-    /// Starts saving the models and the stage's state after `step` steps: takes a copy of what this rank keeps and writes it
-    /// in the background, while training goes on. Where host memory has no room for the copies, everything is written before
-    /// it returns. `told` hears of the whole checkpoint on rank 0, as soon as it is whole. Every rank must call it, and
+    /// Starts saving the models and the stage's state after `step` steps: what this rank keeps is written in the background,
+    /// while training goes on, which copies what is not written before the optimizer changes it. Where host memory has no room
+    /// for the copies, everything is written before it returns. `told` hears of the whole checkpoint on rank 0, as soon as it is whole. Every rank must call it, and
     /// [`Saving::finish`] later.
     ///
     /// # Errors
@@ -138,22 +138,25 @@ impl Checkpoints {
             files::make_dir(&temporary)?;
         }
         group.barrier()?;
-        let bytes = shard_file::bytes(models)?;
+        let bytes = shard_file::bytes(models);
         let room = memory::host_room().is_none_or(|room| bytes.saturating_mul(self.workers_per_node) < room);
-        let copied = !group.any(!room)?;
-        let pieces = shard_file::pieces(models, copied)?;
+        let room = !group.any(!room)?;
+        let lent = shard_file::lend(models)?;
+        if room {
+            lent.iter().try_for_each(|(_, lent)| lent.leave_device())?;
+        }
         let checkpoint = self.describe(step);
         let (manifest, rank) = (self.manifest(step, models, state), group.rank());
         let whole = group.is_first().then_some(group.world_size());
         let write = move || {
-            shard_file::write(&temporary, rank, pieces)?;
+            shard_file::write(&temporary, rank, &lent)?;
             whole.map_or(Ok(()), |world_size| self.publish(&temporary, manifest, world_size, told))
         };
         let (send, outcome) = channel();
         // Nobody hears it where the process ends for another reason.
         std::thread::spawn(move || drop(send.send(write())));
         let mut saving = Saving { checkpoint, outcome, done: false };
-        if !copied {
+        if !room {
             tracing::info!(step, bytes, "host memory has no room to copy what is saved: training waits for it");
             saving.wait(group)?;
         }

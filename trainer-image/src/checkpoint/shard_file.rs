@@ -1,16 +1,20 @@
 //! One rank's file of a checkpoint: its range of every chunk of every model.
 
 use super::manifest::{self, FileEntry};
-use crate::engine::{Chunk, Model, part};
+use crate::engine::{Chunk, Lent, Model, part};
 use crate::error::{Error, Result};
-use crate::files;
-use crate::model::Outgoing;
+use crate::{files, safetensors_header};
 use safetensors::tensor::{Dtype, SafeTensors};
+use sha2::{Digest, Sha256};
 use std::collections::HashMap;
 use std::fs::File;
+use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
+
+/// Bytes that are on their way at a time: few enough for a core's cache.
+const PIECE_BYTES: usize = 512 << 10;
 
 /// The file of a rank.
 pub(super) fn name(rank: u32) -> String {
@@ -21,26 +25,21 @@ fn key(model: &str, chunk: usize, part: &str) -> String {
     format!("{model}.{chunk}.{part}")
 }
 
-/// What this rank keeps of the models, by its names in the rank's file. Copies lie in host memory until they are written;
-/// without, a piece changes as training goes on.
-pub(super) fn pieces(models: &[(&str, &Model)], copied: bool) -> Result<Vec<(String, Outgoing)>> {
-    let mut outgoing = Vec::new();
+/// Lends what this rank keeps of the models, by its names in the rank's file.
+pub(super) fn lend(models: &[(&str, &Model)]) -> Result<Vec<(String, Arc<Lent>)>> {
+    let mut all = Vec::new();
     for (model_name, model) in models {
         for (i, chunk) in model.trained().enumerate() {
-            for (part, piece) in chunk.saved()? {
-                let piece = c10d::on_host(|| piece.f_to_device_(Device::Cpu, Kind::Float, false, copied))?;
-                outgoing.push((key(model_name, i, part), Outgoing::new(&piece)?));
-            }
+            all.extend(Chunk::SAVED.iter().map(|part| key(model_name, i, part)).zip(chunk.lend()?));
         }
     }
-    Ok(outgoing)
+    Ok(all)
 }
 
 /// Bytes of what this rank keeps of the models.
-pub(super) fn bytes(models: &[(&str, &Model)]) -> Result<u64> {
+pub(super) fn bytes(models: &[(&str, &Model)]) -> u64 {
     let chunks = models.iter().flat_map(|(_, model)| model.trained());
-    let sizes = chunks.map(|chunk| Ok(chunk.saved()?.iter().map(|(_, t)| t.numel() * size_of::<f32>()).sum::<usize>()));
-    Ok(sizes.sum::<Result<usize>>()? as u64)
+    chunks.map(|chunk| chunk.saved_numel() as u64 * Chunk::SAVED.len() as u64 * size_of::<f32>() as u64).sum()
 }
 
 /// The file that holds the hash of a rank's file, and is there once that is whole.
@@ -49,12 +48,33 @@ pub(super) fn seal(rank: u32) -> String {
 }
 
 /// Writes and flushes a rank's file into `dir`, and seals it.
-pub(super) fn write(dir: &Path, rank: u32, pieces: Vec<(String, Outgoing)>) -> Result<()> {
+pub(super) fn write(dir: &Path, rank: u32, lent: &[(String, Arc<Lent>)]) -> Result<()> {
     let path = dir.join(name(rank));
-    safetensors::serialize_to_file(pieces, None, &path).map_err(|e| Error::storage(&path, e))?;
-    let flushed = File::open(&path).and_then(|f| f.sync_all()).and_then(|()| manifest::sha256(&path));
-    let digest = flushed.map_err(|e| Error::storage(&path, e))?;
-    files::write(&dir.join(seal(rank)), manifest::hex(&digest).as_bytes())
+    let header = safetensors_header::fp32(lent.iter().map(|(name, l)| (name.as_str(), vec![l.numel()])), None)?;
+    let mut out = Hashing { file: File::create(&path).map_err(|e| Error::storage(&path, e))?, hash: Sha256::new() };
+    let mut write = |bytes: &[u8]| out.write(bytes).map_err(|e| Error::storage(&path, e));
+    write(&header)?;
+    let mut buffer = vec![0; PIECE_BYTES];
+    for (_, lent) in lent {
+        while let bytes @ 1.. = lent.read(&mut buffer)? {
+            write(&buffer[..bytes])?;
+        }
+    }
+    out.file.sync_all().map_err(|e| Error::storage(&path, e))?;
+    files::write(&dir.join(seal(rank)), manifest::hex(&out.hash.finalize().into()).as_bytes())
+}
+
+/// A file that is hashed while it is written.
+struct Hashing {
+    file: File,
+    hash: Sha256,
+}
+
+impl Hashing {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+        self.hash.update(bytes);
+        self.file.write_all(bytes)
+    }
 }
 
 /// Fills a model's chunks from the ranges in all ranks' files, whatever world size wrote them.

@@ -8,13 +8,16 @@
 use super::gradient::Gradient;
 use super::group::{self, Gather, Group};
 use super::layout::{ChunkLayout, part, part_size};
+use super::lent::Lent;
 use super::placement::Placement;
 use crate::error::{Error, Result};
 use crate::model::ParamSpec;
 use crate::model::transformer::Params;
 use c10d::{AdamW, Mark};
+use std::cell::RefCell;
 use std::ops::Range;
 use std::rc::Rc;
+use std::sync::{Arc, Weak};
 use tch::Tensor;
 
 /// A segment's parameters, and what training adds to them.
@@ -36,6 +39,8 @@ struct Training {
     master: Tensor,
     state: OptimizerState,
     gradient: Gradient,
+    /// What others may still read of the above.
+    lent: RefCell<Vec<Weak<Lent>>>,
 }
 
 /// AdamW's two moments of the elements that this rank updates.
@@ -130,7 +135,7 @@ impl Chunk {
             };
             let state = OptimizerState { first: placement.state_zeros(len)?, second: placement.state_zeros(len)? };
             let gradient = Gradient::new(&layout, own.clone(), many, &placement, world)?;
-            Some(Training { own, master, state, gradient })
+            Some(Training { own, master, state, gradient, lent: RefCell::default() })
         } else {
             None
         };
@@ -246,7 +251,8 @@ impl Chunk {
     /// One AdamW step of this rank's part with the gradient times `scale`; `step` counts from 1. The working copy follows
     /// with [`Chunk::publish`].
     pub(super) fn optimize(&mut self, adamw: &AdamW, weight_decay: f64, scale: f64, step: i64) -> Result<()> {
-        let Some(Training { own, master, state, gradient }) = &mut self.training else { return Ok(()) };
+        let Some(Training { own, master, state, gradient, lent }) = &mut self.training else { return Ok(()) };
+        lent.take().iter().filter_map(Weak::upgrade).try_for_each(|lent| lent.keep())?;
         let mut values = gradient.own()?;
         if scale != 1.0 {
             let _ = values.f_mul_scalar_(scale)?;
@@ -304,17 +310,27 @@ impl Chunk {
         training.as_mut().map_or(Ok(&[]), |t| t.gradient.views(layout, placement))
     }
 
-    /// What a checkpoint keeps of a trained chunk on this rank, by the names of [`Chunk::SAVED`]: the fp32 values of the
-    /// elements that [`part`] gives it, whatever the strategy.
+    /// Elements of each of [`Chunk::SAVED`] on this rank: those that [`part`] gives it, whatever the strategy.
+    pub fn saved_numel(&self) -> i64 {
+        let range = self.saved_range();
+        range.end - range.start
+    }
+
+    fn saved_range(&self) -> Range<i64> {
+        part(self.layout.numel, self.group.rank(), self.group.world_size())
+    }
+
+    /// Lends what a checkpoint keeps of a trained chunk on this rank, as fp32 values in the order of [`Chunk::SAVED`].
     ///
     /// # Errors
     /// Where libtorch fails.
-    pub fn saved(&self) -> Result<Vec<(&'static str, Tensor)>> {
+    pub fn lend(&self) -> Result<Vec<Arc<Lent>>> {
         let Some(training) = &self.training else { return Ok(vec![]) };
-        let range = part(self.layout.numel, self.group.rank(), self.group.world_size());
-        let start = (range.start - training.own.start).max(0);
-        let piece = |t: &Tensor| t.f_narrow(0, start, range.end - range.start);
-        Self::SAVED.into_iter().zip(training.parts()).map(|(name, t)| Ok((name, piece(t)?))).collect()
+        let start = (self.saved_range().start - training.own.start).max(0);
+        let lend = |t: &Tensor| Lent::new(&t.f_narrow(0, start, self.saved_numel())?);
+        let lent = training.parts().into_iter().map(lend).collect::<Result<Vec<_>>>()?;
+        training.lent.borrow_mut().extend(lent.iter().map(Arc::downgrade));
+        Ok(lent)
     }
 
     /// Takes from the piece of a checkpoint that begins at element `start` what this rank keeps.

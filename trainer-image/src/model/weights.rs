@@ -7,8 +7,7 @@
 use super::families::HfTensor;
 use super::hf::{INDEX, WEIGHTS};
 use crate::error::{Error, Result};
-use crate::files;
-use safetensors::tensor::{Dtype, Metadata, TensorInfo};
+use crate::{files, safetensors_header};
 use serde_json::{Map, json};
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{File, OpenOptions};
@@ -59,31 +58,21 @@ impl Weights {
     /// Writes the header of a file, in which tensors lie in the order of their names.
     fn begin(&mut self, file: usize, mut shard: Vec<&(String, Vec<i64>)>) -> Result<()> {
         shard.sort();
-        let (mut end, mut infos, mut places) = (0, Vec::with_capacity(shard.len()), Vec::with_capacity(shard.len()));
+        let named = shard.iter().map(|(name, shape)| (name.as_str(), shape.iter().map(|&n| n as usize).collect()));
+        let header = safetensors_header::fp32(named, Some(HashMap::from([("format".into(), "pt".into())])))?;
+        let mut end = header.len() as u64;
         for tensor in shard {
-            let (start, bytes) = (end, bytes(tensor));
+            let bytes = bytes(tensor);
+            self.places.insert(tensor.0.clone(), Place { file, offset: end, bytes });
             end += bytes;
-            let shape = tensor.1.iter().map(|&n| n as usize).collect();
-            let data_offsets = (start as usize, end as usize);
-            infos.push((tensor.0.clone(), TensorInfo { dtype: Dtype::F32, shape, data_offsets }));
-            places.push((tensor.0.clone(), Place { file, offset: start, bytes }));
         }
         let path = self.dir.join(&self.files[file]);
-        let metadata = Metadata::new(Some(HashMap::from([("format".into(), "pt".into())])), infos);
-        let header =
-            metadata.map_err(|e| e.to_string()).and_then(|m| serde_json::to_vec(&m).map_err(|e| e.to_string()));
-        let mut header = header.map_err(|e| Error::bug(format!("{}: {e}", path.display())))?;
-        header.resize(header.len().next_multiple_of(8), b' ');
-        let data = 8 + header.len() as u64;
         let write = || {
             let out = File::create(&path)?;
-            out.write_all_at(&(header.len() as u64).to_le_bytes(), 0)?;
-            out.write_all_at(&header, 8)?;
-            out.set_len(data + end)
+            out.write_all_at(&header, 0)?;
+            out.set_len(end)
         };
-        write().map_err(|e| Error::storage(&path, e))?;
-        self.places.extend(places.into_iter().map(|(name, p)| (name, Place { offset: data + p.offset, ..p })));
-        Ok(())
+        write().map_err(|e| Error::storage(&path, e))
     }
 
     /// Writes which tensor is in which file.
