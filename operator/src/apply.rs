@@ -19,13 +19,14 @@ use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{ConfigMap, ObjectReference, Pod, Secret};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
+use k8s_openapi::api::scheduling::v1beta1::PodGroup;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
-use kube::api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions};
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams, Preconditions};
 use kube::core::Status;
-use kube::runtime::events::{self, EventType};
+use kube::runtime::events::{self, EventType, Recorder};
 use kube::{Api, Resource, ResourceExt};
 use rlhf_api::job::RLHFJob;
-use rlhf_api::names::FIELD_MANAGER;
+use rlhf_api::names::{self, FIELD_MANAGER};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::json;
@@ -321,14 +322,18 @@ async fn publish(job: &RLHFJob, notice: &Notice, ctx: &Context) {
         namespace: job.namespace(),
         ..Default::default()
     });
+    let is_warning = event.is_warning();
     let event = events::Event {
-        type_: if event.is_warning() { EventType::Warning } else { EventType::Normal },
+        type_: if is_warning { EventType::Warning } else { EventType::Normal },
         reason: event.reason().into(),
         note: Some(note.clone()),
         action: "Reconcile".into(),
         secondary,
     };
-    if let Err(error) = ctx.metrics.api("create", ctx.recorder.publish(&event, &job.object_ref(&())).await) {
+    // A recorder keeps for minutes what it has sent, to count repetitions. What goes well is told once anyhow.
+    let recorder =
+        if is_warning { ctx.recorder.clone() } else { Recorder::new(ctx.client.clone(), FIELD_MANAGER.into()) };
+    if let Err(error) = ctx.metrics.api("create", recorder.publish(&event, &job.object_ref(&())).await) {
         tracing::warn!(%error, reason = event.reason, "an event was lost");
     }
 }

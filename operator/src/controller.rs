@@ -55,7 +55,7 @@ pub struct Context {
     pub settings: Settings,
     /// The operator's metrics.
     pub metrics: Arc<Metrics>,
-    /// One for the process: it holds the memory of which events were sent.
+    /// One for the process: it holds the memory of which warnings were sent.
     pub recorder: Recorder,
     /// Asks trainers how far they are.
     pub progress: ProgressReader,

@@ -8,9 +8,7 @@ mod jobs;
 use crate::decide::Outcome;
 use first_step::FirstSteps;
 use kube::ResourceExt;
-use prometheus::{
-    Encoder, Histogram, HistogramOpts, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
-};
+use prometheus::{Histogram, HistogramOpts, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder};
 use rlhf_api::job::{Phase, RLHFJob, RLHFJobStatus, StageStatus};
 
 /// All metrics of the process.
@@ -193,11 +191,15 @@ impl Metrics {
             let phase = job.status.as_ref().map(|s| s.phase).unwrap_or_default();
             self.jobs.with_label_values(&[jobs::phase(phase)]).inc();
         }
-        let mut families = self.registry.gather();
-        families.extend(jobs::families(jobs)?);
-        let mut text = Vec::new();
-        TextEncoder::new().encode(&families, &mut text)?;
-        Ok(String::from_utf8_lossy(&text).into_owned())
+        let (mut text, encoder) = (String::new(), TextEncoder::new());
+        encoder.encode_utf8(&self.registry.gather(), &mut text)?;
+        for family in jobs::families(jobs) {
+            encoder.encode_utf8(
+                &family?.into_iter().filter(|f| !f.get_metric().is_empty()).collect::<Vec<_>>(),
+                &mut text,
+            )?;
+        }
+        Ok(text)
     }
 }
 
@@ -373,7 +375,7 @@ mod tests {
              status and vanish with the job. `namespace` and `rlhf_job` are the job's, as in the trainers' metrics: a \
              scrape has to honour the labels (`honorLabels: true`, as in the chart's ServiceMonitor).\n\n{}",
             table(metrics.registry.gather()),
-            table(jobs::families([job].iter()).unwrap()),
+            table(jobs::families([job].iter()).flat_map(Result::unwrap).collect()),
         )
     }
 

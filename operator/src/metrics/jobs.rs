@@ -1,13 +1,106 @@
 //! The series of single RLHFJobs, made anew at each scrape from the jobs that exist: they vanish with their job, and
 //! no counter of the process ever carries a name. `namespace` is the job's, so a scrape has to honour the labels.
+//!
+//! A thousand jobs have twenty thousand series, which take ten times their text in memory; so there is one family of them
+//! at a time.
 
+use prometheus::core::Collector;
 use prometheus::proto::MetricFamily;
-use prometheus::{GaugeVec, IntCounterVec, IntGaugeVec, Opts, Registry};
+use prometheus::{CounterVec, GaugeVec, Opts};
 use rlhf_api::job::{Phase, RLHFJob, StagePhase, StageStatus};
 use rlhf_api::names;
+use rlhf_api::report::Progress;
 
-const JOB: [&str; 2] = ["namespace", "rlhf_job"];
-const STAGE: [&str; 3] = ["namespace", "rlhf_job", "stage"];
+/// Takes a series: the values of the labels that are a family's own, and its value.
+type Put<'a> = &'a mut dyn FnMut(&[&str], f64);
+
+/// Series of one name, by the labels of a job and one's own.
+struct Family {
+    name: &'static str,
+    help: &'static str,
+    labels: &'static [&'static str],
+    is_counter: bool,
+    series: fn(&RLHFJob, Put<'_>),
+}
+
+const STAGE: &[&str] = &["stage"];
+
+const FAMILIES: [Family; 9] = [
+    Family {
+        name: "rlhf_operator_job_info",
+        help: "1 for each RLHFJob, with the phase in which it is.",
+        labels: &["phase"],
+        is_counter: false,
+        series: |job, put| put(&[phase(job.status.as_ref().map(|s| s.phase).unwrap_or_default())], 1.0),
+    },
+    Family {
+        name: "rlhf_operator_job_condition",
+        help: "1 for each condition of the RLHFJob's status that holds, 0 for one that held and does no more.",
+        labels: &["condition"],
+        is_counter: false,
+        series: |job, put| {
+            for condition in job.status.iter().flat_map(|s| &s.conditions) {
+                put(&[&condition.type_], f64::from(u8::from(condition.status == "True")));
+            }
+        },
+    },
+    Family {
+        name: "rlhf_operator_job_finished_timestamp_seconds",
+        help: "When the RLHFJob succeeded or failed, in seconds since 1970.",
+        labels: &[],
+        is_counter: false,
+        series: |job, put| {
+            let at = job.status.as_ref().and_then(|s| s.completion_time);
+            at.iter().for_each(|at| put(&[], at.as_second() as f64));
+        },
+    },
+    Family {
+        name: "rlhf_operator_stage_info",
+        help: "1 for each stage of each RLHFJob (prepare is one), with the phase in which it is.",
+        labels: &["stage", "phase"],
+        is_counter: false,
+        series: |job, put| {
+            for (stage, slot) in stages(job) {
+                put(&[stage, stage_phase(slot.map(|s| s.phase).unwrap_or_default())], 1.0);
+            }
+        },
+    },
+    Family {
+        name: "rlhf_operator_stage_attempt",
+        help: "The stage's current attempt, 0 before the first.",
+        labels: STAGE,
+        is_counter: false,
+        series: |job, put| of_stages(job, put, |slot| f64::from(slot.attempt)),
+    },
+    Family {
+        name: "rlhf_operator_stage_restarts_total",
+        help: "Attempts at the stage that followed a failure, as status has it.",
+        labels: STAGE,
+        is_counter: true,
+        series: |job, put| of_stages(job, put, |slot| f64::from(slot.restarts)),
+    },
+    Family {
+        name: "rlhf_operator_stage_disruptions_total",
+        help: "Attempts at the stage that followed a disruption, as status has it.",
+        labels: STAGE,
+        is_counter: true,
+        series: |job, put| of_stages(job, put, |slot| f64::from(slot.disruptions)),
+    },
+    Family {
+        name: "rlhf_operator_stage_step",
+        help: "The step (PPO: iteration) that the stage last told of; absent before it tells.",
+        labels: STAGE,
+        is_counter: false,
+        series: |job, put| of_progress(job, put, |progress| progress.step),
+    },
+    Family {
+        name: "rlhf_operator_stage_total_steps",
+        help: "Steps (PPO: iterations) that the stage has; absent before it tells.",
+        labels: STAGE,
+        is_counter: false,
+        series: |job, put| of_progress(job, put, |progress| progress.total_steps),
+    },
+];
 
 /// The value of a job's `phase` label.
 pub(super) const fn phase(phase: Phase) -> &'static str {
@@ -32,106 +125,45 @@ const fn stage_phase(phase: StagePhase) -> &'static str {
     }
 }
 
-struct Series {
-    info: IntGaugeVec,
-    condition: IntGaugeVec,
-    finished: GaugeVec,
-    stage_info: IntGaugeVec,
-    attempt: IntGaugeVec,
-    restarts: IntCounterVec,
-    disruptions: IntCounterVec,
-    step: IntGaugeVec,
-    total_steps: IntGaugeVec,
+/// The job's stages, prepare first, each with what status has of it.
+fn stages(job: &RLHFJob) -> impl Iterator<Item = (&str, Option<&StageStatus>)> {
+    let known = |name: &str| job.status.iter().flat_map(|s| s.prepare.iter().chain(&s.stages)).find(|s| s.name == name);
+    let names = std::iter::once(names::PREPARE).chain(job.spec.stages.iter().map(|s| s.name.as_str()));
+    names.map(move |name| (name, known(name)))
 }
 
-impl Series {
-    fn new() -> prometheus::Result<Self> {
-        let gauge = |name: &str, help: &str, labels: &[&str]| IntGaugeVec::new(Opts::new(name, help), labels);
-        let counter = |name: &str, help: &str| IntCounterVec::new(Opts::new(name, help), &STAGE);
-        Ok(Self {
-            info: gauge(
-                "rlhf_operator_job_info",
-                "1 for each RLHFJob, with the phase in which it is.",
-                &[&JOB[..], &["phase"]].concat(),
-            )?,
-            condition: gauge(
-                "rlhf_operator_job_condition",
-                "1 for each condition of the RLHFJob's status that holds, 0 for one that held and does no more.",
-                &[&JOB[..], &["condition"]].concat(),
-            )?,
-            finished: GaugeVec::new(
-                Opts::new(
-                    "rlhf_operator_job_finished_timestamp_seconds",
-                    "When the RLHFJob succeeded or failed, in seconds since 1970.",
-                ),
-                &JOB,
-            )?,
-            stage_info: gauge(
-                "rlhf_operator_stage_info",
-                "1 for each stage of each RLHFJob (prepare is one), with the phase in which it is.",
-                &[&STAGE[..], &["phase"]].concat(),
-            )?,
-            attempt: gauge("rlhf_operator_stage_attempt", "The stage's current attempt, 0 before the first.", &STAGE)?,
-            restarts: counter(
-                "rlhf_operator_stage_restarts_total",
-                "Attempts at the stage that followed a failure, as status has it.",
-            )?,
-            disruptions: counter(
-                "rlhf_operator_stage_disruptions_total",
-                "Attempts at the stage that followed a disruption, as status has it.",
-            )?,
-            step: gauge(
-                "rlhf_operator_stage_step",
-                "The step (PPO: iteration) that the stage last told of; absent before it tells.",
-                &STAGE,
-            )?,
-            total_steps: gauge(
-                "rlhf_operator_stage_total_steps",
-                "Steps (PPO: iterations) that the stage has; absent before it tells.",
-                &STAGE,
-            )?,
-        })
+fn of_stages(job: &RLHFJob, put: Put<'_>, value: fn(&StageStatus) -> f64) {
+    for (stage, slot) in stages(job) {
+        put(&[stage], slot.map_or(0.0, value));
     }
+}
 
-    fn registry(&self) -> prometheus::Result<Registry> {
-        let registry = Registry::new();
-        for gauge in [&self.info, &self.condition, &self.stage_info, &self.attempt, &self.step, &self.total_steps] {
-            registry.register(Box::new(gauge.clone()))?;
-        }
-        for counter in [&self.restarts, &self.disruptions] {
-            registry.register(Box::new(counter.clone()))?;
-        }
-        registry.register(Box::new(self.finished.clone()))?;
-        Ok(registry)
+fn of_progress(job: &RLHFJob, put: Put<'_>, value: fn(&Progress) -> u64) {
+    for (stage, slot) in stages(job) {
+        slot.and_then(|s| s.progress.as_ref()).iter().for_each(|progress| put(&[stage], value(progress) as f64));
     }
+}
 
-    fn add(&self, job: &RLHFJob) {
-        let (namespace, name) = (text(&job.metadata.namespace), text(&job.metadata.name));
-        let status = job.status.clone().unwrap_or_default();
-        self.info.with_label_values(&[namespace, name, phase(status.phase)]).set(1);
-        for condition in &status.conditions {
-            let holds = i64::from(condition.status == "True");
-            self.condition.with_label_values(&[namespace, name, &condition.type_]).set(holds);
-        }
-        if let Some(at) = status.completion_time {
-            self.finished.with_label_values(&[namespace, name]).set(at.as_second() as f64);
-        }
-        let stages = job.spec.stages.iter().map(|s| s.name.as_str());
-        for stage in [names::PREPARE].into_iter().chain(stages) {
-            let known = status.prepare.iter().chain(&status.stages).find(|s| s.name == stage);
-            self.add_stage([namespace, name, stage], &known.cloned().unwrap_or_default());
+impl Family {
+    /// With the series of these jobs.
+    fn of<'a>(&self, jobs: impl Iterator<Item = &'a RLHFJob>) -> prometheus::Result<Vec<MetricFamily>> {
+        let labels = [&["namespace", "rlhf_job"], self.labels].concat();
+        let options = Opts::new(self.name, self.help);
+        if self.is_counter {
+            let counters = CounterVec::new(options, &labels)?;
+            self.put(jobs, |labels, value| counters.with_label_values(labels).inc_by(value));
+            Ok(counters.collect())
+        } else {
+            let gauges = GaugeVec::new(options, &labels)?;
+            self.put(jobs, |labels, value| gauges.with_label_values(labels).set(value));
+            Ok(gauges.collect())
         }
     }
 
-    fn add_stage(&self, labels: [&str; 3], slot: &StageStatus) {
-        let [namespace, job, stage] = labels;
-        self.stage_info.with_label_values(&[namespace, job, stage, stage_phase(slot.phase)]).set(1);
-        self.attempt.with_label_values(&labels).set(slot.attempt.into());
-        self.restarts.with_label_values(&labels).inc_by(slot.restarts.into());
-        self.disruptions.with_label_values(&labels).inc_by(slot.disruptions.into());
-        if let Some(progress) = &slot.progress {
-            self.step.with_label_values(&labels).set(clamped(progress.step));
-            self.total_steps.with_label_values(&labels).set(clamped(progress.total_steps));
+    fn put<'a>(&self, jobs: impl Iterator<Item = &'a RLHFJob>, put: impl Fn(&[&str], f64)) {
+        for job in jobs {
+            let of = [text(&job.metadata.namespace), text(&job.metadata.name)];
+            (self.series)(job, &mut |own, value| put(&[&of, own].concat(), value));
         }
     }
 }
@@ -140,14 +172,9 @@ fn text(of: &Option<String>) -> &str {
     of.as_deref().unwrap_or_default()
 }
 
-/// A trainer's number, whatever it is.
-fn clamped(n: u64) -> i64 {
-    i64::try_from(n).unwrap_or(i64::MAX)
-}
-
-/// The series of these jobs.
-pub(super) fn families<'a>(jobs: impl Iterator<Item = &'a RLHFJob>) -> prometheus::Result<Vec<MetricFamily>> {
-    let series = Series::new()?;
-    jobs.for_each(|job| series.add(job));
-    Ok(series.registry()?.gather())
+/// The series of these jobs, family after family.
+pub(super) fn families<'a>(
+    jobs: impl Iterator<Item = &'a RLHFJob> + Clone,
+) -> impl Iterator<Item = prometheus::Result<Vec<MetricFamily>>> {
+    FAMILIES.iter().map(move |family| family.of(jobs.clone()))
 }

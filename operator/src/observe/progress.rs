@@ -85,6 +85,8 @@ impl ProgressReader {
         let client = reqwest::Client::builder()
             .timeout(TIMEOUT)
             .no_proxy()
+            // A connection kept to every gang costs more memory than all else that is known of its job.
+            .pool_max_idle_per_host(0)
             .redirect(reqwest::redirect::Policy::none())
             .build()?;
         Ok(Self { client, port, answers: Mutex::default() })
