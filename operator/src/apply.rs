@@ -163,14 +163,16 @@ async fn write_status(job: &RLHFJob, decision: &Decision, ctx: &Context) -> Resu
     }
 }
 
-/// Deletes a Job in the foreground: it stays until its pods are gone, and so stands for them.
+/// Deletes a Job in the foreground: it stays until its pods are gone, and so stands for them. One that changed since it was
+/// looked at stays: it may have ended well, which its deletion would undo.
 async fn delete_job(job: &RLHFJob, child: &JobRef, ctx: &Context) -> Result<(), Error> {
-    let JobRef { name, uid } = child;
-    let only_this = Preconditions { uid: Some(uid.clone()), ..Default::default() };
+    let JobRef { name, uid, version } = child;
+    let only_this = Preconditions { uid: Some(uid.clone()), resource_version: version.clone() };
     let api: Api<Job> = ctx.api(job);
     match ctx.metrics.api("delete", api.delete(name, &DeleteParams::foreground().preconditions(only_this)).await) {
         Ok(_) => Ok(()),
-        Err(kube::Error::Api(s)) if s.is_not_found() || s.is_conflict() => Ok(()),
+        Err(kube::Error::Api(s)) if s.is_not_found() => Ok(()),
+        Err(kube::Error::Api(s)) if s.is_conflict() => Err(Error::Stale),
         Err(source) => Err(Error::Api { what: format!("the deletion of Job {name}"), source }),
     }
 }

@@ -81,8 +81,10 @@ impl StageView {
 pub struct JobView {
     /// Its name.
     pub name: String,
-    /// Its UID, the precondition of every change to it.
+    /// Its UID.
     pub uid: String,
+    /// The version that was seen. With the UID it is the precondition of its deletion.
+    pub version: Option<String>,
     /// The attempt's number.
     pub attempt: u32,
     /// Whether somebody deleted it.
@@ -141,6 +143,7 @@ impl JobView {
         Some(Self {
             name: job.name_any(),
             uid: job.uid()?,
+            version: job.resource_version(),
             attempt: job.labels().get(names::LABEL_ATTEMPT)?.parse().ok()?,
             deleting: job.metadata.deletion_timestamp.is_some(),
             queue: job.labels().get(names::LABEL_QUEUE).cloned(),

@@ -246,14 +246,17 @@ async fn a_network_policy_of_other_settings_is_changed_and_one_of_the_same_is_no
 async fn deletion_reaches_only_the_job_that_was_seen() {
     let (ctx, log) = server(vec![]);
     let job = started();
-    let child = |name: &str| JobRef { name: name.into(), uid: format!("uid-{name}") };
+    let child = |name: &str| JobRef { name: name.into(), uid: format!("uid-{name}"), version: Some("12".into()) };
     let decision = Decision { status: job.status.clone().unwrap(), delete: vec![child("a")], ..Decision::default() };
     apply(&job, &decision, &ctx).await.unwrap();
     let deletion = body(&log, "DELETE jobs/a");
     assert_eq!(
-        (&deletion["preconditions"]["uid"], &deletion["propagationPolicy"]),
-        (&json!("uid-a"), &json!("Foreground"))
+        (&deletion["preconditions"], &deletion["propagationPolicy"]),
+        (&json!({"uid": "uid-a", "resourceVersion": "12"}), &json!("Foreground"))
     );
+    // It has ended meanwhile, perhaps well: the next pass looks again.
+    let (ctx, _) = server(vec![("DELETE jobs/a", 409, failure("Conflict", 409))]);
+    assert!(matches!(apply(&job, &decision, &ctx).await, Err(Error::Stale)));
 }
 
 #[tokio::test]

@@ -91,18 +91,20 @@ impl Decision {
     }
 }
 
-/// One Job, and no other of the same name.
+/// One Job as it was seen: no other of the same name, and not one that has changed since, such as by its end.
 #[derive(Clone, Debug, PartialEq)]
 pub struct JobRef {
     /// Its name.
     pub name: String,
     /// Its UID.
     pub uid: String,
+    /// Its version.
+    pub version: Option<String>,
 }
 
 impl From<&JobView> for JobRef {
     fn from(job: &JobView) -> Self {
-        Self { name: job.name.clone(), uid: job.uid.clone() }
+        Self { name: job.name.clone(), uid: job.uid.clone(), version: job.version.clone() }
     }
 }
 

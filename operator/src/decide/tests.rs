@@ -18,6 +18,7 @@ fn job_view(stage: &str, attempt: u32, state: JobState) -> JobView {
     JobView {
         uid: format!("uid-{name}"),
         name,
+        version: None,
         attempt,
         deleting: false,
         queue: None,
