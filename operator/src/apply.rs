@@ -203,7 +203,7 @@ async fn remove_lost(job: &RLHFJob, pod: &PodRef, ctx: &Context) -> Result<(), E
 
 /// Makes an attempt: what its pods need first, the Job last.
 async fn make_children(job: &RLHFJob, children: &Children, ctx: &Context) -> Result<(), Error> {
-    let Children { stage: _, network_policy, secret, config_map, service, job: attempt } = children;
+    let Children { stage: _, network_policy, secret, config_map, service, pod_group, job: attempt } = children;
     if let Some(policy) = network_policy
         && let Some(old) = ensure(job, policy, ctx).await?
         && old.spec != policy.spec
@@ -221,8 +221,27 @@ async fn make_children(job: &RLHFJob, children: &Children, ctx: &Context) -> Res
     if let Some(service) = service {
         ensure(job, service, ctx).await?;
     }
+    if let Some(group) = pod_group {
+        remove_other_groups(job, group, ctx).await?;
+        ensure(job, group, ctx).await?;
+    }
     ensure(job, attempt, ctx).await?;
     Ok(())
+}
+
+/// Removes the groups of a stage's earlier attempts: no pod of theirs runs when another is made.
+async fn remove_other_groups(job: &RLHFJob, group: &PodGroup, ctx: &Context) -> Result<(), Error> {
+    let own = |label: &str| group.labels().get(label).cloned().unwrap_or_default();
+    let attempt = own(names::LABEL_ATTEMPT);
+    if attempt == "1" {
+        return Ok(());
+    }
+    let of_stage = [names::LABEL_JOB_UID, names::LABEL_STAGE].map(|label| format!("{label}={}", own(label))).join(",");
+    let earlier = ListParams::default().labels(&format!("{of_stage},{}!={attempt}", names::LABEL_ATTEMPT));
+    let api: Api<PodGroup> = ctx.api(job);
+    let deleted =
+        ctx.metrics.api("deletecollection", api.delete_collection(&DeleteParams::background(), &earlier).await);
+    deleted.map(drop).map_err(|source| Error::Api { what: "the deletion of earlier PodGroups".into(), source })
 }
 
 /// The operator's settings were others when the policy was made.

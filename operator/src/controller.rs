@@ -13,9 +13,10 @@ use backon::ExponentialBuilder;
 use futures::future::BoxFuture;
 use futures::{FutureExt, Stream, StreamExt, TryStreamExt};
 use jiff::Timestamp;
-use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::scheduling::v1beta1::PodGroup;
+use k8s_openapi::{NamespaceResourceScope, Resource as _};
 use kube::core::DeserializeGuard;
 use kube::runtime::controller::{Action, Config};
 use kube::runtime::events::{Event, EventType, Recorder};
@@ -220,6 +221,20 @@ pub async fn check_crd(client: &Client, namespace: Option<&str>) -> Result<(), S
             Err(format!("the operator may not list RLHFJobs; see the chart's ClusterRole: {}", s.message))
         }
         Err(error) => Err(format!("the API server cannot be asked for RLHFJobs: {error}")),
+    }
+}
+
+/// Whether the cluster serves PodGroups, with an error that says what is missing.
+pub async fn check_pod_groups(client: &Client) -> Result<(), String> {
+    let version = PodGroup::API_VERSION;
+    let failed = |why: String| format!("--gang-scheduling needs PodGroups of {version}: {why}");
+    match client.list_api_group_resources(version).await {
+        Ok(served) if served.resources.iter().any(|r| r.kind == PodGroup::KIND) => Ok(()),
+        Ok(_) => Err(failed("the cluster serves that version without them".into())),
+        Err(kube::Error::Api(s)) if s.code == 404 => Err(failed(
+            "the cluster does not serve them; switch them on (Kubernetes 1.37: the feature gate GenericWorkload of API server, controller manager and scheduler, and the API server's --runtime-config), or leave out trainer.gangScheduling".into(),
+        )),
+        Err(error) => Err(failed(format!("the API server cannot be asked: {error}"))),
     }
 }
 

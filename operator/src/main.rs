@@ -10,7 +10,7 @@ use kube::Client;
 use kube::runtime::events::Recorder;
 use rlhf_api::names::FIELD_MANAGER;
 use rlhf_operator::build::{NetworkRules, Settings};
-use rlhf_operator::controller::{Context, Watches, check_crd};
+use rlhf_operator::controller::{Context, Watches, check_crd, check_pod_groups};
 use rlhf_operator::http::{Served, serve};
 use rlhf_operator::keys::ProgressKeys;
 use rlhf_operator::lease::{Candidate, Leadership, Lost};
@@ -64,6 +64,9 @@ struct Args {
     /// "Restricted"}, with peers as in a NetworkPolicy. Left out, no NetworkPolicy is made.
     #[arg(long, env = "RLHF_NETWORK_POLICY", value_parser = network_rules)]
     network_policy: Option<NetworkRules>,
+    /// Give nodes to all pods of a stage or to none, by PodGroups, which the cluster must know.
+    #[arg(long, env = "RLHF_GANG_SCHEDULING")]
+    gang_scheduling: bool,
 }
 
 fn network_rules(text: &str) -> Result<NetworkRules, serde_json::Error> {
@@ -115,6 +118,9 @@ async fn run(args: Args) -> Result<(), Box<dyn Error>> {
     let namespace = Some(args.watch_namespace.as_str()).filter(|n| !n.is_empty());
     let client = Client::try_default().await?;
     check_crd(&client, namespace).await?;
+    if args.gang_scheduling {
+        check_pod_groups(&client).await?;
+    }
     let keys = ProgressKeys::load(&client, client.default_namespace(), &args.key_secret).await?;
     let watches = Watches::default();
     let (jobs, pods) = watches.children();
@@ -140,6 +146,7 @@ async fn run(args: Args) -> Result<(), Box<dyn Error>> {
             log_format: word(args.log_format),
             keys,
             network: args.network_policy,
+            gang_scheduling: args.gang_scheduling,
         },
         metrics,
         progress: ProgressReader::new()?,

@@ -22,6 +22,7 @@ use std::sync::{Arc, Mutex};
 #[derive(Clone, Debug)]
 struct Seen {
     line: String,
+    query: String,
     body: Value,
 }
 
@@ -49,7 +50,7 @@ fn server(answers: Vec<(&'static str, u16, Value)>) -> (Context, Log) {
                 None if line.starts_with("PATCH rlhfjobs") => (200, serde_json::to_value(tests::job()).unwrap()),
                 None => (201, body.clone()),
             };
-            seen.lock().unwrap().push(Seen { line, body });
+            seen.lock().unwrap().push(Seen { line, query: parts.uri.query().unwrap_or_default().into(), body });
             Ok::<_, tower::BoxError>(
                 Response::builder().status(code).body(Body::from(answer.to_string().into_bytes())).unwrap(),
             )
@@ -138,8 +139,28 @@ async fn a_stage_gets_its_service_before_its_pods() {
     decision.make.truncate(1);
     apply(&job, &decision, &ctx).await.unwrap();
     let posts: Vec<_> = lines(&log).into_iter().filter(|l| l.starts_with("POST")).collect();
-    assert_eq!(posts, ["POST networkpolicies", "POST secrets", "POST configmaps", "POST services", "POST jobs"]);
+    assert_eq!(
+        posts,
+        ["POST networkpolicies", "POST secrets", "POST configmaps", "POST services", "POST podgroups", "POST jobs"]
+    );
+    assert!(!lines(&log).iter().any(|l| l.starts_with("DELETE")), "a first attempt has none before it");
     assert!(!lines(&log).iter().any(|l| l.starts_with("GET secrets")), "no Secret is read");
+}
+
+#[tokio::test]
+async fn a_later_attempt_takes_the_groups_of_earlier_ones_away() {
+    let (ctx, log) = server(vec![]);
+    let job = started();
+    let second = build::Attempt { number: 2, ..tests::FIRST };
+    let children = build::children(&job, Task::all(&job).nth(1).unwrap(), second, &tests::settings()).unwrap();
+    let decision = Decision { make: vec![children], status: job.status.clone().unwrap(), ..Decision::default() };
+    apply(&job, &decision, &ctx).await.unwrap();
+    let seen = lines(&log);
+    let groups: Vec<_> = seen.iter().filter(|l| l.contains("podgroups")).collect();
+    assert_eq!(groups, ["DELETE podgroups", "GET podgroups/demo-tune-2", "POST podgroups"]);
+    let query = log.lock().unwrap().iter().find(|s| s.line == "DELETE podgroups").unwrap().query.clone();
+    let selector = "rlhf.dev%2Fjob-uid%3D0123456789-abc%2Crlhf.dev%2Fstage%3Dtune%2Crlhf.dev%2Fattempt%21%3D2";
+    assert!(query.contains(selector), "{query}");
 }
 
 #[tokio::test]
@@ -174,7 +195,14 @@ async fn case_30_somebody_elses_object_is_left_alone_and_named_and_other_stages_
         writes,
         [
             ["POST networkpolicies", "POST secrets", "POST configmaps"].as_slice(),
-            &["POST networkpolicies", "POST secrets", "POST configmaps", "POST services", "POST jobs"],
+            &[
+                "POST networkpolicies",
+                "POST secrets",
+                "POST configmaps",
+                "POST services",
+                "POST podgroups",
+                "POST jobs"
+            ],
         ]
         .concat(),
         "no Job of the blocked stage"

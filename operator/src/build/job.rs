@@ -7,7 +7,7 @@
 //! A Job that goes into a queue is made suspended, and whoever keeps the queue lets it run, and stops it, and may change
 //! its pod template meanwhile; the operator never writes to a Job that is made.
 
-use super::{Attempt, Settings, Task, labels, metadata, pod};
+use super::{Attempt, Settings, Task, attempt_labels, metadata, pod};
 use k8s_openapi::api::batch::v1::{Job, JobSpec};
 use kube::ResourceExt;
 use rlhf_api::job::RLHFJob;
@@ -17,8 +17,7 @@ use std::collections::BTreeMap;
 pub(super) fn build(job: &RLHFJob, task: Task<'_>, attempt: Attempt, settings: &Settings) -> Job {
     let compute = task.compute(job);
     let pods = i32::try_from(compute.nodes).ok();
-    let mut own = labels(job, task);
-    own.insert(names::LABEL_ATTEMPT.into(), attempt.number.to_string());
+    let own = attempt_labels(job, task, attempt);
     // Only the Job is queued, as a whole: pods with these labels would be queued one by one.
     let queue = queue_labels(job);
     let queued = queue.contains_key(names::LABEL_QUEUE);

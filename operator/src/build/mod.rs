@@ -8,6 +8,7 @@ mod config;
 mod job;
 mod network_policy;
 mod pod;
+mod pod_group;
 mod secret;
 mod service;
 
@@ -22,6 +23,7 @@ use crate::keys::ProgressKeys;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{ConfigMap, ResourceRequirements, Service};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
+use k8s_openapi::api::scheduling::v1beta1::PodGroup;
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
 use kube::{Resource, ResourceExt};
@@ -43,6 +45,8 @@ pub struct Settings {
     pub keys: ProgressKeys,
     /// Who reaches trainer pods and whom they reach; `None` leaves it to the cluster.
     pub network: Option<NetworkRules>,
+    /// Whether the scheduler gives nodes to all pods of a stage or to none.
+    pub gang_scheduling: bool,
 }
 
 /// What an attempt runs: the check of model and data, or a stage.
@@ -110,6 +114,8 @@ pub struct Children {
     pub config_map: ConfigMap,
     /// The pods' names in DNS, the same for every attempt. Before the Job, so that names are there when pods look.
     pub service: Option<Service>,
+    /// What makes a gang of the attempt's pods. Before the Job, since pods wait for it.
+    pub pod_group: Option<PodGroup>,
     /// The attempt.
     pub job: Job,
 }
@@ -126,6 +132,7 @@ pub fn children(job: &RLHFJob, task: Task<'_>, attempt: Attempt, settings: &Sett
         secret: matches!(task, Task::Stage(_)).then(|| secret::build(job, &settings.keys)),
         config_map: config::build(job, task)?,
         service,
+        pod_group: settings.gang_scheduling.then(|| pod_group::build(job, task, attempt)).flatten(),
         job: job::build(job, task, attempt, settings),
     })
 }
@@ -134,6 +141,13 @@ pub fn children(job: &RLHFJob, task: Task<'_>, attempt: Attempt, settings: &Sett
 fn labels(job: &RLHFJob, task: Task<'_>) -> BTreeMap<String, String> {
     let mut labels = job_labels(job);
     labels.insert(names::LABEL_STAGE.to_owned(), task.name().to_owned());
+    labels
+}
+
+/// Labels that an attempt's own objects carry.
+fn attempt_labels(job: &RLHFJob, task: Task<'_>, attempt: Attempt) -> BTreeMap<String, String> {
+    let mut labels = labels(job, task);
+    labels.insert(names::LABEL_ATTEMPT.to_owned(), attempt.number.to_string());
     labels
 }
 
@@ -187,6 +201,7 @@ pub(crate) mod tests {
             log_format: "json".into(),
             keys: ProgressKeys::new([7; 32]),
             network: Some(rules("All")),
+            gang_scheduling: true,
         }
     }
 
@@ -282,11 +297,35 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn all_pods_of_an_attempt_are_one_gang_and_a_pod_alone_is_none() {
+        for attempt in [1, 2] {
+            let children = build(&job(), 1, attempt);
+            let group = children.pod_group.as_ref().unwrap();
+            let name = format!("demo-tune-{attempt}");
+            assert_eq!(group.metadata.name.as_ref(), Some(&name));
+            assert_eq!(group.spec.scheduling_policy.gang.as_ref().unwrap().min_count, 2);
+            assert!(group.spec.disruption_mode.as_ref().unwrap().all.is_some());
+            assert_eq!(pod(&children).scheduling_group.unwrap().pod_group_name, Some(name));
+        }
+        let priority = with_compute(json!({"nodes": 2, "podTemplate": {"priorityClassName": "high"}}));
+        assert_eq!(build(&priority, 1, 1).pod_group.unwrap().spec.priority_class_name.as_deref(), Some("high"));
+        let off = Settings { gang_scheduling: false, ..settings() };
+        let without = children(&job(), Task::all(&job()).nth(1).unwrap(), FIRST, &off).unwrap();
+        for alone in [build(&job(), 0, 1), build(&with_compute(json!({"nodes": 1})), 1, 1), without] {
+            assert!(alone.pod_group.is_none() && pod(&alone).scheduling_group.is_none());
+        }
+    }
+
+    #[test]
     fn every_child_is_owned_by_its_job_and_goes_with_it() {
         for (index, _) in Task::all(&job()).enumerate() {
             let c = build(&job(), index, 1);
             let policy = &c.network_policy.as_ref().unwrap().metadata;
-            let optional = [c.service.as_ref().map(|s| &s.metadata), c.secret.as_ref().map(|s| &s.0.metadata)];
+            let optional = [
+                c.service.as_ref().map(|s| &s.metadata),
+                c.secret.as_ref().map(|s| &s.0.metadata),
+                c.pod_group.as_ref().map(|g| &g.metadata),
+            ];
             for meta in
                 [policy, &c.config_map.metadata, &c.job.metadata].into_iter().chain(optional.into_iter().flatten())
             {

@@ -3,7 +3,7 @@
 //! It meets the `restricted` Pod Security Standard and holds no credentials of the API server. What a user's pod
 //! template says is merged first, so that the operator's own fields win.
 
-use super::{Attempt, Settings, Task, secret};
+use super::{Attempt, Settings, Task, pod_group, secret};
 use crate::view::{CONTAINER, INDEX_ANNOTATION};
 use k8s_openapi::api::core::v1::{
     Affinity, Capabilities, ConfigMapVolumeSource, Container, ContainerPort, EmptyDirVolumeSource, EnvVar,
@@ -57,6 +57,10 @@ pub(super) fn build(
             tolerations: Some(tolerations),
             priority_class_name,
             runtime_class_name,
+            scheduling_group: settings
+                .gang_scheduling
+                .then(|| pod_group::membership(job, task, attempt, compute))
+                .flatten(),
             volumes: Some(volumes(job, task)),
             containers: vec![container(job, task, attempt, compute, user_env, settings)],
             ..Default::default()
