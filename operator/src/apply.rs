@@ -203,9 +203,9 @@ async fn remove_lost(job: &RLHFJob, pod: &PodRef, ctx: &Context) -> Result<(), E
 
 /// Makes an attempt: what its pods need first, the Job last.
 async fn make_children(job: &RLHFJob, children: &Children, ctx: &Context) -> Result<(), Error> {
-    let Children { stage: _, network_policy, secret, config_map, service, pod_group, job: attempt } = children;
+    let Children { stage, first, network_policy, secret, config_map, service, pod_group, job: attempt } = children;
     if let Some(policy) = network_policy
-        && let Some(old) = ensure(job, policy, ctx).await?
+        && let Some(old) = ensure(job, policy, *first && stage == names::PREPARE, ctx).await?
         && old.spec != policy.spec
     {
         change_policy(job, &old, policy, ctx).await?;
@@ -213,19 +213,19 @@ async fn make_children(job: &RLHFJob, children: &Children, ctx: &Context) -> Res
     if let Some(KeySecret(secret)) = secret {
         make_secret(job, secret, ctx).await?;
     }
-    if let Some(old) = ensure(job, config_map, ctx).await?
+    if let Some(old) = ensure(job, config_map, *first, ctx).await?
         && old.data != config_map.data
     {
         replace_config(job, &old, config_map, ctx).await?;
     }
     if let Some(service) = service {
-        ensure(job, service, ctx).await?;
+        ensure(job, service, *first, ctx).await?;
     }
     if let Some(group) = pod_group {
         remove_other_groups(job, group, ctx).await?;
-        ensure(job, group, ctx).await?;
+        ensure(job, group, *first, ctx).await?;
     }
-    ensure(job, attempt, ctx).await?;
+    ensure(job, attempt, *first, ctx).await?;
     Ok(())
 }
 
@@ -282,8 +282,9 @@ async fn replace_config(job: &RLHFJob, old: &ConfigMap, new: &ConfigMap, ctx: &C
     create(job, new, ctx).await
 }
 
-/// Creates a child unless it is there, and returns the one that was. One of somebody else is left alone.
-async fn ensure<K>(job: &RLHFJob, child: &K, ctx: &Context) -> Result<Option<K>, Error>
+/// Creates a child unless it is there, and returns the one that was; it is looked for before, unless it is `new`. One of
+/// somebody else is left alone.
+async fn ensure<K>(job: &RLHFJob, child: &K, new: bool, ctx: &Context) -> Result<Option<K>, Error>
 where
     K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
         + Serialize
@@ -291,6 +292,12 @@ where
         + Clone
         + std::fmt::Debug,
 {
+    if new {
+        match create(job, child, ctx).await {
+            Err(Error::Stale) => {}
+            other => return other.map(|()| None),
+        }
+    }
     let api: Api<K> = ctx.api(job);
     let found = ctx.metrics.api("get", api.get_opt(&child.name_any()).await);
     match found.map_err(|source| Error::Api { what: title(child), source })? {

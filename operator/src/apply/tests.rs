@@ -91,12 +91,13 @@ fn first() -> (RLHFJob, Decision) {
     (job, decision)
 }
 
-/// Only the children of the first two stages.
+/// Only the children of the first two stages, as if there might be some.
 fn two_stages(job: &RLHFJob) -> Decision {
     let make = Task::all(job)
         .skip(1)
         .take(2)
         .map(|t| build::children(job, t, tests::FIRST, &tests::settings()).unwrap())
+        .map(|children| build::Children { first: false, ..children })
         .collect();
     Decision { make, status: job.status.clone().unwrap(), ..Decision::default() }
 }
@@ -114,16 +115,7 @@ async fn case_37_status_is_written_before_anything_is_made_and_the_job_last() {
     assert!(apply(&job, &decision, &ctx).await.unwrap().is_none());
     assert_eq!(
         lines(&log),
-        [
-            "PATCH rlhfjobs/demo/status",
-            "POST events",
-            "GET networkpolicies/demo-trainers",
-            "POST networkpolicies",
-            "GET configmaps/demo-prepare",
-            "POST configmaps",
-            "GET jobs/demo-prepare-1",
-            "POST jobs",
-        ]
+        ["PATCH rlhfjobs/demo/status", "POST events", "POST networkpolicies", "POST configmaps", "POST jobs",]
     );
     let status = body(&log, "PATCH rlhfjobs/demo/status");
     assert_eq!(status["metadata"]["resourceVersion"], "7", "a status decided from an old one must fail");
@@ -153,6 +145,7 @@ async fn a_later_attempt_takes_the_groups_of_earlier_ones_away() {
     let job = started();
     let second = build::Attempt { number: 2, ..tests::FIRST };
     let children = build::children(&job, Task::all(&job).nth(1).unwrap(), second, &tests::settings()).unwrap();
+    let children = build::Children { first: false, ..children };
     let decision = Decision { make: vec![children], status: job.status.clone().unwrap(), ..Decision::default() };
     apply(&job, &decision, &ctx).await.unwrap();
     let seen = lines(&log);
@@ -207,6 +200,20 @@ async fn case_30_somebody_elses_object_is_left_alone_and_named_and_other_stages_
         .concat(),
         "no Job of the blocked stage"
     );
+}
+
+#[tokio::test]
+async fn what_is_there_before_a_stages_first_attempt_is_looked_at() {
+    let (job, decision) = first();
+    for (owner, foreign) in [("0123456789-abc", false), ("another", true)] {
+        let there = json!({"metadata": {"name": "demo-prepare-1", "ownerReferences": [
+            {"apiVersion": "rlhf.dev/v1alpha1", "kind": "RLHFJob", "name": "demo", "uid": owner, "controller": true}]}});
+        let taken = failure("AlreadyExists", 409);
+        let (ctx, log) = server(vec![("POST jobs", 409, taken), ("GET jobs/demo-prepare-1", 200, there)]);
+        let blocked = apply(&job, &decision, &ctx).await.unwrap();
+        assert_eq!(blocked.is_some(), foreign);
+        assert_eq!(lines(&log)[4..], ["POST jobs", "GET jobs/demo-prepare-1"]);
+    }
 }
 
 #[tokio::test]

@@ -106,6 +106,8 @@ fn prepare_resources() -> ResourceRequirements {
 pub struct Children {
     /// The stage (or prepare) to which they belong.
     pub stage: String,
+    /// Whether none of the stage was made before, as the status has it that was looked at: attempts are counted there first.
+    pub first: bool,
     /// The rules for the network of the job's pods, the same for all of its stages.
     pub network_policy: Option<NetworkPolicy>,
     /// The key to the progress of the job's trainers, the same for all of its stages.
@@ -128,6 +130,7 @@ pub fn children(job: &RLHFJob, task: Task<'_>, attempt: Attempt, settings: &Sett
     let service = matches!(task, Task::Stage(_)).then(|| service::build(job, task));
     Ok(Children {
         stage: task.name().to_owned(),
+        first: never_made(job, task),
         network_policy: settings.network.as_ref().map(|rules| network_policy::build(job, rules)),
         secret: matches!(task, Task::Stage(_)).then(|| secret::build(job, &settings.keys)),
         config_map: config::build(job, task)?,
@@ -135,6 +138,11 @@ pub fn children(job: &RLHFJob, task: Task<'_>, attempt: Attempt, settings: &Sett
         pod_group: settings.gang_scheduling.then(|| pod_group::build(job, task, attempt)).flatten(),
         job: job::build(job, task, attempt, settings),
     })
+}
+
+fn never_made(job: &RLHFJob, task: Task<'_>) -> bool {
+    let mut slots = job.status.iter().flat_map(|s| s.prepare.iter().chain(&s.stages));
+    slots.all(|slot| slot.name != task.name() || slot.attempt == 0)
 }
 
 /// Labels that all of a stage's objects carry, and by which its pods are selected.

@@ -267,12 +267,17 @@ impl World {
     /// As [`crate::observe::still_holds`].
     fn still_holds(&self, job: &RLHFJob, decision: &Decision) -> bool {
         let clear = |c: &Children| {
+            if c.first {
+                return true;
+            }
             let jobs = self.api.jobs.iter().filter(|j| j.stage == c.stage).map(|j| j.view.clone()).collect();
             let pods = self.api.pods.iter().filter(|p| p.stage == c.stage).map(|p| p.view.clone()).collect();
             let attempt = c.job.labels()[names::LABEL_ATTEMPT].parse().unwrap();
             StageView { jobs, pods, ..Default::default() }.is_clear_for(attempt)
         };
-        job.metadata.resource_version == self.api.job.metadata.resource_version && decision.make.iter().all(clear)
+        let written = job.status.as_ref() != Some(&decision.status);
+        let current = job.metadata.resource_version == self.api.job.metadata.resource_version;
+        (written || current) && decision.make.iter().all(clear)
     }
 
     fn create(&mut self, children: &Children) {

@@ -138,15 +138,14 @@ async fn read_progress(job: &RLHFJob, live: &[&StageStatus], stages: &mut BTreeM
 /// Whether what was decided still holds at the API server: the job is the one that was looked at, and every stage
 /// whose next attempt is to be made is clear. With it, neither a lagging store nor a second operator can make two
 /// attempts live at once.
+///
+/// What follows from the status needs no question: a new status is written under the version that was looked at before
+/// anything is touched, and of a stage that has had no attempt there is nothing.
 pub async fn still_holds(job: &RLHFJob, decision: &Decision, ctx: &Context) -> Result<bool, Error> {
-    let name = job.name_any();
-    let api: Api<RLHFJob> = ctx.api(job);
-    let current = ctx.metrics.api("get", api.get_metadata_opt(&name).await);
-    let current = current.map_err(|e| failed(format!("RLHFJob {name}"), e))?;
-    if current.and_then(|c| c.resource_version()) != job.resource_version() {
+    if job.status.as_ref() == Some(&decision.status) && !is_current(job, ctx).await? {
         return Ok(false);
     }
-    for children in &decision.make {
+    for children in decision.make.iter().filter(|c| !c.first) {
         let attempt = children.job.labels().get(names::LABEL_ATTEMPT).and_then(|a| a.parse().ok()).unwrap_or_default();
         let jobs: Vec<Job> = list(job, &children.stage, ctx).await?;
         let pods: Vec<Pod> = list(job, &children.stage, ctx).await?;
@@ -157,6 +156,15 @@ pub async fn still_holds(job: &RLHFJob, decision: &Decision, ctx: &Context) -> R
         }
     }
     Ok(true)
+}
+
+/// Whether the job is the one that was looked at.
+async fn is_current(job: &RLHFJob, ctx: &Context) -> Result<bool, Error> {
+    let name = job.name_any();
+    let api: Api<RLHFJob> = ctx.api(job);
+    let current = ctx.metrics.api("get", api.get_metadata_opt(&name).await);
+    let current = current.map_err(|e| failed(format!("RLHFJob {name}"), e))?;
+    Ok(current.and_then(|c| c.resource_version()) == job.resource_version())
 }
 
 /// One kind of a stage's children, as the API server has them now.
