@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The operator with many jobs at once: a control plane of its own, nodes and pods played by kwok, and the release binary of
 # the operator as a process. Prints a table, and as JSON in the last line. JOBS, STAGES, IDLE_SECONDS and FOREIGN_PODS
-# change the size. tests/src/bin/bench-operator says what is measured.
+# change the size; PEER=1 measures Kubeflow Trainer first, with a TrainJob for each job. tests/src/bin/bench-operator says
+# what is measured; operator/BENCHMARKS.md has results.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -16,8 +17,16 @@ down() {
     ip route del local "$POD_CIDR" dev lo 2> /dev/null || true
     tests/cluster/down.sh
 }
-tests/cluster/down.sh
+up() {
+    tests/cluster/down.sh
+    tests/cluster/up.sh --control-plane
+    ip route replace local "$POD_CIDR" dev lo
+}
 trap down EXIT
-tests/cluster/up.sh --control-plane
-ip route replace local "$POD_CIDR" dev lo
-target/release/bench-operator "$@"
+if [ "${PEER:-0}" != 0 ]; then
+    tests/cluster/peer.sh
+    up
+    target/release/bench-operator --peer
+fi
+up
+target/release/bench-operator

@@ -148,6 +148,9 @@ network() {
 E
 }
 
+# PodGroups, for gangs.
+GATES=GenericWorkload=true
+
 # start_control_plane FLAG...: with FLAGs for the API server.
 start_control_plane() {
     start etcd etcd --data-dir "$STATE/etcd" --unsafe-no-fsync --listen-peer-urls http://127.0.0.1:2380 \
@@ -192,9 +195,13 @@ start_controllers() {
         --authentication-kubeconfig "$STATE/controllers.conf" --authorization-kubeconfig "$STATE/controllers.conf" \
         --service-account-private-key-file "$STATE/pki/sa.key" --root-ca-file "$STATE/pki/ca.crt" \
         --use-service-account-credentials --leader-elect=false --allocate-node-cidrs=false --kube-api-qps 300 --kube-api-burst 600 "$@"
+}
+
+# start_scheduler FLAG...: with FLAGs for the scheduler.
+start_scheduler() {
     start scheduler "$BOX" kube-scheduler --kubeconfig "$STATE/scheduler.conf" --leader-elect=false \
         --authentication-kubeconfig "$STATE/scheduler.conf" --authorization-kubeconfig "$STATE/scheduler.conf" \
-        --kube-api-qps 300 --kube-api-burst 600
+        --kube-api-qps 300 --kube-api-burst 600 "$@"
 }
 
 start_containerd() {
@@ -250,14 +257,15 @@ start_all() {
     "$HERE/images.sh" --build pause
     network
     say "starting etcd, the API server and containerd"
-    start_control_plane
+    start_control_plane --feature-gates "$GATES" --runtime-config scheduling.k8s.io/v1beta1=true
     start_containerd
     must 60 "the API server" api_ready
     must 30 "containerd" ctr version
     "$HERE/images.sh" pause
     say "starting the controllers, DNS and the node"
     start_dns
-    start_controllers
+    start_controllers --feature-gates "$GATES"
+    start_scheduler --feature-gates "$GATES"
     start_node
     must 90 "node1" node_ready
     must 30 "DNS" dns_ready
@@ -266,9 +274,11 @@ start_all() {
 start_only_control_plane() {
     say "starting etcd, the API server, the controllers and the scheduler"
     # Watches from the start on, as kwok makes them, need an etcd of 3.4.25 or newer, unless they are done in the old way.
-    start_control_plane --feature-gates WatchList=false
+    # Webhooks are called at their pods' addresses: nothing answers for those of Services here.
+    start_control_plane --feature-gates WatchList=false --enable-aggregator-routing
     must 60 "the API server" api_ready
     start_controllers --node-monitor-grace-period 24h
+    start_scheduler
 }
 
 case ${1:-} in

@@ -2,8 +2,13 @@
 
 use crate::tools::cache;
 use crate::{RELEASE, SYSTEM};
+use anyhow::Context;
+use jiff::Timestamp;
 use serde::Deserialize;
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+use std::path::Path;
 
 /// A write that the API server has answered.
 #[derive(Clone, Debug, Deserialize)]
@@ -11,9 +16,13 @@ use std::collections::BTreeMap;
 pub struct Write {
     /// `create`, `update`, `patch`, `delete` or `deletecollection`.
     pub verb: String,
+    /// When it was answered.
+    #[serde(rename = "stageTimestamp")]
+    pub at: Timestamp,
     stage: String,
     user: User,
     object_ref: Option<ObjectRef>,
+    response_status: Option<Status>,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -32,12 +41,24 @@ struct ObjectRef {
     name: String,
 }
 
+#[derive(Clone, Debug, Deserialize)]
+struct Status {
+    #[serde(default)]
+    code: u16,
+}
+
 impl Write {
     /// What was written, such as `patch rlhfjobs/status sentiment`.
     pub fn describe(&self) -> String {
-        let ObjectRef { resource, subresource, name, .. } = self.object_ref.clone().unwrap_or_default();
+        let name = self.object_ref.as_ref().map_or("", |o| &o.name);
+        format!("{} {name}", self.kind()).trim_end().to_owned()
+    }
+
+    /// Verb and resource, such as `patch rlhfjobs/status`.
+    pub fn kind(&self) -> String {
+        let ObjectRef { resource, subresource, .. } = self.object_ref.clone().unwrap_or_default();
         let part = if subresource.is_empty() { String::new() } else { format!("/{subresource}") };
-        format!("{} {resource}{part} {name}", self.verb).trim_end().to_owned()
+        format!("{} {resource}{part}", self.verb)
     }
 
     /// The pod whose token the writer had.
@@ -45,31 +66,106 @@ impl Write {
         self.user.extra.get("authentication.kubernetes.io/pod-name")?.first().map(String::as_str)
     }
 
-    /// Verb and resource.
-    pub fn kind(&self) -> String {
-        self.describe().split(' ').take(2).collect::<Vec<_>>().join(" ")
+    /// The status code of the answer.
+    pub fn code(&self) -> u16 {
+        self.response_status.as_ref().map_or(0, |s| s.code)
+    }
+
+    /// Whether it renews the lease, which a leader does whether it has work or not.
+    pub fn is_lease(&self) -> bool {
+        self.object_ref.as_ref().is_some_and(|o| o.resource == "leases")
+    }
+
+    fn is_by(&self, user: &str) -> bool {
+        self.user.username == user
+    }
+
+    fn is_in(&self, namespace: &str) -> bool {
+        self.object_ref.as_ref().is_some_and(|o| o.namespace == namespace)
+    }
+}
+
+/// The account of an operator that the chart installed.
+pub fn operator() -> String {
+    format!("system:serviceaccount:{SYSTEM}:{RELEASE}")
+}
+
+/// The log, read on from where it was left.
+struct Log {
+    lines: BufReader<File>,
+    /// A line of which the API server has not written the end.
+    begun: String,
+}
+
+impl Log {
+    fn open(path: &Path) -> anyhow::Result<Self> {
+        let file = File::open(path).with_context(|| path.display().to_string())?;
+        Ok(Self { lines: BufReader::new(file), begun: String::new() })
+    }
+
+    /// What was added and is wanted; only lines with `text` in them are looked at.
+    fn read_on(&mut self, text: &str, wanted: impl Fn(&Write) -> bool) -> anyhow::Result<Vec<Write>> {
+        let mut found = Vec::new();
+        while self.lines.read_line(&mut self.begun)? > 0 && self.begun.ends_with('\n') {
+            let line = std::mem::take(&mut self.begun);
+            if line.contains(text) {
+                let write: Write =
+                    serde_json::from_str(&line).with_context(|| format!("the audit log's line {line}"))?;
+                found.extend(Some(write).filter(|w| w.stage == "ResponseComplete" && wanted(w)));
+            }
+        }
+        Ok(found)
+    }
+}
+
+/// All writes of one user, of which more come.
+pub struct Writes {
+    log: Log,
+    user: String,
+    /// Those so far.
+    pub all: Vec<Write>,
+}
+
+impl Writes {
+    /// From the log's start.
+    ///
+    /// # Errors
+    /// There is no log.
+    pub fn of(user: &str, path: &Path) -> anyhow::Result<Self> {
+        Ok(Self { log: Log::open(path)?, user: user.into(), all: Vec::new() })
+    }
+
+    /// Reads what was added, and gives all.
+    ///
+    /// # Errors
+    /// The log cannot be read.
+    pub fn read_on(&mut self) -> anyhow::Result<&[Write]> {
+        self.all.extend(self.log.read_on(&self.user, |w| w.is_by(&self.user))?);
+        Ok(&self.all)
+    }
+
+    /// Of which kind how many are, refused ones apart.
+    pub fn by_kind(&self) -> BTreeMap<String, usize> {
+        let mut kinds = BTreeMap::new();
+        for write in &self.all {
+            let refused = if write.code() < 400 { String::new() } else { format!(" ({})", write.code()) };
+            *kinds.entry(format!("{}{refused}", write.kind())).or_insert(0) += 1;
+        }
+        kinds
     }
 }
 
 /// The writes to a namespace since it was last made, in the order of their answers: an earlier run on the same cluster may
 /// have had one of the same name.
 pub fn writes(namespace: &str) -> Vec<Write> {
-    let path = cache().join("cluster/log/audit.log");
-    let log = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-    // The API server may be in the middle of its last line.
-    let whole = log.rsplit_once('\n').map_or("", |(lines, _)| lines);
-    let parse =
-        |line: &str| serde_json::from_str::<Write>(line).unwrap_or_else(|e| panic!("{}: {e}: {line}", path.display()));
-    let all =
-        whole.lines().filter(|line| line.contains(namespace)).map(parse).filter(|w| w.stage == "ResponseComplete");
-    let mut writes: Vec<Write> =
-        all.filter(|w| w.object_ref.as_ref().is_some_and(|o| o.namespace == namespace)).collect();
+    let log = Log::open(&cache().join("cluster/log/audit.log"));
+    let mut writes = log.and_then(|mut log| log.read_on(namespace, |w| w.is_in(namespace))).expect("an audit log");
     let made = writes.iter().rposition(|w| w.kind() == "create namespaces").unwrap_or(0);
     writes.split_off(made)
 }
 
 /// The operator's writes to a namespace.
 pub fn operators_writes(namespace: &str) -> Vec<Write> {
-    let account = format!("system:serviceaccount:{SYSTEM}:{RELEASE}");
-    writes(namespace).into_iter().filter(|w| w.user.username == account).collect()
+    let account = operator();
+    writes(namespace).into_iter().filter(|w| w.is_by(&account)).collect()
 }

@@ -347,13 +347,23 @@ pub fn starve_worker(pod: &Pod) {
 
 /// Kills an operator with SIGKILL, so that it can neither end its passes nor release its lease.
 pub fn kill_operator(pod: &Pod) {
-    let is_operator =
-        |command: &mut Command<'_>| command.next().is_some_and(|program| program.ends_with("rlhf-operator"));
     kill(pod, process_in(pod, "operator", is_operator));
+}
+
+/// Bytes of memory that an operator holds.
+pub fn operator_memory(pod: &Pod) -> u64 {
+    let operator = process_in(pod, "operator", is_operator);
+    let status = fs::read_to_string(format!("/proc/{}/status", operator.as_raw_pid())).expect("the operator runs");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("a process that runs has memory");
+    line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number of KiB") * 1024
 }
 
 /// A command line in its words.
 type Command<'a> = std::str::Split<'a, char>;
+
+fn is_operator(command: &mut Command<'_>) -> bool {
+    command.next().is_some_and(|program| program.ends_with("rlhf-operator"))
+}
 
 fn is_worker(command: &mut Command<'_>) -> bool {
     command.nth(1) == Some("worker")

@@ -9,7 +9,7 @@ use std::collections::HashMap;
 /// bytes. Where `metadata` is given, it is part of the header.
 ///
 /// # Errors
-/// Where the tensors' sizes overflow.
+/// Where there can be no such header, which is a bug.
 pub fn fp32<'a>(
     tensors: impl IntoIterator<Item = (&'a str, Vec<usize>)>,
     metadata: Option<HashMap<String, String>>,

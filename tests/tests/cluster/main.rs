@@ -5,6 +5,7 @@
 mod admission;
 mod example;
 mod failure;
+mod gang;
 mod interruption;
 mod leader;
 mod limits;

@@ -2,14 +2,16 @@
 
 use e2e::manifest::{NAME, example, waits};
 use e2e::tools::{kubectl, kubectl_with};
-use e2e::{SYSTEM, eventually, leader, on_the_cluster, stage};
+use e2e::{SYSTEM, eventually, leader, on_the_cluster, operator_memory, stage};
+use futures::{StreamExt, TryStreamExt, stream};
 use k8s_openapi::api::batch::v1::Job;
-use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Service};
-use kube::api::{DeleteParams, PropagationPolicy};
+use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Pod, Service};
+use kube::api::{DeleteParams, ListParams, PostParams, PropagationPolicy};
 use kube::{Api, ResourceExt};
 use rlhf_api::job::{RLHFJob, StagePhase};
 use rlhf_api::names;
 use serde_json::{Value, json};
+use std::time::Duration;
 
 /// Changes the definition of RLHFJobs by a JSON patch, of which it then knows nothing: Helm would not write over it.
 async fn change_definition(change: Value) {
@@ -40,6 +42,41 @@ fn case_7_an_object_that_cannot_be_read_holds_up_no_other() {
         scene.await_stage("known", "prepare", StagePhase::Starting, 60).await;
         assert_eq!(scene.told("unknown").await.len(), 1, "it is told once");
         kubectl(&["delete", "rlhf", "unknown", "--namespace", &scene.namespace]).await.good();
+    });
+}
+
+#[test]
+fn case_41_pods_of_others_take_no_memory_of_the_operator() {
+    const PODS: usize = 1000;
+    const BYTES: usize = 16 << 10;
+    on_the_cluster(async |scene| {
+        scene.leave_cores();
+        let operator = leader(scene).await.expect("an operator leads");
+        let before = operator_memory(&operator);
+        // Nobody schedules them.
+        let text = "x".repeat(BYTES);
+        let pod = |n: usize| -> Pod {
+            serde_json::from_value(json!({
+                "metadata": {"name": format!("other-{n}"), "labels": {"app.kubernetes.io/managed-by": "rlhf-operator"},
+                    "annotations": {"text": text}},
+                "spec": {"schedulerName": "nobody",
+                    "securityContext": {"runAsNonRoot": true, "seccompProfile": {"type": "RuntimeDefault"}},
+                    "containers": [{"name": "trainer", "image": "example.com/other:1",
+                        "securityContext": {"allowPrivilegeEscalation": false, "capabilities": {"drop": ["ALL"]}}}]},
+            }))
+            .expect("a pod")
+        };
+        let pods = scene.api::<Pod>();
+        let create = async |n: usize| pods.create(&PostParams::default(), &pod(n)).await.map(drop);
+        let all = stream::iter((0..PODS).map(create)).buffer_unordered(16).try_collect::<()>().await;
+        all.expect("the pods can be made");
+        // What a watch brings comes within seconds.
+        tokio::time::sleep(Duration::from_secs(5)).await;
+        let growth = operator_memory(&operator).saturating_sub(before);
+        assert!(growth < (PODS * BYTES / 4) as u64, "{growth} bytes more for {PODS} pods of {BYTES} bytes");
+        pods.delete_collection(&DeleteParams::default().grace_period(0), &ListParams::default())
+            .await
+            .expect("they go");
     });
 }
 

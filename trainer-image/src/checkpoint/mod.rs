@@ -117,7 +117,8 @@ impl Checkpoints {
     }
 
     /// Starts saving the models and the stage's state after `step` steps: what this rank keeps is written in the background,
-    /// while training goes on, which copies what is not written before the optimizer changes it. Where host memory has no room
+    /// while training goes on, which copies what is not written before the optimizer changes it; what lies on a GPU is copied
+    /// before it returns. Where host memory has no room
     /// for the copies, everything is written before it returns. `told` hears of the whole checkpoint on rank 0, as soon as it is whole. Every rank must call it, and
     /// [`Saving::finish`] later.
     ///
@@ -149,7 +150,7 @@ impl Checkpoints {
         let (manifest, rank) = (self.manifest(step, models, state), group.rank());
         let whole = group.is_first().then_some(group.world_size());
         let write = move || {
-            shard_file::write(&temporary, rank, &lent)?;
+            shard_file::write(&temporary, rank, lent)?;
             whole.map_or(Ok(()), |world_size| self.publish(&temporary, manifest, world_size, told))
         };
         let (send, outcome) = channel();

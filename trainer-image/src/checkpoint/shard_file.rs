@@ -48,13 +48,14 @@ pub(super) fn seal(rank: u32) -> String {
 }
 
 /// Writes and flushes a rank's file into `dir`, and seals it.
-pub(super) fn write(dir: &Path, rank: u32, lent: &[(String, Arc<Lent>)]) -> Result<()> {
+pub(super) fn write(dir: &Path, rank: u32, lent: Vec<(String, Arc<Lent>)>) -> Result<()> {
     let path = dir.join(name(rank));
     let header = safetensors_header::fp32(lent.iter().map(|(name, l)| (name.as_str(), vec![l.numel()])), None)?;
     let mut out = Hashing { file: File::create(&path).map_err(|e| Error::storage(&path, e))?, hash: Sha256::new() };
     let mut write = |bytes: &[u8]| out.write(bytes).map_err(|e| Error::storage(&path, e));
     write(&header)?;
     let mut buffer = vec![0; PIECE_BYTES];
+    // What was copied goes as soon as it is written.
     for (_, lent) in lent {
         while let bytes @ 1.. = lent.read(&mut buffer)? {
             write(&buffer[..bytes])?;

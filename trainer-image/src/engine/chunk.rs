@@ -411,8 +411,16 @@ mod tests {
             chunk.finish_reduction().unwrap();
             let norm = chunk.squared_norm().unwrap().unwrap().sqrt().double_value(&[]);
             let scale = (number("max_grad_norm") / (norm + 1e-6)).min(1.0);
+            let lent = chunk.lend().unwrap();
+            let before = chunk.training.as_ref().unwrap().parts().map(Tensor::copy);
             chunk.optimize(&adamw, number("weight_decay"), scale, step).unwrap();
             assert!(chunk.publish().unwrap().is_none_or(|g| g.finish().is_ok()));
+            for (lent, before) in lent.iter().zip(before) {
+                let mut bytes = vec![0; 4 * lent.numel()];
+                assert_eq!(lent.read(&mut bytes).unwrap(), bytes.len());
+                let read = Tensor::from_data_size(&bytes, &[lent.numel() as i64], Kind::Float);
+                assert_eq!(read, before.narrow(0, 0, lent.numel() as i64), "{strategy:?}: what was lent is as it was");
+            }
             let held = chunk.fetch().unwrap().ready().unwrap();
             for (name, actual) in ["weight", "bias"].iter().zip(held.params().tensors()) {
                 let expected = Tensor::from_slice(&numbers(&expected[*name]));

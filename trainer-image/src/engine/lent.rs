@@ -48,7 +48,8 @@ impl Lent {
         Ok(next * size_of::<f32>())
     }
 
-    /// Copies what lies on a GPU into host memory, since another thread does not wait for what is still running there.
+    /// Copies what lies on a GPU into host memory, where neither training waits for its reader's copies nor the reader for
+    /// training: both would queue on the device's one default stream.
     ///
     /// # Errors
     /// Where the host has no room.

@@ -5,6 +5,7 @@ use e2e::manifest::{self, Manifest};
 use futures::{StreamExt, TryStreamExt, stream};
 use k8s_openapi::api::core::v1::{Namespace, Node, PersistentVolume, PersistentVolumeClaim, Pod};
 use kube::api::PostParams;
+use kube::api::{ApiResource, DynamicObject};
 use kube::{Api, Client, Resource};
 use rlhf_api::job::RLHFJob;
 use serde::Serialize;
@@ -15,7 +16,7 @@ use std::fmt::Debug;
 /// Pods of a stage.
 pub const NODES_A_STAGE: usize = 4;
 /// Fake GPUs of a node.
-const GPUS_A_NODE: usize = 8;
+pub const GPUS_A_NODE: usize = 8;
 /// Jobs are spread over so many namespaces.
 const NAMESPACES: usize = 10;
 /// Requests at the same time.
@@ -56,10 +57,10 @@ pub async fn nodes(client: &Client, jobs: usize) -> anyhow::Result<usize> {
     Ok(count)
 }
 
-/// The namespaces, each with a claim that is bound at once. Nothing mounts it.
-pub async fn namespaces(client: &Client) -> anyhow::Result<()> {
+/// The namespaces with this Pod Security Standard, each with a claim that is bound at once. Nothing mounts it.
+pub async fn namespaces(client: &Client, standard: &str) -> anyhow::Result<()> {
     for name in (0..NAMESPACES).map(namespace) {
-        let labels = json!({"pod-security.kubernetes.io/enforce": "restricted"});
+        let labels = json!({"pod-security.kubernetes.io/enforce": standard});
         create::<Namespace>(Api::all(client.clone()), json!({"metadata": {"name": name, "labels": labels}})).await?;
         let volume = json!({"metadata": {"name": name}, "spec": {
             "accessModes": ["ReadWriteMany"], "storageClassName": "", "capacity": {"storage": "1Ti"},
@@ -106,4 +107,19 @@ pub async fn jobs(client: &Client, jobs: usize, stages: usize) -> anyhow::Result
         create::<RLHFJob>(Api::namespaced(client.clone(), &namespace(n)), job.0)
     };
     all((0..jobs).map(write)).await
+}
+
+/// As many objects of another kind, spread over the namespaces, at once.
+pub async fn objects(client: &Client, kind: &ApiResource, count: usize, object: &Value) -> anyhow::Result<()> {
+    let write = |n: usize| {
+        let mut object = object.clone();
+        object["metadata"]["name"] = json!(format!("job-{n}"));
+        async move {
+            let api = Api::<DynamicObject>::namespaced_with(client.clone(), &namespace(n), kind);
+            let object = serde_json::from_value(object).context("an object")?;
+            api.create(&PostParams::default(), &object).await.with_context(|| format!("{} {n}", kind.kind))?;
+            Ok(())
+        }
+    };
+    all((0..count).map(write)).await
 }

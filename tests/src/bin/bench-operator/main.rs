@@ -9,11 +9,12 @@
 mod figures;
 mod load;
 mod parts;
+mod peer;
 mod trainers;
-mod writes;
 
 use anyhow::{Context, bail, ensure};
 use clap::Parser;
+use e2e::audit::{self, Writes};
 use e2e::{RELEASE, SYSTEM, tools};
 use figures::Scrape;
 use jiff::Timestamp;
@@ -31,7 +32,6 @@ use std::time::{Duration, Instant};
 use tokio::process::Command;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::sleep;
-use writes::Audit;
 
 /// How often something is looked at that is waited for.
 const POLL: Duration = Duration::from_secs(2);
@@ -54,6 +54,9 @@ struct Args {
     /// Pods in the cluster that are no RLHFJob's.
     #[arg(long, env = "FOREIGN_PODS", default_value_t = 5000)]
     foreign_pods: usize,
+    /// Measures Kubeflow Trainer in place of the operator.
+    #[arg(long)]
+    peer: bool,
 }
 
 /// What came out.
@@ -87,10 +90,14 @@ async fn main() -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     // Dropping the bench ends what it has started.
     tokio::select! {
-        done = bench(&args) => done,
+        done = measure(&args) => done,
         _ = terminate.recv() => bail!("told to stop"),
         _ = tokio::signal::ctrl_c() => bail!("told to stop"),
     }
+}
+
+async fn measure(args: &Args) -> anyhow::Result<()> {
+    if args.peer { peer::bench(args.jobs).await } else { bench(args).await }
 }
 
 fn say(text: &str) {
@@ -107,7 +114,7 @@ async fn bench(args: &Args) -> anyhow::Result<()> {
     say("applying the jobs");
     run.begin()?;
     let begun = Instant::now();
-    load::jobs(&run.client, args.jobs, args.stages.into()).await?;
+    load::jobs(&run.cluster.client, args.jobs, args.stages.into()).await?;
     run.until_stages("sft", "Running", args.jobs).await?;
     report.seconds = begun.elapsed().as_secs_f64();
     run.pause(&mut report)?;
@@ -117,7 +124,7 @@ async fn bench(args: &Args) -> anyhow::Result<()> {
     run.play(&["run.yaml", "end.yaml"]).await?;
     run.begin()?;
     let begun = Instant::now();
-    run.until_finished(args.jobs * usize::from(args.stages)).await?;
+    run.until_finished(args.jobs * (usize::from(args.stages) + 1)).await?;
     report.seconds += begun.elapsed().as_secs_f64();
     run.pause(&mut report)?;
     let (writes, renewals) = run.idle(args.idle_seconds, "all jobs are finished").await?;
@@ -130,39 +137,58 @@ async fn bench(args: &Args) -> anyhow::Result<()> {
     print(&report, &run.audit)
 }
 
-/// The cluster of the bench, with what runs there.
-struct Run {
+/// The control plane of the bench.
+struct Cluster {
     client: Client,
-    http: reqwest::Client,
+    /// Where its state and logs are.
     state: PathBuf,
+    /// Its processes.
+    processes: BTreeMap<&'static str, u32>,
+}
+
+impl Cluster {
+    async fn connect() -> anyhow::Result<Self> {
+        let state = tools::cache().join("cluster");
+        let client = client(&tools::kubeconfig()).await?;
+        Ok(Self { client, processes: parts::control_plane(&state)?, state })
+    }
+
+    /// Makes namespaces of a Pod Security Standard, and as many nodes as so many jobs take at once.
+    async fn fill(&self, standard: &str, jobs: usize) -> anyhow::Result<()> {
+        say("making nodes and namespaces");
+        load::namespaces(&self.client, standard).await?;
+        let nodes = load::nodes(&self.client, jobs).await?;
+        until("nodes that are Ready", 300, async || Ok(ready_nodes(&self.client).await? == nodes)).await
+    }
+}
+
+/// The cluster with what runs there.
+struct Run {
+    cluster: Cluster,
+    http: reqwest::Client,
     operator: Part,
     kwok: Part,
-    audit: Audit,
-    control_plane: BTreeMap<&'static str, u32>,
+    audit: Writes,
     /// CPU time of each process when the jobs were last set going.
     begun: BTreeMap<&'static str, f64>,
 }
 
 impl Run {
     async fn start(args: &Args) -> anyhow::Result<Self> {
-        let state = tools::cache().join("cluster");
-        let client = client(&tools::kubeconfig()).await?;
+        let cluster = Cluster::connect().await?;
+        let Cluster { client, state, .. } = &cluster;
         say("installing the chart without its pods");
         install().await;
-        let flags = flags(&client).await?;
-        let kwok = kwok(&state, &["run.yaml"])?;
-        say("making nodes and namespaces");
-        load::namespaces(&client).await?;
-        let nodes = load::nodes(&client, args.jobs).await?;
-        until("nodes that are Ready", 300, async || Ok(ready_nodes(&client).await? == nodes)).await?;
+        let flags = flags(client, SYSTEM, RELEASE).await?;
+        let kwok = kwok(state, &["run.yaml"])?;
+        cluster.fill("restricted", args.jobs).await?;
         let mut command = Command::new(tools::root().join("target/release/rlhf-operator"));
-        command.args(flags).env("KUBECONFIG", account(&state).await?).env("RUST_LOG", "info").env("HOSTNAME", "bench");
+        let account = account(state, SYSTEM, RELEASE).await?;
+        command.args(flags).env("KUBECONFIG", account).env("RUST_LOG", "info").env("HOSTNAME", "bench");
         let operator = Part::start("operator", &mut command, &state.join("log"))?;
-        let audit = Audit::of(&format!("system:serviceaccount:{SYSTEM}:{RELEASE}"), &state.join("log/audit.log"))?;
-        let control_plane = parts::control_plane(&state)?;
+        let audit = Writes::of(&audit::operator(), &state.join("log/audit.log"))?;
         let http = reqwest::Client::builder().no_proxy().build()?;
-        let begun = BTreeMap::new();
-        let run = Self { client, http, state, operator, kwok, audit, control_plane, begun };
+        let run = Self { cluster, http, operator, kwok, audit, begun: BTreeMap::new() };
         let leads =
             async || Ok(run.scrape().await.is_ok_and(|s| s.value("rlhf_operator_leader", "").is_ok_and(|v| v == 1.0)));
         until("the operator leads", 60, leads).await?;
@@ -173,7 +199,7 @@ impl Run {
     async fn meet_foreign_pods(&mut self, args: &Args, report: &mut Report) -> anyhow::Result<()> {
         say("making pods of others");
         let before = parts::rss_bytes(self.operator.id())?;
-        load::foreign_pods(&self.client, args.foreign_pods).await?;
+        load::foreign_pods(&self.cluster.client, args.foreign_pods).await?;
         // What a watch brings comes within seconds.
         sleep(Duration::from_secs(10)).await;
         report.foreign_pods = args.foreign_pods;
@@ -187,13 +213,13 @@ impl Run {
 
     /// Has kwok play these files from now on.
     async fn play(&mut self, files: &[&str]) -> anyhow::Result<()> {
-        let next = kwok(&self.state, files)?;
+        let next = kwok(&self.cluster.state, files)?;
         std::mem::replace(&mut self.kwok, next).stop().await
     }
 
     fn processes(&self) -> impl Iterator<Item = (&'static str, u32)> {
         let own = [("operator", self.operator.id()), ("kwok", self.kwok.id()), ("bench", std::process::id())];
-        self.control_plane.iter().map(|(name, id)| (*name, *id)).chain(own)
+        self.cluster.processes.iter().map(|(name, id)| (*name, *id)).chain(own)
     }
 
     fn begin(&mut self) -> anyhow::Result<()> {
@@ -218,7 +244,7 @@ impl Run {
         self.until(wanted, |scrape| Ok(scrape.count("rlhf_operator_stage_info", &labels))).await
     }
 
-    /// Waits until so many stages have succeeded; the jobs' own ends take long to begin.
+    /// Waits until so many stages, prepare included, have succeeded; the jobs' own ends take long to begin.
     async fn until_finished(&mut self, wanted: usize) -> anyhow::Result<()> {
         self.until(wanted, |s| Ok(s.count("rlhf_operator_stage_info", &["phase=\"Succeeded\""]))).await
     }
@@ -271,13 +297,13 @@ impl Run {
         let writes = self.audit.read_on()?.iter().filter(|w| w.at >= begun);
         let (lease, other): (Vec<_>, Vec<_>) = writes.partition(|w| w.is_lease());
         for write in other.iter().take(10) {
-            say(&format!("an idle write: {} {}", write.at, write.kind));
+            say(&format!("an idle write: {} {}", write.at, write.kind()));
         }
         Ok((other.len(), lease.len()))
     }
 
     async fn measure(&mut self, report: &mut Report) -> anyhow::Result<()> {
-        let jobs = Api::<RLHFJob>::all(self.client.clone()).list(&ListParams::default()).await?.items;
+        let jobs = Api::<RLHFJob>::all(self.cluster.client.clone()).list(&ListParams::default()).await?.items;
         ensure!(jobs.len() == report.jobs, "{} RLHFJobs of {} are there", jobs.len(), report.jobs);
         for job in &jobs {
             let status = job.status.clone().unwrap_or_default();
@@ -292,7 +318,7 @@ impl Run {
         report.reconcile_p99_ms = scrape.reconcile_ms(0.99)?;
         report.reconciles = scrape.value("rlhf_operator_reconcile_duration_seconds_count", "")?;
         report.peak_rss_bytes = parts::peak_rss_bytes(self.operator.id())?;
-        report.writes_per_attempt = self.audit.writes.len() as f64 / f64::from(report.attempts);
+        report.writes_per_attempt = self.audit.all.len() as f64 / f64::from(report.attempts);
         Ok(())
     }
 }
@@ -319,25 +345,25 @@ async fn install() {
     tools::helm(&args).await.good();
 }
 
-/// What the chart would start the operator with.
-async fn flags(client: &Client) -> anyhow::Result<Vec<String>> {
-    let deployment = Api::<Deployment>::namespaced(client.clone(), SYSTEM).get(RELEASE).await?;
+/// What a Deployment would start its program with.
+async fn flags(client: &Client, namespace: &str, deployment: &str) -> anyhow::Result<Vec<String>> {
+    let deployment = Api::<Deployment>::namespaced(client.clone(), namespace).get(deployment).await?;
     let pod = deployment.spec.template.spec.context("the Deployment has no pod")?;
-    pod.containers.into_iter().next().and_then(|c| c.args).context("the operator's container has no arguments")
+    pod.containers.into_iter().next().and_then(|c| c.args).context("the Deployment's container has no arguments")
 }
 
-/// A kubeconfig with a token of the operator's own account.
-async fn account(state: &Path) -> anyhow::Result<PathBuf> {
-    let token = tools::kubectl(&["create", "token", RELEASE, "--namespace", SYSTEM, "--duration", "8h"]).await.good();
+/// A kubeconfig with a token of an account.
+async fn account(state: &Path, namespace: &str, name: &str) -> anyhow::Result<PathBuf> {
+    let token = tools::kubectl(&["create", "token", name, "--namespace", namespace, "--duration", "8h"]).await.good();
     let mut config = Kubeconfig::read_from(tools::kubeconfig())?;
     for user in &mut config.auth_infos {
         user.auth_info =
             Some(kube::config::AuthInfo { token: Some(token.trim().to_owned().into()), ..Default::default() });
     }
     for context in config.contexts.iter_mut().filter_map(|c| c.context.as_mut()) {
-        context.namespace = Some(SYSTEM.into());
+        context.namespace = Some(namespace.into());
     }
-    let path = state.join("operator.conf");
+    let path = state.join(format!("{name}.conf"));
     std::fs::write(&path, serde_yaml_ng::to_string(&config)?)?;
     Ok(path)
 }
@@ -362,7 +388,7 @@ async fn ready_nodes(client: &Client) -> anyhow::Result<usize> {
     Ok(nodes.items.iter().filter(ready).count())
 }
 
-fn print(report: &Report, audit: &Audit) -> anyhow::Result<()> {
+fn print(report: &Report, audit: &Writes) -> anyhow::Result<()> {
     let mb = |bytes: i64| format!("{:.1} MB", bytes as f64 / 1e6);
     let rows = [
         ("jobs, stages of each", format!("{}, {}", report.jobs, report.stages)),
