@@ -48,6 +48,16 @@ for values in watchNamespace= watchNamespace=team; do
     is "$values: rights on pods, which the Job controller makes" "$where: [pods] [list, watch, delete]" "$(grep -F '[pods]' <<< "$found")"
 done
 
+for values in watchNamespace= watchNamespace=team; do
+    gangs=(--set "$values" --set trainer.gangScheduling=true)
+    is "$values: rights on PodGroups where there are no gangs" "" "$(rights --set "$values" | grep -F '[podgroups]' || true)"
+    where=ClusterRole
+    [ "$values" = watchNamespace= ] || where="Role team"
+    is "$values: rights on PodGroups" "$where: [podgroups] [get, create, deletecollection]" "$(rights "${gangs[@]}" | grep -F '[podgroups]')"
+    is "$values: the flag for gangs" 1 "$(render "${gangs[@]}" | grep -c -- '- --gang-scheduling$')"
+done
+is "no flag for gangs" 0 "$(render | grep -c -- '- --gang-scheduling$' || true)"
+
 policy() { render "$@" | sed -n "s/^ *- --network-policy=//p"; }
 is "the network of trainers" \
     '{"egress":"All","operator":[{"namespaceSelector":{"matchLabels":{"kubernetes.io/metadata.name":"sys"}},"podSelector":{"matchLabels":{"app.kubernetes.io/instance":"op","app.kubernetes.io/name":"rlhf-operator"}}}],"prometheus":[{"namespaceSelector":{},"podSelector":{"matchLabels":{"app.kubernetes.io/name":"prometheus"}}}]}' \

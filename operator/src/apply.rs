@@ -93,9 +93,10 @@ pub async fn apply(job: &RLHFJob, decision: &Decision, ctx: &Context) -> Result<
     for notice in notices {
         publish(job, notice, ctx).await;
     }
+    let mut all_as_seen = true;
     for child in delete {
         still_leads(ctx)?;
-        delete_job(job, child, ctx).await?;
+        all_as_seen &= delete_job(job, child, ctx).await?;
     }
     for pod in lost {
         still_leads(ctx)?;
@@ -119,7 +120,7 @@ pub async fn apply(job: &RLHFJob, decision: &Decision, ctx: &Context) -> Result<
         still_leads(ctx)?;
         delete_expired(job, ctx).await?;
     }
-    Ok(blocked)
+    if all_as_seen { Ok(blocked) } else { Err(Error::Stale) }
 }
 
 /// Another may lead by now where this process was stopped, or the API server was slow, in the middle of a decision.
@@ -163,16 +164,16 @@ async fn write_status(job: &RLHFJob, decision: &Decision, ctx: &Context) -> Resu
     }
 }
 
-/// Deletes a Job in the foreground: it stays until its pods are gone, and so stands for them. One that changed since it was
-/// looked at stays: it may have ended well, which its deletion would undo.
-async fn delete_job(job: &RLHFJob, child: &JobRef, ctx: &Context) -> Result<(), Error> {
+/// Deletes a Job in the foreground: it stays until its pods are gone, and so stands for them. Whether it was as the
+/// decision wants it; one that was not stays.
+async fn delete_job(job: &RLHFJob, child: &JobRef, ctx: &Context) -> Result<bool, Error> {
     let JobRef { name, uid, version } = child;
     let only_this = Preconditions { uid: Some(uid.clone()), resource_version: version.clone() };
     let api: Api<Job> = ctx.api(job);
     match ctx.metrics.api("delete", api.delete(name, &DeleteParams::foreground().preconditions(only_this)).await) {
-        Ok(_) => Ok(()),
-        Err(kube::Error::Api(s)) if s.is_not_found() => Ok(()),
-        Err(kube::Error::Api(s)) if s.is_conflict() => Err(Error::Stale),
+        Ok(_) => Ok(true),
+        Err(kube::Error::Api(s)) if s.is_not_found() => Ok(true),
+        Err(kube::Error::Api(s)) if s.is_conflict() => Ok(false),
         Err(source) => Err(Error::Api { what: format!("the deletion of Job {name}"), source }),
     }
 }
@@ -229,7 +230,7 @@ async fn make_children(job: &RLHFJob, children: &Children, ctx: &Context) -> Res
     Ok(())
 }
 
-/// Removes the groups of a stage's earlier attempts: no pod of theirs runs when another is made.
+/// Removes the groups of a stage's other attempts: no pod of theirs runs when one is made.
 async fn remove_other_groups(job: &RLHFJob, group: &PodGroup, ctx: &Context) -> Result<(), Error> {
     let own = |label: &str| group.labels().get(label).cloned().unwrap_or_default();
     let attempt = own(names::LABEL_ATTEMPT);
@@ -237,11 +238,11 @@ async fn remove_other_groups(job: &RLHFJob, group: &PodGroup, ctx: &Context) -> 
         return Ok(());
     }
     let of_stage = [names::LABEL_JOB_UID, names::LABEL_STAGE].map(|label| format!("{label}={}", own(label))).join(",");
-    let earlier = ListParams::default().labels(&format!("{of_stage},{}!={attempt}", names::LABEL_ATTEMPT));
+    let others = ListParams::default().labels(&format!("{of_stage},{}!={attempt}", names::LABEL_ATTEMPT));
     let api: Api<PodGroup> = ctx.api(job);
     let deleted =
-        ctx.metrics.api("deletecollection", api.delete_collection(&DeleteParams::background(), &earlier).await);
-    deleted.map(drop).map_err(|source| Error::Api { what: "the deletion of earlier PodGroups".into(), source })
+        ctx.metrics.api("deletecollection", api.delete_collection(&DeleteParams::background(), &others).await);
+    deleted.map(drop).map_err(|source| Error::Api { what: "the deletion of other attempts' PodGroups".into(), source })
 }
 
 /// The operator's settings were others when the policy was made.
@@ -302,6 +303,8 @@ where
     let found = ctx.metrics.api("get", api.get_opt(&child.name_any()).await);
     match found.map_err(|source| Error::Api { what: title(child), source })? {
         None => create(job, child, ctx).await.map(|()| None),
+        // It will be made anew once it is gone.
+        Some(there) if there.meta().deletion_timestamp.is_some() => Err(Error::Stale),
         Some(there) if is_owned(&there, job) => Ok(Some(there)),
         Some(there) => Err(Error::Foreign { what: title(child), owner: owner(&there) }),
     }

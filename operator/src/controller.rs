@@ -373,5 +373,21 @@ mod tests {
             assert!(error.starts_with(start) && error.ends_with(end), "{code}: {error}");
         }
         assert_eq!(check_crd(&client(200, r#"{"metadata":{},"items":[]}"#), None).await, Ok(()));
+
+        const GROUPS: &str = r#"{"groupVersion":"scheduling.k8s.io/v1beta1","resources":[
+            {"name":"podgroups","singularName":"podgroup","namespaced":true,"kind":"PodGroup","verbs":["create"]}]}"#;
+        const OTHERS: &str = r#"{"groupVersion":"scheduling.k8s.io/v1beta1","resources":[]}"#;
+        for (code, body, part) in [
+            (404, "404 page not found\n", "the cluster does not serve them"),
+            (200, OTHERS, "serves that version without them"),
+            (500, "{}", "cannot be asked"),
+        ] {
+            let error = check_pod_groups(&client(code, body)).await.unwrap_err();
+            assert!(
+                error.starts_with("--gang-scheduling needs PodGroups of ") && error.contains(part),
+                "{code}: {error}"
+            );
+        }
+        assert_eq!(check_pod_groups(&client(200, GROUPS)).await, Ok(()));
     }
 }

@@ -194,10 +194,7 @@ impl Metrics {
         let (mut text, encoder) = (String::new(), TextEncoder::new());
         encoder.encode_utf8(&self.registry.gather(), &mut text)?;
         for family in jobs::families(jobs) {
-            encoder.encode_utf8(
-                &family?.into_iter().filter(|f| !f.get_metric().is_empty()).collect::<Vec<_>>(),
-                &mut text,
-            )?;
+            encoder.encode_utf8(&family?, &mut text)?;
         }
         Ok(text)
     }

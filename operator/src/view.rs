@@ -83,7 +83,7 @@ pub struct JobView {
     pub name: String,
     /// Its UID.
     pub uid: String,
-    /// The version that was seen. With the UID it is the precondition of its deletion.
+    /// The version that was seen.
     pub version: Option<String>,
     /// The attempt's number.
     pub attempt: u32,

@@ -91,21 +91,16 @@ impl Decision {
     }
 }
 
-/// One Job as it was seen: no other of the same name, and not one that has changed since, such as by its end.
+/// One Job, and no other of the same name.
 #[derive(Clone, Debug, PartialEq)]
 pub struct JobRef {
     /// Its name.
     pub name: String,
     /// Its UID.
     pub uid: String,
-    /// Its version.
+    /// Where the Job is taken for live: the version that was seen, since it may have ended well meanwhile, which its deletion
+    /// would undo.
     pub version: Option<String>,
-}
-
-impl From<&JobView> for JobRef {
-    fn from(job: &JobView) -> Self {
-        Self { name: job.name.clone(), uid: job.uid.clone(), version: job.version.clone() }
-    }
 }
 
 /// One pod, and no other of the same name.
@@ -310,7 +305,9 @@ impl<'a> Pass<'a> {
             let stopped = |j: &JobView| self.job.spec.suspend && j.state == JobState::Active;
             let has_part = |j: &JobView| j.attempt == slot.attempt && (live || j.finished()) && !stopped(j);
             let unwanted = |j: &&JobView| !j.deleting && !has_part(j);
-            self.decision.delete.extend(self.view(&slot.name).jobs.iter().filter(unwanted).map(JobRef::from));
+            let seen = |j: &JobView| j.version.clone().filter(|_| live && j.attempt == slot.attempt);
+            let of = |j: &JobView| JobRef { name: j.name.clone(), uid: j.uid.clone(), version: seen(j) };
+            self.decision.delete.extend(self.view(&slot.name).jobs.iter().filter(unwanted).map(of));
         }
         self.give_up_lost();
     }

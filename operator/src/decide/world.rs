@@ -128,6 +128,11 @@ impl Api {
     }
 }
 
+/// Changes with every change to a Job.
+fn version(job: &JobView) -> String {
+    format!("{job:?}")
+}
+
 impl World {
     fn new() -> Self {
         let mut job = job();
@@ -193,7 +198,8 @@ impl World {
         let job = job.job.clone();
         let mut observed = Observed::default();
         for child in &jobs.jobs {
-            observed.stages.entry(child.stage.clone()).or_default().jobs.push(child.view.clone());
+            let view = JobView { version: Some(version(&child.view)), ..child.view.clone() };
+            observed.stages.entry(child.stage.clone()).or_default().jobs.push(view);
         }
         for pod in &pods.pods {
             observed.stages.entry(pod.stage.clone()).or_default().pods.push(pod.view.clone());
@@ -222,7 +228,9 @@ impl World {
             if crashed() {
                 return;
             }
-            if let Some(i) = self.api.find(&child.uid) {
+            if let Some(i) = self.api.find(&child.uid)
+                && child.version.as_ref().is_none_or(|seen| *seen == version(&self.api.jobs[i].view))
+            {
                 self.api.jobs[i].view.deleting = true;
             }
         }

@@ -145,19 +145,21 @@ fn of_progress(job: &RLHFJob, put: Put<'_>, value: fn(&Progress) -> u64) {
 }
 
 impl Family {
-    /// With the series of these jobs.
+    /// With the series of these jobs, where there are any.
     fn of<'a>(&self, jobs: impl Iterator<Item = &'a RLHFJob>) -> prometheus::Result<Vec<MetricFamily>> {
         let labels = [&["namespace", "rlhf_job"], self.labels].concat();
         let options = Opts::new(self.name, self.help);
-        if self.is_counter {
+        let mut families = if self.is_counter {
             let counters = CounterVec::new(options, &labels)?;
             self.put(jobs, |labels, value| counters.with_label_values(labels).inc_by(value));
-            Ok(counters.collect())
+            counters.collect()
         } else {
             let gauges = GaugeVec::new(options, &labels)?;
             self.put(jobs, |labels, value| gauges.with_label_values(labels).set(value));
-            Ok(gauges.collect())
-        }
+            gauges.collect()
+        };
+        families.retain(|family| !family.get_metric().is_empty());
+        Ok(families)
     }
 
     fn put<'a>(&self, jobs: impl Iterator<Item = &'a RLHFJob>, put: impl Fn(&[&str], f64)) {
