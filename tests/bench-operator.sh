@@ -26,7 +26,7 @@ trap down EXIT
 if [ "${PEER:-0}" != 0 ]; then
     tests/cluster/peer.sh
     up
-    target/release/bench-operator --peer
+    target/release/bench-operator --peer "$@"
 fi
 up
-target/release/bench-operator
+target/release/bench-operator "$@"

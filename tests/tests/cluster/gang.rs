@@ -19,7 +19,7 @@ fn gang(steps: u32) -> Manifest {
     let slot = json!({SLOT: "1"});
     example()
         .only(&["sft"])
-        .stage("sft", "sft/epochs", json!(10))
+        .stage("sft", "sft/epochs", json!(100))
         .stage("sft", "sft/maxSteps", json!(steps))
         .stage("sft", "checkpoint", json!({"everySteps": 5}))
         .set("/spec/compute/nodes", json!(2))
@@ -56,7 +56,7 @@ fn a_gang_with_room_for_a_part_of_it_takes_nothing() {
     on_the_cluster_alone(async |scene| {
         install_with(true, &["trainer.gangScheduling=true"]).await;
         slots(scene, json!("3")).await;
-        let first = scene.apply(gang(60)).await;
+        let first = scene.apply(gang(1000)).await;
         scene.await_step(&first, "sft", 6, 120).await;
         assert_eq!(groups(scene).await, ["sentiment-sft-1"], "prepare is a pod alone");
 

@@ -50,7 +50,6 @@ fn case_41_pods_of_others_take_no_memory_of_the_operator() {
     const PODS: usize = 1000;
     const BYTES: usize = 16 << 10;
     on_the_cluster(async |scene| {
-        scene.leave_cores();
         let operator = leader(scene).await.expect("an operator leads");
         let before = operator_memory(&operator);
         // Nobody schedules them.

@@ -266,7 +266,7 @@ impl Run {
             if now != last {
                 (last, since) = (now, Instant::now());
             }
-            ensure!(since.elapsed() < PATIENCE, "{now} of {wanted} jobs, and none more for {} s", PATIENCE.as_secs());
+            ensure!(since.elapsed() < PATIENCE, "{now} of {wanted} stages, and none more for {} s", PATIENCE.as_secs());
             if told.elapsed() >= Duration::from_secs(20) {
                 told = Instant::now();
                 say(&format!("{now} of {wanted}"));

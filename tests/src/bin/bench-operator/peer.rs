@@ -106,15 +106,14 @@ pub async fn bench(jobs: usize) -> anyhow::Result<()> {
     say("applying the TrainJobs");
     let mut processes = cluster.processes.clone();
     processes.extend(managers.iter().map(|(name, part)| (*name, part.id())));
-    let used = |id: u32| parts::cpu_seconds(id);
     let before: BTreeMap<_, _> =
-        processes.iter().map(|(name, id)| Ok((*name, used(*id)?))).collect::<anyhow::Result<_>>()?;
+        processes.iter().map(|(name, id)| Ok((*name, parts::cpu_seconds(*id)?))).collect::<anyhow::Result<_>>()?;
     let begun = Instant::now();
     load::objects(client, &train_jobs(), jobs, &train_job()).await?;
     until_complete(&cluster, &mut managers, jobs).await?;
     report.seconds = begun.elapsed().as_secs_f64();
     for (name, id) in &processes {
-        report.cpu_seconds.insert(*name, used(*id)? - before[name]);
+        report.cpu_seconds.insert(*name, parts::cpu_seconds(*id)? - before[name]);
     }
     for (_, part) in &managers {
         report.peak_rss_bytes += parts::peak_rss_bytes(part.id())?;
@@ -153,16 +152,18 @@ fn train_job() -> serde_json::Value {
 async fn until_complete(cluster: &Cluster, managers: &mut [(&'static str, Part)], jobs: usize) -> anyhow::Result<()> {
     const PATIENCE: u64 = 300;
     let api = Api::<DynamicObject>::all_with(cluster.client.clone(), &train_jobs());
-    let complete = |job: &&DynamicObject| {
+    let is = |job: &DynamicObject, kind: &str| {
         let conditions = job.data.pointer("/status/conditions").and_then(|c| c.as_array());
-        conditions.into_iter().flatten().any(|c| c["type"] == "Complete" && c["status"] == "True")
+        conditions.into_iter().flatten().any(|c| c["type"] == kind && c["status"] == "True")
     };
     let (mut last, mut since) = (0, Instant::now());
     loop {
         for (_, part) in managers.iter_mut() {
             part.check()?;
         }
-        let done = api.list(&ListParams::default()).await?.items.iter().filter(complete).count();
+        let all = api.list(&ListParams::default()).await?.items;
+        ensure!(!all.iter().any(|job| is(job, "Failed")), "a TrainJob has failed");
+        let done = all.iter().filter(|job| is(job, "Complete")).count();
         if done == jobs {
             return Ok(());
         }
