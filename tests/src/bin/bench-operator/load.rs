@@ -14,8 +14,11 @@ use std::fmt::Debug;
 
 /// Pods of a stage.
 pub const NODES_A_STAGE: usize = 4;
-/// Fake GPUs of a node.
-pub const GPUS_A_NODE: usize = 8;
+/// Fake GPUs of a pod.
+pub const GPUS_A_POD: usize = 8;
+/// Pods that a node has room for. kwok lists the pods of each node when it starts, and some API servers look through all of
+/// the cluster's for that: with fewer nodes the bench measures less of it.
+const PODS_A_NODE: usize = 8;
 /// Jobs are spread over so many namespaces.
 const NAMESPACES: usize = 10;
 /// Requests at the same time.
@@ -44,8 +47,9 @@ async fn all(writes: impl Iterator<Item = impl Future<Output = anyhow::Result<()
 
 /// As many nodes as all jobs' stages take at once.
 pub async fn nodes(client: &Client, jobs: usize) -> anyhow::Result<usize> {
-    let count = jobs * NODES_A_STAGE;
-    let resources = json!({"cpu": "64", "memory": "1Ti", "pods": "110", "nvidia.com/gpu": GPUS_A_NODE.to_string()});
+    let count = (jobs * NODES_A_STAGE).div_ceil(PODS_A_NODE);
+    let resources =
+        json!({"cpu": "256", "memory": "2Ti", "pods": "110", "nvidia.com/gpu": (PODS_A_NODE * GPUS_A_POD).to_string()});
     let node = |n: usize| {
         json!({
             "metadata": {"name": format!("gpu-{n}"), "labels": {"kubernetes.io/hostname": format!("gpu-{n}")}},
@@ -89,7 +93,7 @@ pub async fn foreign_pods(client: &Client, count: usize) -> anyhow::Result<()> {
 
 /// The example's job with the bench's nodes and GPUs, and with its first `stages` stages.
 fn job(stages: usize) -> Manifest {
-    let compute = json!({"nodes": NODES_A_STAGE, "devicesPerNode": GPUS_A_NODE,
+    let compute = json!({"nodes": NODES_A_STAGE, "devicesPerNode": GPUS_A_POD,
         "resources": {"requests": {"cpu": "16", "memory": "128Gi"}}});
     let mut job = manifest::example().set("/spec/compute", compute);
     if let Some(all) = job.0["spec"]["stages"].as_array_mut() {

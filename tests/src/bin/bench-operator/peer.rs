@@ -138,8 +138,8 @@ fn train_jobs() -> ApiResource {
 
 /// A TrainJob of the size of a stage.
 fn train_job() -> serde_json::Value {
-    let all = json!({"cpu": "16", "memory": "128Gi", "nvidia.com/gpu": load::GPUS_A_NODE.to_string()});
-    let gpus = json!({"nvidia.com/gpu": load::GPUS_A_NODE.to_string()});
+    let all = json!({"cpu": "16", "memory": "128Gi", "nvidia.com/gpu": load::GPUS_A_POD.to_string()});
+    let gpus = json!({"nvidia.com/gpu": load::GPUS_A_POD.to_string()});
     json!({
         "apiVersion": "trainer.kubeflow.org/v1alpha1", "kind": "TrainJob", "metadata": {},
         "spec": {
