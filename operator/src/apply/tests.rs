@@ -228,6 +228,24 @@ async fn case_3_a_job_that_the_api_server_calls_invalid_is_refused_for_good_and_
 }
 
 #[tokio::test]
+async fn an_api_server_that_fails_or_is_overloaded_ends_the_pass_and_is_held_against_nobody() {
+    for (reason, code) in [("TooManyRequests", 429), ("InternalError", 500), ("ServiceUnavailable", 503)] {
+        for line in ["PATCH rlhfjobs/demo/status", "POST networkpolicies", "POST configmaps", "POST jobs"] {
+            let (ctx, log) = server(vec![(line, code, failure(reason, code))]);
+            let (job, decision) = first();
+            let error = apply(&job, &decision, &ctx).await.unwrap_err();
+            assert!(matches!(error, Error::Api { .. }), "{line}, {code}: {error}");
+            assert_eq!(lines(&log).last().map(String::as_str), Some(line), "nothing is written after it");
+        }
+        // An event is no more than news.
+        let (ctx, log) = server(vec![("POST events", code, failure(reason, code))]);
+        let (job, decision) = first();
+        assert!(apply(&job, &decision, &ctx).await.unwrap().is_none());
+        assert!(lines(&log).contains(&"POST jobs".to_owned()));
+    }
+}
+
+#[tokio::test]
 async fn a_config_of_another_version_is_replaced() {
     let job = started();
     let mut old = serde_json::to_value(&two_stages(&job).make[0].config_map).unwrap();
