@@ -23,7 +23,9 @@ fn message(job: &RLHFJob) -> String {
 #[test]
 fn a_chosen_strategy_makes_way_for_one_that_takes_less_memory() {
     on_the_cluster(async |scene| {
-        let job = scene.apply(left_open().stage("sft", "sft/maxSteps", json!(300))).await;
+        // Long enough to be starved, however fast the machine is.
+        let long = left_open().stage("sft", "sft/epochs", json!(100)).stage("sft", "sft/maxSteps", json!(1000));
+        let job = scene.apply(long).await;
         scene.await_step(&job, "sft", 1, 120).await;
         let first = stage(&scene.job(NAME).await, "sft").plan.expect("the stage is planned");
         assert_eq!((first.source, first.host_memory_bytes), (PlanSource::Auto, Some(2 << 30)));
