@@ -547,6 +547,18 @@ pub struct RLHFJobStatus {
     pub stages: Vec<StageStatus>,
 }
 
+impl RLHFJobStatus {
+    /// What is known of prepare and of each stage, in this order.
+    pub fn slots(&self) -> impl Iterator<Item = &StageStatus> {
+        self.prepare.iter().chain(&self.stages)
+    }
+
+    /// What is known of the stage with this name, or of prepare.
+    pub fn slot(&self, name: &str) -> Option<&StageStatus> {
+        self.slots().find(|slot| slot.name == name)
+    }
+}
+
 /// What is known about one stage (or about prepare).
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]

@@ -111,8 +111,9 @@ pub async fn apply(job: &RLHFJob, decision: &Decision, ctx: &Context) -> Result<
             }
             other => {
                 other?;
-                let slots = decision.status.prepare.iter().chain(&decision.status.stages);
-                slots.filter(|s| s.name == children.stage).for_each(|slot| ctx.metrics.attempt_made(job, slot));
+                if let Some(slot) = decision.status.slot(&children.stage) {
+                    ctx.metrics.attempt_made(job, slot);
+                }
             }
         }
     }

@@ -160,8 +160,7 @@ fn whole_seconds(time: Timestamp) -> Timestamp {
 fn remember(job: &RLHFJob, decision: &Decision, blocked: Blocked, now: Timestamp, ctx: &Context) -> Action {
     let Blocked { stage, error } = blocked;
     ctx.metrics.failed(Reason::Blocked);
-    let status = &decision.status;
-    let attempt = status.prepare.iter().chain(&status.stages).find(|s| s.name == stage).map_or(0, |s| s.attempt);
+    let attempt = decision.status.slot(&stage).map_or(0, |s| s.attempt);
     let trouble =
         Trouble { message: error.to_string(), stage, attempt, retry_at: now, permanent: error.is_permanent() };
     ctx.retries.refused(job, now, trouble);

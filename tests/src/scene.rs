@@ -77,8 +77,7 @@ impl Drop for History {
 
 /// A stage of a job's status, or prepare.
 pub fn stage(job: &RLHFJob, name: &str) -> StageStatus {
-    let status = job.status.clone().unwrap_or_default();
-    status.prepare.into_iter().chain(status.stages).find(|s| s.name == name).unwrap_or_default()
+    job.status.as_ref().and_then(|s| s.slot(name)).cloned().unwrap_or_default()
 }
 
 impl Scene {

@@ -141,8 +141,7 @@ pub fn children(job: &RLHFJob, task: Task<'_>, attempt: Attempt, settings: &Sett
 }
 
 fn never_made(job: &RLHFJob, task: Task<'_>) -> bool {
-    let mut slots = job.status.iter().flat_map(|s| s.prepare.iter().chain(&s.stages));
-    slots.all(|slot| slot.name != task.name() || slot.attempt == 0)
+    job.status.as_ref().and_then(|s| s.slot(task.name())).is_none_or(|slot| slot.attempt == 0)
 }
 
 /// Labels that all of a stage's objects carry, and by which its pods are selected.

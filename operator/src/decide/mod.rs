@@ -223,7 +223,7 @@ pub fn decide(job: &RLHFJob, observed: &Observed, settings: &Settings, now: Time
 /// Whether children are newer than the status: then the status is old, and the new one is on its way.
 fn is_stale(status: &RLHFJobStatus, observed: &Observed) -> bool {
     observed.stages.iter().any(|(name, view)| {
-        let current = status.prepare.iter().chain(&status.stages).find(|s| s.name == *name).map_or(0, |s| s.attempt);
+        let current = status.slot(name).map_or(0, |s| s.attempt);
         view.jobs.iter().any(|j| j.attempt > current)
     })
 }
@@ -300,7 +300,7 @@ impl<'a> Pass<'a> {
     /// A suspended job's Jobs go too, and are made again under their numbers. Suspending them instead would be a word
     /// against that of a queue, which lets a Job run that it has admitted, and they would go on taking quota.
     fn sweep(&mut self, status: &RLHFJobStatus) {
-        for slot in status.prepare.iter().chain(&status.stages) {
+        for slot in status.slots() {
             let live = matches!(slot.phase, StagePhase::Starting | StagePhase::Running);
             let stopped = |j: &JobView| self.job.spec.suspend && j.state == JobState::Active;
             let has_part = |j: &JobView| j.attempt == slot.attempt && (live || j.finished()) && !stopped(j);

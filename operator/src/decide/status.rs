@@ -106,7 +106,7 @@ impl Pass<'_> {
     fn only_waits(&self, status: &RLHFJobStatus) -> bool {
         let held =
             |s: &StageStatus| self.view(&s.name).job(s.attempt).is_some_and(|j| j.suspended && j.queue.is_some());
-        let mut active = status.prepare.iter().chain(&status.stages).filter(|s| is_active(s)).peekable();
+        let mut active = status.slots().filter(|s| is_active(s)).peekable();
         active.peek().is_some() && active.all(held)
     }
 
@@ -213,7 +213,7 @@ impl Pass<'_> {
             }
             (Some(trouble), _) => told(trouble),
             _ => {
-                let said = status.prepare.iter().chain(&status.stages).filter_map(|s| self.sentence(s));
+                let said = status.slots().filter_map(|s| self.sentence(s));
                 said.collect::<Vec<_>>().join("; ")
             }
         };

@@ -104,8 +104,7 @@ impl Case {
     }
 
     fn slot(&self, stage: &str) -> &StageStatus {
-        let status = self.job.status.as_ref().unwrap();
-        status.prepare.iter().chain(&status.stages).find(|s| s.name == stage).unwrap()
+        self.status().slot(stage).unwrap()
     }
 
     fn status(&self) -> &RLHFJobStatus {

@@ -262,7 +262,7 @@ impl World {
     /// As [`crate::observe::observe`] does for a current attempt's Job of which the store may not tell all.
     fn ask_for_jobs(&self, job: &RLHFJob, observed: &mut Observed) {
         let status = job.status.clone().unwrap_or_default();
-        for slot in status.prepare.iter().chain(&status.stages) {
+        for slot in status.slots() {
             let view = observed.stages.entry(slot.name.clone()).or_default();
             let live = matches!(slot.phase, StagePhase::Starting | StagePhase::Running);
             if live && view.lacks_word_of(slot) {
@@ -458,9 +458,7 @@ impl World {
             let live: std::collections::BTreeSet<_> =
                 jobs.map(|j| j.view.attempt).chain(pods.map(|p| p.view.attempt)).collect();
             prop_assert!(live.len() <= 1, "{stage}: attempts {live:?} are live");
-            let slot = |s: &RLHFJobStatus| {
-                s.prepare.iter().chain(&s.stages).find(|s| s.name == stage).cloned().unwrap_or_default()
-            };
+            let slot = |s: &RLHFJobStatus| s.slot(stage).cloned().unwrap_or_default();
             let (old, new) = (slot(before), slot(&after));
             prop_assert!(new.attempt >= old.attempt && new.restarts >= old.restarts, "{stage}: {old:?} -> {new:?}");
             prop_assert!(new.disruptions >= old.disruptions && new.bugs >= old.bugs, "{stage}: {old:?} -> {new:?}");
@@ -494,7 +492,7 @@ impl World {
         if before.phase.is_terminal() {
             prop_assert_eq!(before, &after, "a terminal job stays as it is");
         }
-        prop_assert_eq!(after.restarts, after.prepare.iter().chain(&after.stages).map(|s| s.restarts).sum::<u32>());
+        prop_assert_eq!(after.restarts, after.slots().map(|s| s.restarts).sum::<u32>());
         Ok(())
     }
 

@@ -45,7 +45,7 @@ impl FirstSteps {
         let Some(stages) = all.get_mut(&key) else { return Vec::new() };
         let mut took = Vec::new();
         stages.retain(|stage, waiting| {
-            let slot = status.prepare.iter().chain(&status.stages).find(|s| s.name == *stage);
+            let slot = status.slot(stage);
             let step = slot.and_then(|s| s.progress.as_ref()).map_or(0, |p| p.step);
             let live = |s: &StageStatus| matches!(s.phase, StagePhase::Starting | StagePhase::Running);
             let same = waiting.uid == uid && slot.is_some_and(|s| s.attempt == waiting.attempt);

@@ -127,9 +127,8 @@ const fn stage_phase(phase: StagePhase) -> &'static str {
 
 /// The job's stages, prepare first, each with what status has of it.
 fn stages(job: &RLHFJob) -> impl Iterator<Item = (&str, Option<&StageStatus>)> {
-    let known = |name: &str| job.status.iter().flat_map(|s| s.prepare.iter().chain(&s.stages)).find(|s| s.name == name);
     let names = std::iter::once(names::PREPARE).chain(job.spec.stages.iter().map(|s| s.name.as_str()));
-    names.map(move |name| (name, known(name)))
+    names.map(|name| (name, job.status.as_ref().and_then(|status| status.slot(name))))
 }
 
 fn of_stages(job: &RLHFJob, put: Put<'_>, value: fn(&StageStatus) -> f64) {

@@ -46,12 +46,8 @@ pub async fn observe(job: &RLHFJob, ctx: &Context) -> Result<Observed, Error> {
     ctx.listed.wait().await;
     let mut stages = from_watches(job, ctx);
     let status = job.status.clone().unwrap_or_default();
-    let live: Vec<_> = status
-        .prepare
-        .iter()
-        .chain(&status.stages)
-        .filter(|s| matches!(s.phase, StagePhase::Starting | StagePhase::Running))
-        .collect();
+    let is_live = |s: &&StageStatus| matches!(s.phase, StagePhase::Starting | StagePhase::Running);
+    let live: Vec<_> = status.slots().filter(is_live).collect();
     for slot in &live {
         let view = stages.entry(slot.name.clone()).or_default();
         if view.lacks_word_of(slot) {

@@ -311,7 +311,7 @@ impl Run {
             ensure!(status.phase == Phase::Succeeded, "{name} is {:?}", status.phase);
             let told = |o: &rlhf_api::report::Output| o.metrics.contains_key("evalLoss");
             ensure!(status.stages.iter().all(|s| s.output.as_ref().is_some_and(told)), "{name} lacks a last word");
-            report.attempts += status.prepare.iter().chain(&status.stages).map(|s| s.attempt).sum::<u32>();
+            report.attempts += status.slots().map(|s| s.attempt).sum::<u32>();
         }
         let scrape = self.scrape().await?;
         report.reconcile_p50_ms = scrape.reconcile_ms(0.5)?;
