@@ -4,7 +4,8 @@
 //! flags, rights and account that the chart gives it, as a process against the API server; API server, etcd, Job
 //! controller and scheduler are real. Played are nodes and pods, by kwok (`tests/scale/*.yaml`), and rank 0's progress, by
 //! [`trainers`]. All jobs are applied at once and stop for a while where all of them run their first stage, for what the
-//! operator writes when nothing changes; then they run to their end, and nothing changes once more.
+//! operator writes when nothing changes; then they run to their end, and nothing changes once more. Without idle time they
+//! are not stopped, as the peer's are not.
 
 mod figures;
 mod load;
@@ -37,6 +38,8 @@ use tokio::time::sleep;
 const POLL: Duration = Duration::from_secs(2);
 /// Nothing changes any more when the operator has written nothing for so long: three of its rounds of questions.
 const QUIET: Duration = Duration::from_secs(30);
+/// What kwok plays where pods come to their end.
+pub const ALL_STAGES: [&str; 2] = ["run.yaml", "end.yaml"];
 /// The addresses of pods; `bench-operator.sh` has this machine answer them.
 const POD_CIDR: &str = "10.98.0.0/16";
 
@@ -48,7 +51,8 @@ struct Args {
     /// Stages of each: SFT; with 2 the reward model, with 3 PPO too.
     #[arg(long, env = "STAGES", default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=3))]
     stages: u8,
-    /// How long writes are counted while nothing changes: once while all jobs run, and once after their end.
+    /// How long writes are counted while nothing changes: once while all jobs run, and once after their end. 0: nothing is
+    /// counted, and the jobs run through.
     #[arg(long, env = "IDLE_SECONDS", default_value_t = 600)]
     idle_seconds: u64,
     /// Pods in the cluster that are no RLHFJob's.
@@ -57,6 +61,9 @@ struct Args {
     /// Measures Kubeflow Trainer in place of the operator.
     #[arg(long)]
     peer: bool,
+    /// Its jobs have no initializer.
+    #[arg(long, requires = "peer")]
+    bare: bool,
 }
 
 /// What came out.
@@ -97,7 +104,7 @@ async fn main() -> anyhow::Result<()> {
 }
 
 async fn measure(args: &Args) -> anyhow::Result<()> {
-    if args.peer { peer::bench(args.jobs).await } else { bench(args).await }
+    if args.peer { peer::bench(args.jobs, !args.bare).await } else { bench(args).await }
 }
 
 fn say(text: &str) {
@@ -111,19 +118,21 @@ async fn bench(args: &Args) -> anyhow::Result<()> {
     let mut run = Run::start(args).await?;
     run.meet_foreign_pods(args, &mut report).await?;
 
+    let stops = args.idle_seconds > 0;
     say("applying the jobs");
     run.begin()?;
-    let begun = Instant::now();
+    let mut begun = Instant::now();
     load::jobs(&run.cluster.client, args.jobs, args.stages.into()).await?;
-    run.until_stages("sft", "Running", args.jobs).await?;
-    report.seconds = begun.elapsed().as_secs_f64();
-    run.pause(&mut report)?;
-    (report.idle_writes_running, report.idle_lease_renewals) = run.idle(args.idle_seconds, "all jobs run").await?;
-
-    say("letting the jobs go on to their end");
-    run.play(&["run.yaml", "end.yaml"]).await?;
-    run.begin()?;
-    let begun = Instant::now();
+    if stops {
+        run.until_stages("sft", "Running", args.jobs).await?;
+        report.seconds = begun.elapsed().as_secs_f64();
+        run.pause(&mut report)?;
+        (report.idle_writes_running, report.idle_lease_renewals) = run.idle(args.idle_seconds, "all jobs run").await?;
+        say("letting the jobs go on to their end");
+        run.play(&ALL_STAGES).await?;
+        run.begin()?;
+        begun = Instant::now();
+    }
     run.until_finished(args.jobs * (usize::from(args.stages) + 1)).await?;
     report.seconds += begun.elapsed().as_secs_f64();
     run.pause(&mut report)?;
@@ -180,7 +189,7 @@ impl Run {
         say("installing the chart without its pods");
         install().await;
         let flags = flags(client, SYSTEM, RELEASE).await?;
-        let kwok = kwok(state, &["run.yaml"])?;
+        let kwok = kwok(state, if args.idle_seconds > 0 { &ALL_STAGES[..1] } else { &ALL_STAGES })?;
         cluster.fill("restricted", args.jobs).await?;
         let mut command = Command::new(tools::root().join("target/release/rlhf-operator"));
         let account = account(state, SYSTEM, RELEASE).await?;

@@ -1,4 +1,5 @@
-//! The same with Kubeflow Trainer: so many TrainJobs of as many nodes, each of which is one stage, at once.
+//! The same with Kubeflow Trainer: so many TrainJobs of as many nodes, each of which is one stage, at once. As an RLHFJob is
+//! prepared first, a TrainJob has an initializer, by a runtime in the way of those that the trainer brings for language models.
 //!
 //! `tests/cluster/peer.sh` builds the trainer's manager and JobSet's from their Go modules. They run as processes with the
 //! flags, rights and accounts of their chart, JobSet's leader election on; what a cluster gives to their pods (the
@@ -6,7 +7,7 @@
 
 use crate::load;
 use crate::parts::{self, Part};
-use crate::{Cluster, account, flags, kwok, say, until};
+use crate::{ALL_STAGES, Cluster, account, flags, kwok, say, until};
 use anyhow::{Context, ensure};
 use e2e::audit::Writes;
 use e2e::tools;
@@ -14,8 +15,9 @@ use k8s_openapi::api::core::v1::{ConfigMap, Secret};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::Api;
 use kube::api::{ApiResource, DynamicObject, GroupVersionKind, ListParams, PostParams};
+use rlhf_api::names;
 use serde::Serialize;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -70,6 +72,7 @@ const MANAGERS: [Manager; 2] = [
 struct Report {
     peer: &'static str,
     jobs: usize,
+    initializer: bool,
     seconds: f64,
     writes_per_attempt: f64,
     peak_rss_bytes: u64,
@@ -79,8 +82,9 @@ struct Report {
 }
 
 /// Measures the peer.
-pub async fn bench(jobs: usize) -> anyhow::Result<()> {
-    let mut report = Report { peer: "kubeflow trainer", jobs, load_before: parts::load()?, ..Report::default() };
+pub async fn bench(jobs: usize, initializer: bool) -> anyhow::Result<()> {
+    let mut report =
+        Report { peer: "kubeflow trainer", jobs, initializer, load_before: parts::load()?, ..Report::default() };
     let cluster = Cluster::connect().await?;
     let Cluster { client, state, .. } = &cluster;
     say("installing the chart without its pods");
@@ -89,7 +93,7 @@ pub async fn bench(jobs: usize) -> anyhow::Result<()> {
     tools::helm(&["install", CHART, &chart, "--namespace", NAMESPACE, "--create-namespace", "--set", none])
         .await
         .good();
-    let _kwok = kwok(state, &["run.yaml", "end.yaml"])?;
+    let _kwok = kwok(state, &ALL_STAGES)?;
     // The runtime's pods do not meet a stricter one.
     cluster.fill("privileged", jobs).await?;
     let mut managers = Vec::new();
@@ -99,8 +103,8 @@ pub async fn bench(jobs: usize) -> anyhow::Result<()> {
         let user = format!("system:serviceaccount:{NAMESPACE}:{}", manager.deployment);
         audits.push((manager.name, Writes::of(&user, &state.join("log/audit.log"))?));
     }
-    let runtime = tools::cache().join("peer/torch_distributed.yaml").display().to_string();
-    let accepted = async || Ok(tools::kubectl(&["apply", "--filename", &runtime]).await.ok);
+    let runtime = runtime(initializer)?;
+    let accepted = async || Ok(tools::kubectl_with(&["apply", "--filename", "-"], &runtime).await.ok);
     until("the webhooks of the peer", 120, accepted).await?;
 
     say("applying the TrainJobs");
@@ -136,8 +140,26 @@ fn train_jobs() -> ApiResource {
     ApiResource::from_gvk(&GroupVersionKind::gvk("trainer.kubeflow.org", "v1alpha1", "TrainJob"))
 }
 
+/// The trainer's own runtime for PyTorch, with an initializer before it. kwok ends its pod as it ends that of a preparation.
+fn runtime(initializer: bool) -> anyhow::Result<Value> {
+    let path = tools::cache().join("peer/torch_distributed.yaml");
+    let mut runtime: Value = serde_yaml_ng::from_str(&fs::read_to_string(&path)?)?;
+    let jobs = runtime.pointer_mut("/spec/template/spec/replicatedJobs").and_then(Value::as_array_mut);
+    let jobs = jobs.with_context(|| format!("{} has no replicatedJobs", path.display()))?;
+    if initializer {
+        const NAME: &str = "dataset-initializer";
+        jobs[0]["dependsOn"] = json!([{"name": NAME, "status": "Complete"}]);
+        let container = json!({"name": NAME, "image": "example.com/dataset-initializer"});
+        let pod =
+            json!({"metadata": {"labels": {names::LABEL_STAGE: names::PREPARE}}, "spec": {"containers": [container]}});
+        let metadata = json!({"labels": {"trainer.kubeflow.org/trainjob-ancestor-step": NAME}});
+        jobs.insert(0, json!({"name": NAME, "template": {"metadata": metadata, "spec": {"template": pod}}}));
+    }
+    Ok(runtime)
+}
+
 /// A TrainJob of the size of a stage.
-fn train_job() -> serde_json::Value {
+fn train_job() -> Value {
     let all = json!({"cpu": "16", "memory": "128Gi", "nvidia.com/gpu": load::GPUS_A_POD.to_string()});
     let gpus = json!({"nvidia.com/gpu": load::GPUS_A_POD.to_string()});
     json!({
