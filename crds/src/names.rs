@@ -7,7 +7,7 @@ use crate::stage::StageKind;
 
 /// The API group.
 pub const GROUP: &str = "rlhf.dev";
-/// The operator's field manager in server-side apply.
+/// The name under which the operator writes.
 pub const FIELD_MANAGER: &str = "rlhf-operator";
 /// Most characters of a job's and a stage's name together.
 pub const MAX_JOB_AND_STAGE: usize = 46;

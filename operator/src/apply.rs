@@ -1,8 +1,8 @@
 //! All writes of a pass, in the one order that survives a crash between any two: status first, under the resource
 //! version that was looked at, then the events that tell of it, then deletions, and last what is made.
 //!
-//! The status is applied server-side. Children are created, not applied over: creation is the one write that cannot
-//! touch an object that somebody else has put under the same name. But for the rules of a NetworkPolicy, which are
+//! The status, which has one writer, is replaced. Children are created, not applied over: creation is the one write that
+//! cannot touch an object that somebody else has put under the same name. But for the rules of a NetworkPolicy, which are
 //! applied with the object's UID as precondition, a child is never changed. A Job least of all: whoever queues Jobs
 //! writes to them.
 
@@ -152,12 +152,12 @@ async fn write_status(job: &RLHFJob, decision: &Decision, ctx: &Context) -> Resu
         "apiVersion": RLHFJob::api_version(&()),
         "kind": RLHFJob::kind(&()),
         // The resource version makes a status that was decided from an old one fail.
-        "metadata": {"name": name, "resourceVersion": job.resource_version()},
+        "metadata": {"name": name, "namespace": job.namespace(), "resourceVersion": job.resource_version()},
         "status": decision.status,
     });
     let api: Api<RLHFJob> = ctx.api(job);
-    let params = PatchParams::apply(FIELD_MANAGER).force();
-    match ctx.metrics.api("patch", api.patch_status(&name, &params, &Patch::Apply(body)).await) {
+    // An apply would do the same with more work: who owns which field is of no use where there is one writer.
+    match ctx.metrics.api("update", api.replace_subresource("status", &name, &written(), &body).await) {
         Ok(_) => Ok(()),
         Err(kube::Error::Api(s)) if s.is_conflict() => Err(Error::Stale),
         Err(kube::Error::Api(s)) if s.is_not_found() => Err(Error::Gone),
@@ -320,13 +320,17 @@ where
         + std::fmt::Debug,
 {
     let api: Api<K> = ctx.api(job);
-    let params = PostParams { field_manager: Some(FIELD_MANAGER.into()), ..Default::default() };
-    match ctx.metrics.api("create", api.create(&params, child).await) {
+    match ctx.metrics.api("create", api.create(&written(), child).await) {
         Ok(_) => Ok(()),
         Err(kube::Error::Api(s)) if s.is_already_exists() => Err(Error::Stale),
         Err(kube::Error::Api(s)) if is_refusal(&s) => Err(Error::Refused { what: title(child), status: s }),
         Err(source) => Err(Error::Api { what: title(child), source }),
     }
+}
+
+/// Says who writes.
+fn written() -> PostParams {
+    PostParams { field_manager: Some(FIELD_MANAGER.into()), ..Default::default() }
 }
 
 /// Answers that stay the same until somebody changes something: invalid, forbidden, denied by a policy or a quota.

@@ -47,7 +47,7 @@ fn server(answers: Vec<(&'static str, u16, Value)>) -> (Context, Log) {
                 Some((_, code, answer)) => (*code, answer.clone()),
                 None if line.starts_with("GET") => (404, failure("NotFound", 404)),
                 None if line.starts_with("DELETE") => (200, json!({"kind": "Status", "status": "Success"})),
-                None if line.starts_with("PATCH rlhfjobs") => (200, serde_json::to_value(tests::job()).unwrap()),
+                None if line.starts_with("PUT rlhfjobs") => (200, serde_json::to_value(tests::job()).unwrap()),
                 None => (201, body.clone()),
             };
             seen.lock().unwrap().push(Seen { line, query: parts.uri.query().unwrap_or_default().into(), body });
@@ -115,9 +115,9 @@ async fn case_37_status_is_written_before_anything_is_made_and_the_job_last() {
     assert!(apply(&job, &decision, &ctx).await.unwrap().is_none());
     assert_eq!(
         lines(&log),
-        ["PATCH rlhfjobs/demo/status", "POST events", "POST networkpolicies", "POST configmaps", "POST jobs",]
+        ["PUT rlhfjobs/demo/status", "POST events", "POST networkpolicies", "POST configmaps", "POST jobs",]
     );
-    let status = body(&log, "PATCH rlhfjobs/demo/status");
+    let status = body(&log, "PUT rlhfjobs/demo/status");
     assert_eq!(status["metadata"]["resourceVersion"], "7", "a status decided from an old one must fail");
     assert_eq!(status["status"]["prepare"]["attempt"], 1);
     assert_eq!(body(&log, "POST events")["reason"], Event::StageStarted.reason());
@@ -158,10 +158,10 @@ async fn a_later_attempt_takes_the_groups_of_earlier_ones_away() {
 
 #[tokio::test]
 async fn a_status_that_is_out_of_date_stops_every_other_write() {
-    let (ctx, log) = server(vec![("PATCH rlhfjobs/demo/status", 409, failure("Conflict", 409))]);
+    let (ctx, log) = server(vec![("PUT rlhfjobs/demo/status", 409, failure("Conflict", 409))]);
     let (job, decision) = first();
     assert!(matches!(apply(&job, &decision, &ctx).await, Err(Error::Stale)));
-    assert_eq!(lines(&log), ["PATCH rlhfjobs/demo/status"]);
+    assert_eq!(lines(&log), ["PUT rlhfjobs/demo/status"]);
 }
 
 #[tokio::test]
@@ -230,7 +230,7 @@ async fn case_3_a_job_that_the_api_server_calls_invalid_is_refused_for_good_and_
 #[tokio::test]
 async fn an_api_server_that_fails_or_is_overloaded_ends_the_pass_and_is_held_against_nobody() {
     for (reason, code) in [("TooManyRequests", 429), ("InternalError", 500), ("ServiceUnavailable", 503)] {
-        for line in ["PATCH rlhfjobs/demo/status", "POST networkpolicies", "POST configmaps", "POST jobs"] {
+        for line in ["PUT rlhfjobs/demo/status", "POST networkpolicies", "POST configmaps", "POST jobs"] {
             let (ctx, log) = server(vec![(line, code, failure(reason, code))]);
             let (job, decision) = first();
             let error = apply(&job, &decision, &ctx).await.unwrap_err();
@@ -315,7 +315,7 @@ async fn deletion_reaches_only_the_job_that_was_seen() {
 #[tokio::test]
 async fn children_are_touched_only_while_the_job_is_as_it_was_seen_and_no_pod_of_the_stage_runs() {
     let pod = |attempt: &str, phase: &str| {
-        json!({"metadata": {"name": "p", "labels": {"rlhf.dev/attempt": attempt}, "annotations": {crate::view::INDEX_ANNOTATION: "0"}},
+        json!({"metadata": {"name": "p", "labels": {"rlhf.dev/attempt": attempt}, "annotations": {crate::view::INDEX_KEY: "0"}},
             "status": {"phase": phase}})
     };
     let child = |attempt: &str, condition: &str| {
