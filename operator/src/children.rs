@@ -161,7 +161,7 @@ mod tests {
         let mut pod = json!({"metadata": {
             "name": uid, "namespace": "team", "uid": uid,
             "labels": {names::LABEL_JOB_UID: "0123456789-abc", names::LABEL_STAGE: "tune", names::LABEL_ATTEMPT: "1"},
-            "annotations": {crate::view::INDEX_ANNOTATION: "0"},
+            "annotations": {crate::view::INDEX_KEY: "0"},
             "ownerReferences": [{"apiVersion": "batch/v1", "kind": "Job", "name": "j", "uid": "j", "controller": true}],
         }});
         change(&mut pod);

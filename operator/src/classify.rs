@@ -448,7 +448,7 @@ mod tests {
         ]);
         let pod = serde_json::json!({
             "metadata": {"name": "j-s-1-0", "labels": {rlhf_api::names::LABEL_ATTEMPT: "1"},
-                "annotations": {crate::view::INDEX_ANNOTATION: "0"}},
+                "annotations": {crate::view::INDEX_KEY: "0"}},
             "spec": {"containers": [], "nodeName": "node7"},
             "status": status,
         });

@@ -14,8 +14,8 @@ use rlhf_api::report::{Progress, TerminationMessage};
 
 /// The trainer's container in every pod of the operator.
 pub const CONTAINER: &str = "trainer";
-/// Set by the Job controller on each pod of an Indexed Job.
-pub const INDEX_ANNOTATION: &str = "batch.kubernetes.io/job-completion-index";
+/// Under which the Job controller writes the index of each pod of an Indexed Job, as an annotation and as a label.
+pub const INDEX_KEY: &str = "batch.kubernetes.io/job-completion-index";
 
 /// What was seen of one stage (or of prepare).
 #[derive(Clone, Debug, Default)]
@@ -284,7 +284,7 @@ impl PodView {
             name: pod.name_any(),
             uid: pod.uid().unwrap_or_default(),
             attempt: pod.labels().get(names::LABEL_ATTEMPT)?.parse().ok()?,
-            index: pod.annotations().get(INDEX_ANNOTATION)?.parse().ok()?,
+            index: pod.annotations().get(INDEX_KEY)?.parse().ok()?,
             node: pod.spec.as_ref().and_then(|s| s.node_name.clone()),
             ip: status.and_then(|s| s.pod_ip.clone()),
             deletion_requested: meta.deletion_timestamp.as_ref().map(|t| t.0.saturating_sub(grace).unwrap_or(t.0)),
@@ -377,7 +377,7 @@ mod tests {
             "metadata": {
                 "name": "j-sft-2-1-abcde",
                 "labels": {names::LABEL_ATTEMPT: "2"},
-                "annotations": {INDEX_ANNOTATION: "1"},
+                "annotations": {INDEX_KEY: "1"},
             },
             "spec": {"containers": [], "nodeName": "node1"},
             "status": status,
@@ -484,7 +484,7 @@ mod tests {
     fn a_deletion_is_dated_to_when_it_was_asked_for() {
         let pod: Pod = serde_json::from_value(json!({
             "metadata": {
-                "name": "p", "labels": {names::LABEL_ATTEMPT: "1"}, "annotations": {INDEX_ANNOTATION: "0"},
+                "name": "p", "labels": {names::LABEL_ATTEMPT: "1"}, "annotations": {INDEX_KEY: "0"},
                 "deletionTimestamp": "2026-01-01T00:02:00Z", "deletionGracePeriodSeconds": 120,
             },
         }))

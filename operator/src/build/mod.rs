@@ -114,7 +114,7 @@ pub struct Children {
     pub secret: Option<KeySecret>,
     /// The config, the same for every attempt.
     pub config_map: ConfigMap,
-    /// The pods' names in DNS, the same for every attempt. Before the Job, so that names are there when pods look.
+    /// The first pod's name in DNS, the same for every attempt. Before the Job, so that it is there when pods look.
     pub service: Option<Service>,
     /// What makes a gang of the attempt's pods. Before the Job, since pods wait for it.
     pub pod_group: Option<PodGroup>,
@@ -186,7 +186,7 @@ fn owner(job: &RLHFJob) -> Option<OwnerReference> {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::view::INDEX_ANNOTATION;
+    use crate::view::INDEX_KEY;
     use k8s_openapi::api::core::v1::{Container, PodSpec};
     use rlhf_api::config::{PrepareConfig, StageConfig, env};
     use rlhf_api::job::RLHFJob;
@@ -399,7 +399,7 @@ pub(crate) mod tests {
         assert_eq!(env_value(&children, env::LOG_FORMAT).as_deref(), Some("json"));
         let rank = container(&children).env.unwrap().into_iter().find(|e| e.name == env::NODE_RANK).unwrap();
         let path = rank.value_from.unwrap().field_ref.unwrap().field_path;
-        assert_eq!(path, format!("metadata.annotations['{INDEX_ANNOTATION}']"));
+        assert_eq!(path, format!("metadata.annotations['{INDEX_KEY}']"));
         assert_eq!(pod(&children).subdomain.as_deref(), Some("demo-tune"));
         let set: Vec<_> = container(&children).env.unwrap().into_iter().map(|e| e.name).collect();
         assert_eq!(set.len(), env::RESERVED.len(), "each of the contract's variables, once: {set:?}");
@@ -464,13 +464,14 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn the_service_publishes_pods_that_are_not_ready_and_selects_this_job_only() {
+    fn the_service_names_this_jobs_first_pod_before_it_is_ready() {
         let service = build(&job(), 1, 1).service.unwrap();
         let spec = service.spec.unwrap();
         assert_eq!(service.metadata.name.as_deref(), Some("demo-tune"));
         assert_eq!((spec.cluster_ip.as_deref(), spec.publish_not_ready_addresses), (Some("None"), Some(true)));
         assert_eq!(spec.ports.unwrap()[0].port, 29500);
-        let selector = spec.selector.unwrap();
+        let mut selector = spec.selector.unwrap();
+        assert_eq!(selector.remove(INDEX_KEY).as_deref(), Some("0"));
         let template = build(&job(), 1, 5).job.spec.unwrap().template.metadata.unwrap().labels.unwrap();
         assert!(selector.iter().all(|(k, v)| template.get(k) == Some(v)), "{selector:?}");
         assert_eq!(selector[names::LABEL_JOB_UID], "0123456789-abc");

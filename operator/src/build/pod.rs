@@ -4,7 +4,7 @@
 //! template says is merged first, so that the operator's own fields win.
 
 use super::{Attempt, Settings, Task, pod_group, secret};
-use crate::view::{CONTAINER, INDEX_ANNOTATION};
+use crate::view::{CONTAINER, INDEX_KEY};
 use k8s_openapi::api::core::v1::{
     Affinity, Capabilities, ConfigMapVolumeSource, Container, ContainerPort, EmptyDirVolumeSource, EnvVar,
     EnvVarSource, ObjectFieldSelector, PersistentVolumeClaimVolumeSource, PodAffinityTerm, PodAntiAffinity,
@@ -125,7 +125,7 @@ fn plain((name, value): (&str, String)) -> EnvVar {
 
 fn node_rank() -> EnvVar {
     let index =
-        ObjectFieldSelector { field_path: format!("metadata.annotations['{INDEX_ANNOTATION}']"), ..Default::default() };
+        ObjectFieldSelector { field_path: format!("metadata.annotations['{INDEX_KEY}']"), ..Default::default() };
     EnvVar {
         name: env::NODE_RANK.into(),
         value_from: Some(EnvVarSource { field_ref: Some(index), ..Default::default() }),

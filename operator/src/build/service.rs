@@ -1,9 +1,13 @@
-//! The headless Service of a stage: it gives each pod a name in DNS.
+//! The headless Service of a stage: it gives the first pod, with rank 0, a name in DNS.
 //!
-//! It publishes pods that are not ready, since ranks look for each other before any of them could be. It selects by
+//! Ranks find rank 0 by it, and there each other's addresses. A name for every pod would have the cluster write the list of
+//! all addresses anew whenever one of the gang's pods comes or goes, and tell it to all who watch.
+//!
+//! It publishes a pod that is not ready, since ranks look for each other before any of them could be. It selects by
 //! the job's UID too, so that pods left by an earlier job of the same name never answer.
 
 use super::{Task, labels, metadata};
+use crate::view::INDEX_KEY;
 use k8s_openapi::api::core::v1::{Service, ServicePort, ServiceSpec};
 use kube::ResourceExt;
 use rlhf_api::config::RENDEZVOUS_PORT;
@@ -11,9 +15,11 @@ use rlhf_api::job::RLHFJob;
 use rlhf_api::names;
 
 pub(super) fn build(job: &RLHFJob, task: Task<'_>) -> Service {
-    let selector = labels(job, task);
+    let own = labels(job, task);
+    let mut selector = own.clone();
+    selector.insert(INDEX_KEY.into(), "0".into());
     Service {
-        metadata: metadata(job, names::stage(&job.name_any(), task.name()), selector.clone()),
+        metadata: metadata(job, names::stage(&job.name_any(), task.name()), own),
         spec: Some(ServiceSpec {
             cluster_ip: Some("None".into()),
             publish_not_ready_addresses: Some(true),
