@@ -20,6 +20,7 @@ refused() {
     [[ $errors == *"$part"* ]] || fail "$what: expected an error with '$part', found: $errors"
 }
 
+# Cases 42 and 47: no webhook and no certificate, which could expire or come too late.
 is "the default's kinds" \
     "ClusterRole ClusterRoleBinding CustomResourceDefinition Deployment Lease Role RoleBinding Secret Service ServiceAccount" "$(kinds)"
 is "the kinds for one namespace" \

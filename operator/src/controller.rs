@@ -13,10 +13,9 @@ use backon::ExponentialBuilder;
 use futures::future::BoxFuture;
 use futures::{FutureExt, Stream, StreamExt, TryStreamExt};
 use jiff::Timestamp;
+use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::Pod;
-use k8s_openapi::api::scheduling::v1beta1::PodGroup;
-use k8s_openapi::{NamespaceResourceScope, Resource as _};
 use kube::core::DeserializeGuard;
 use kube::runtime::controller::{Action, Config};
 use kube::runtime::events::{Event, EventType, Recorder};
@@ -195,45 +194,13 @@ fn error_policy(guarded: Arc<Guarded>, error: &Error, ctx: Arc<Context>) -> Acti
 }
 
 /// The API of a kind in the watched namespace, or in all.
-fn scoped<K>(client: &Client, namespace: Option<&str>) -> Api<K>
+pub(crate) fn scoped<K>(client: &Client, namespace: Option<&str>) -> Api<K>
 where
     K: Resource<DynamicType = (), Scope = NamespaceResourceScope>,
 {
     match namespace {
         Some(namespace) => Api::namespaced(client.clone(), namespace),
         None => Api::all(client.clone()),
-    }
-}
-
-/// Whether RLHFJobs can be listed, with an error that says what is missing.
-pub async fn check_crd(client: &Client, namespace: Option<&str>) -> Result<(), String> {
-    let api: Api<Guarded> = scoped(client, namespace);
-    match api.list_metadata(&kube::api::ListParams::default().limit(1)).await {
-        Ok(_) => Ok(()),
-        // By the code: an unknown group is answered in plain text, without a reason.
-        Err(kube::Error::Api(s)) if s.code == 404 => Err(format!(
-            "the cluster does not know {}/{} RLHFJob: install the chart with crds.enabled=true, or apply crds/rlhfjob.yaml",
-            names::GROUP,
-            RLHFJob::version(&())
-        )),
-        Err(kube::Error::Api(s)) if s.is_forbidden() => {
-            Err(format!("the operator may not list RLHFJobs; see the chart's ClusterRole: {}", s.message))
-        }
-        Err(error) => Err(format!("the API server cannot be asked for RLHFJobs: {error}")),
-    }
-}
-
-/// Whether the cluster serves PodGroups, with an error that says what is missing.
-pub async fn check_pod_groups(client: &Client) -> Result<(), String> {
-    let version = PodGroup::API_VERSION;
-    let failed = |why: String| format!("--gang-scheduling needs PodGroups of {version}: {why}");
-    match client.list_api_group_resources(version).await {
-        Ok(served) if served.resources.iter().any(|r| r.kind == PodGroup::KIND) => Ok(()),
-        Ok(_) => Err(failed("the cluster serves that version without them".into())),
-        Err(kube::Error::Api(s)) if s.code == 404 => Err(failed(
-            "the cluster does not serve them; switch them on (Kubernetes 1.37: the feature gate GenericWorkload of API server, controller manager and scheduler, and the API server's --runtime-config), or leave out trainer.gangScheduling".into(),
-        )),
-        Err(error) => Err(failed(format!("the API server cannot be asked: {error}"))),
     }
 }
 
@@ -341,52 +308,4 @@ fn tell<K>(
 fn owner(child: &impl Resource) -> Option<ObjectRef<Guarded>> {
     let name = child.meta().labels.as_ref()?.get(names::LABEL_JOB)?;
     Some(ObjectRef::new(name).within(child.meta().namespace.as_deref()?))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use http::{Request, Response};
-    use kube::client::Body;
-
-    /// A client whose API server gives every request the same answer.
-    fn client(code: u16, body: &'static str) -> Client {
-        let service = tower::service_fn(move |_: Request<Body>| async move {
-            Ok::<_, tower::BoxError>(
-                Response::builder().status(code).body(Body::from(body.as_bytes().to_vec())).unwrap(),
-            )
-        });
-        Client::new(service, "team")
-    }
-
-    #[tokio::test]
-    async fn what_is_missing_at_the_start_is_named() {
-        const FORBIDDEN: &str =
-            r#"{"kind":"Status","status":"Failure","reason":"Forbidden","code":403,"message":"cannot list resource"}"#;
-        for (code, body, start, end) in [
-            (404, "404 page not found\n", "the cluster does not know rlhf.dev/v1alpha1 RLHFJob: ", "crds/rlhfjob.yaml"),
-            (403, FORBIDDEN, "the operator may not list RLHFJobs", "cannot list resource"),
-            (500, "{}", "the API server cannot be asked for RLHFJobs: ", ""),
-        ] {
-            let error = check_crd(&client(code, body), None).await.unwrap_err();
-            assert!(error.starts_with(start) && error.ends_with(end), "{code}: {error}");
-        }
-        assert_eq!(check_crd(&client(200, r#"{"metadata":{},"items":[]}"#), None).await, Ok(()));
-
-        const GROUPS: &str = r#"{"groupVersion":"scheduling.k8s.io/v1beta1","resources":[
-            {"name":"podgroups","singularName":"podgroup","namespaced":true,"kind":"PodGroup","verbs":["create"]}]}"#;
-        const OTHERS: &str = r#"{"groupVersion":"scheduling.k8s.io/v1beta1","resources":[]}"#;
-        for (code, body, part) in [
-            (404, "404 page not found\n", "the cluster does not serve them"),
-            (200, OTHERS, "serves that version without them"),
-            (500, "{}", "cannot be asked"),
-        ] {
-            let error = check_pod_groups(&client(code, body)).await.unwrap_err();
-            assert!(
-                error.starts_with("--gang-scheduling needs PodGroups of ") && error.contains(part),
-                "{code}: {error}"
-            );
-        }
-        assert_eq!(check_pod_groups(&client(200, GROUPS)).await, Ok(()));
-    }
 }

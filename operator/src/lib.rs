@@ -16,5 +16,6 @@ pub mod lease;
 pub mod listed;
 pub mod metrics;
 pub mod observe;
+pub mod requirements;
 pub mod retries;
 pub mod view;

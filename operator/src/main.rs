@@ -10,13 +10,14 @@ use kube::Client;
 use kube::runtime::events::Recorder;
 use rlhf_api::names::FIELD_MANAGER;
 use rlhf_operator::build::{NetworkRules, Settings};
-use rlhf_operator::controller::{Context, Watches, check_crd, check_pod_groups};
+use rlhf_operator::controller::{Context, Watches};
 use rlhf_operator::http::{Served, serve};
 use rlhf_operator::keys::ProgressKeys;
 use rlhf_operator::lease::{Candidate, Leadership, Lost};
 use rlhf_operator::listed::Listed;
 use rlhf_operator::metrics::Metrics;
 use rlhf_operator::observe::ProgressReader;
+use rlhf_operator::requirements::{check_crd, check_fields, check_pod_groups};
 use rlhf_operator::retries::Retries;
 use std::error::Error;
 use std::io::IsTerminal;
@@ -118,6 +119,7 @@ async fn run(args: Args) -> Result<(), Box<dyn Error>> {
     let namespace = Some(args.watch_namespace.as_str()).filter(|n| !n.is_empty());
     let client = Client::try_default().await?;
     check_crd(&client, namespace).await?;
+    check_fields(&client).await?;
     if args.gang_scheduling {
         check_pod_groups(&client).await?;
     }

@@ -16,3 +16,4 @@ mod queue;
 mod removal;
 mod security;
 mod stages;
+mod upgrade;
