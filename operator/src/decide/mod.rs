@@ -128,7 +128,7 @@ pub struct Notice {
 /// What happened to a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// An attempt's number is written and its children are wanted.
+    /// An attempt's number is written and its children are wanted: of prepare's attempts, and of a stage's from the second on.
     StageStarted,
     /// A stage (or prepare) is done.
     StageSucceeded,

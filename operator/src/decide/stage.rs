@@ -350,7 +350,10 @@ impl Pass<'_> {
         slot.phase = StagePhase::Starting;
         slot.not_before = None;
         slot.progress = None;
-        self.tell(Event::StageStarted, format!("{}: attempt {} starts", slot.name, slot.attempt), self.about(slot));
+        // That what a stage needed has succeeded says that its first attempt starts.
+        if slot.attempt > 1 || slot.name == names::PREPARE {
+            self.tell(Event::StageStarted, format!("{}: attempt {} starts", slot.name, slot.attempt), self.about(slot));
+        }
         true
     }
 

@@ -176,11 +176,9 @@ fn learning_curves_and_samples_are_there(scene: &Scene, job: &RLHFJob) {
 
 async fn each_transition_is_told_once(scene: &Scene) {
     let told = |reason: &str, about: Option<String>| Told { reason: reason.into(), about, times: 1 };
-    let mut expected = vec![told("JobSucceeded", None)];
-    for name in ["prepare"].into_iter().chain(STAGES) {
-        let attempt = Some(format!("{NAME}-{name}-1"));
-        expected.extend(["StageStarted", "StageSucceeded"].map(|reason| told(reason, attempt.clone())));
-    }
+    let attempt = |name: &str| Some(format!("{NAME}-{name}-1"));
+    let mut expected = vec![told("JobSucceeded", None), told("StageStarted", attempt("prepare"))];
+    expected.extend(["prepare"].into_iter().chain(STAGES).map(|name| told("StageSucceeded", attempt(name))));
     expected.sort();
     // The last event follows the status that tells of it.
     eventually("the last event", 30, async || scene.told(NAME).await.iter().any(|t| t.reason == "JobSucceeded")).await;
