@@ -51,6 +51,13 @@ impl Progress {
     pub fn percent(&self) -> u32 {
         (self.step.min(self.total_steps) * 100).checked_div(self.total_steps).unwrap_or(0) as u32
     }
+
+    /// Whether a trainer that told this has done anything by the time it tells `new`. Its estimate of the time left moves by
+    /// itself.
+    pub fn advanced(&self, new: &Self) -> bool {
+        let mark = |p: &Self| Self { eta_seconds: None, ..p.clone() };
+        mark(self) != mark(new)
+    }
 }
 
 /// Why a trainer or prepare process ended: its exit code, and what the operator makes of it.

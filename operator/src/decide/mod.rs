@@ -33,6 +33,9 @@ pub const PROGRESS_PERIOD: SignedDuration = SignedDuration::from_secs(10);
 pub const LOST_AFTER: SignedDuration =
     SignedDuration::from_secs(build::COLLECTIVE_TIMEOUT_SECONDS as i64 - build::GRACE_SECONDS);
 
+/// So far the clocks of operators that work one after the other may differ.
+const CLOCK_SKEW: SignedDuration = SignedDuration::from_secs(60);
+
 /// What was seen of a job's children.
 #[derive(Clone, Debug, Default)]
 pub struct Observed {
@@ -248,6 +251,7 @@ impl<'a> Pass<'a> {
     /// Settles what has ended, starts what may start, and says where that leaves the job.
     fn advance(&mut self, before: &RLHFJobStatus, status: &mut RLHFJobStatus) {
         self.lay_out(status);
+        self.correct_times(status);
         if let Err(error) = build::check(self.job) {
             self.defeat = Some(Defeat { reason: "InvalidSpec", message: error.to_string() });
         }
@@ -276,6 +280,22 @@ impl<'a> Pass<'a> {
                 Task::Stage(_) => status.stages.push(known.unwrap_or_else(|| fresh(task))),
             }
         }
+    }
+
+    /// Brings back times that only a clock that has been set meanwhile can have written, so that nothing waits until it is
+    /// that late again.
+    fn correct_times(&self, status: &mut RLHFJobStatus) {
+        let now = self.now;
+        let correct = |time: &mut Option<Timestamp>, ahead: SignedDuration| {
+            let latest = now + ahead;
+            *time = time.map(|t| if t > latest + CLOCK_SKEW { latest } else { t });
+        };
+        for slot in slots(status) {
+            correct(&mut slot.not_before, stage::LONGEST_BACKOFF);
+            correct(&mut slot.starting_since, SignedDuration::ZERO);
+            correct(&mut slot.advanced_at, SignedDuration::ZERO);
+        }
+        correct(&mut status.active_since, SignedDuration::ZERO);
     }
 
     /// Starts the stages whose needs are met and makes the children of those that were started.
@@ -341,6 +361,7 @@ impl<'a> Pass<'a> {
             progress: None,
             ask_again: None,
             silent_for: None,
+            unchanged_for: None,
             refused: None,
         };
         self.observed.stages.get(stage).unwrap_or(NOTHING)

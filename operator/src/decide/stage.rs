@@ -22,7 +22,7 @@ const QUEUE_PERIOD: SignedDuration = SignedDuration::from_secs(60);
 /// Between steps a trainer's signs of life are kept in status once in so long at most, or in half of `stallSeconds`.
 const SIGNS_OF_LIFE: SignedDuration = SignedDuration::from_secs(60);
 /// The longest wait.
-const LONGEST_BACKOFF: SignedDuration = SignedDuration::from_secs(300);
+pub(super) const LONGEST_BACKOFF: SignedDuration = SignedDuration::from_secs(300);
 
 impl Pass<'_> {
     /// Draws what follows from the current attempt's Job and pods.
@@ -197,11 +197,11 @@ impl Pass<'_> {
             let limit = SignedDuration::from_secs(i64::from(self.job.spec.failure_policy.stall_seconds) / 2);
             let period = if limit > SignedDuration::ZERO { limit.min(SIGNS_OF_LIFE) } else { SIGNS_OF_LIFE };
             let recent = slot.advanced_at.is_some_and(|at| self.now.duration_since(at) < period);
-            if recent && !advanced(old, &Progress { activity: old.activity, ..progress.clone() }) {
+            if recent && !old.advanced(&Progress { activity: old.activity, ..progress.clone() }) {
                 progress.activity = old.activity;
             }
         }
-        if slot.progress.as_ref().is_none_or(|old| advanced(old, &progress)) {
+        if slot.progress.as_ref().is_none_or(|old| old.advanced(&progress)) {
             slot.advanced_at = Some(self.now);
         }
         slot.checkpoint = progress.checkpoint.clone().or(slot.checkpoint.take());
@@ -209,19 +209,18 @@ impl Pass<'_> {
     }
 
     /// Ends an attempt that stands still. Only what a trainer says counts, or the silence of one that spoke to this very
-    /// process before: an operator that cannot reach trainers at all must not restart them. While models are loaded, and
-    /// after the last step, while the model is written, the longer of the two limits holds.
+    /// process before: an operator that cannot reach trainers at all must not restart them. Nor must one whose clock was set:
+    /// it has heard nothing new itself for as long. While models are loaded, and after the last step, while the model is
+    /// written, the longer of the two limits holds.
     fn limit_stall(&mut self, slot: &mut StageStatus, view: &StageView) {
         let policy = &self.job.spec.failure_policy;
         let (Some(since), 1..) = (slot.advanced_at, policy.stall_seconds) else { return };
         let finished = slot.progress.as_ref().is_some_and(|p| p.total_steps > 0 && p.step >= p.total_steps);
         let patience = if has_figures(slot) && !finished { 0 } else { policy.startup_deadline_seconds };
         let limit = SignedDuration::from_secs(policy.stall_seconds.max(patience).into());
-        let heard = match view.silent_for {
-            None => view.progress.is_some(),
-            Some(silence) => view.progress.is_some() && silence >= limit,
-        };
-        if !heard || self.now.duration_since(since) < limit {
+        let heard = view.progress.is_some() && view.silent_for.is_none_or(|silence| silence >= limit);
+        let unchanged = view.unchanged_for.is_some_and(|time| time >= limit);
+        if !heard || !unchanged || self.now.duration_since(since) < limit {
             return;
         }
         let first = view.pods_of(slot.attempt).find(|p| p.index == 0);
@@ -386,12 +385,6 @@ impl Pass<'_> {
     fn about(&self, slot: &StageStatus) -> Option<String> {
         Some(names::attempt(&self.job.name_any(), &slot.name, slot.attempt))
     }
-}
-
-/// Whether a trainer that told `old` has done anything since. Its estimate of the time left moves by itself.
-fn advanced(old: &Progress, new: &Progress) -> bool {
-    let mark = |p: &Progress| Progress { eta_seconds: None, ..p.clone() };
-    mark(old) != mark(new)
 }
 
 /// Whether the current attempt has told the figures of a step or of an evaluation.

@@ -832,9 +832,12 @@ fn the_time_to_start_is_counted_anew_after_a_suspension_and_not_while_an_earlier
 
 /// A running stage of which rank 0 told a step at second 0, and what it says `seconds` later.
 fn later(case: &mut Case, seconds: i64, progress: Option<Progress>, silent_for: Option<i64>) {
-    case.now = at(seconds);
-    case.view("tune").progress = progress;
-    case.view("tune").silent_for = silent_for.map(SignedDuration::from_secs);
+    let passed = at(seconds).duration_since(std::mem::replace(&mut case.now, at(seconds)));
+    let view = case.view("tune");
+    let news = view.progress.as_ref().zip(progress.as_ref()).is_none_or(|(old, new)| old.advanced(new));
+    let unchanged_for = view.unchanged_for.filter(|_| !news).map_or(SignedDuration::ZERO, |time| time + passed);
+    (view.progress, view.unchanged_for) = (progress, Some(unchanged_for));
+    view.silent_for = silent_for.map(SignedDuration::from_secs);
     case.pass();
 }
 
@@ -885,6 +888,31 @@ fn an_attempt_that_stands_still_is_restarted_and_one_that_moves_or_cannot_be_hea
 }
 
 #[test]
+fn a_clock_that_is_set_restarts_nothing_and_holds_up_nothing() {
+    for jump in [100_000, -100_000] {
+        let mut case = Case::running();
+        later(&mut case, 0, step(3, Some(0.5)), None);
+        case.now = at(jump);
+        later(&mut case, jump + 10, step(3, Some(0.5)), None);
+        assert_eq!(case.slot("tune").restarts, 0, "set by {jump}");
+        later(&mut case, jump + 1000, step(3, Some(0.5)), None);
+        assert_eq!(case.slot("tune").restarts, 1, "set by {jump}: a stall is seen as soon as before");
+        case.observed.stages.remove("tune");
+        case.now = at(jump + 1000 - 100_000);
+        case.pass();
+        let until = case.slot("tune").not_before.unwrap();
+        assert!(
+            until.duration_since(case.now) <= SignedDuration::from_secs(300),
+            "the next attempt waits until {until}"
+        );
+        case.now = until;
+        case.pass();
+        assert_eq!(case.slot("tune").attempt, 2);
+        assert_eq!(case.made(), ["demo-tune-2"]);
+    }
+}
+
+#[test]
 fn signs_of_life_count_for_a_short_limit_too() {
     let mut case = Case::running();
     case.job.spec.failure_policy.stall_seconds = 30;
@@ -893,7 +921,8 @@ fn signs_of_life_count_for_a_short_limit_too() {
         later(&mut case, second, working(second as u64), None);
         assert_eq!(case.slot("tune").restarts, 0, "at {second}");
     }
-    later(&mut case, 230, working(180), None);
+    later(&mut case, 200, working(190), None);
+    later(&mut case, 230, working(190), None);
     assert_eq!(case.slot("tune").restarts, 1);
 }
 

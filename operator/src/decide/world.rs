@@ -60,6 +60,10 @@ struct World {
     /// How far the caches of RLHFJobs, Jobs and pods are in `history`; they never go back.
     seen: [usize; 3],
     seconds: i64,
+    /// How far the operator's clock is off.
+    clock: i64,
+    /// When rank 0 of a stage last told something new.
+    news_at: i64,
     made: u64,
     /// What every rank 0 that runs says.
     told: Option<u64>,
@@ -91,6 +95,8 @@ enum Step {
     Tell { step: Option<u8> },
     /// Time passes.
     Wait(u16),
+    /// Somebody sets the operator's clock, to so many minutes before or after the time.
+    Clock(i16),
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -108,6 +114,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => Just(Step::Evict),
         2 => prop::option::of(any::<u8>()).prop_map(|step| Step::Tell { step }),
         2 => (0..400u16).prop_map(Step::Wait),
+        1 => any::<i16>().prop_map(Step::Clock),
     ]
 }
 
@@ -146,7 +153,7 @@ impl World {
         job.spec.compute.resources.limits = Some([("memory".to_owned(), Quantity("64Gi".into()))].into());
         job.metadata.resource_version = Some("0".into());
         let api = Api { job, version: 0, jobs: vec![], pods: vec![] };
-        Self { history: vec![api.clone()], api, seen: [0; 3], seconds: 0, made: 0, told: None }
+        Self { history: vec![api.clone()], api, seen: [0; 3], seconds: 0, clock: 0, news_at: 0, made: 0, told: None }
     }
 
     fn now(&self) -> Timestamp {
@@ -177,8 +184,14 @@ impl World {
                 let now = self.now();
                 self.api.pods.iter_mut().filter(|p| p.lost).for_each(|p| p.delete(now));
             }
-            Step::Tell { step } => self.told = step.map(u64::from).or(self.told),
+            Step::Tell { step } => {
+                let told = step.map(u64::from).or(self.told);
+                if told != self.told {
+                    (self.told, self.news_at) = (told, self.seconds);
+                }
+            }
             Step::Wait(seconds) => self.seconds += i64::from(*seconds),
+            Step::Clock(minutes) => self.clock = 60 * i64::from(*minutes),
         }
         self.history.push(self.api.clone());
     }
@@ -205,6 +218,7 @@ impl World {
             observed.stages.entry(pod.stage.clone()).or_default().pods.push(pod.view.clone());
         }
         for view in observed.stages.values_mut() {
+            view.unchanged_for = Some(SignedDuration::from_secs(self.seconds - self.news_at));
             view.progress = self.told.map(|step| Progress {
                 step,
                 metrics: [("loss".to_owned(), 0.5)].into(),
@@ -212,7 +226,8 @@ impl World {
             });
         }
         self.ask_for_jobs(&job, &mut observed);
-        let decision = decide(&job, &observed, &settings(), self.now());
+        let now = self.now() + SignedDuration::from_secs(self.clock);
+        let decision = decide(&job, &observed, &settings(), now);
         if decision.touches_children() && !self.still_holds(&job, &decision) {
             return;
         }
@@ -502,7 +517,7 @@ impl World {
 
     /// Everybody does their part, and pods succeed where their nodes are not lost.
     fn friendly_steps(&self) -> Vec<Step> {
-        let mut steps = vec![Step::Suspend(false)];
+        let mut steps = vec![Step::Suspend(false), Step::Clock(0)];
         for _ in 0..60 {
             let everywhere =
                 (0..16).flat_map(|pod| [Step::Kubelet { pod, code: 0 }, Step::Kubelet { pod: 0, code: 0 }]);

@@ -123,10 +123,11 @@ async fn read_progress(job: &RLHFJob, live: &[&StageStatus], stages: &mut BTreeM
             (slot.name.clone(), ctx.progress.read(&job.namespace().unwrap_or_default(), &pod, &ip, &guard).await)
         })
     });
-    for (stage, Heard { progress, silent_for, ask_again }) in join_all(asked.collect::<Vec<_>>()).await {
+    for (stage, Heard { progress, silent_for, unchanged_for, ask_again }) in join_all(asked.collect::<Vec<_>>()).await {
         let view = stages.entry(stage).or_default();
         view.progress = progress;
         view.silent_for = silent_for.and_then(|s| s.try_into().ok());
+        view.unchanged_for = unchanged_for.try_into().ok();
         view.ask_again = ask_again.try_into().ok();
     }
 }

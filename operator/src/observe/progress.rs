@@ -1,8 +1,9 @@
 //! How far a running stage is: `GET /progress` of rank 0, by its pod's address.
 //!
 //! A pod is asked at most once a period, whether it answers or not; between two questions the last answer stands.
-//! So passes that come for other reasons neither flood the trainer nor change the status. Pods are not trusted: an
-//! answer is bounded in time and size. Trainers in turn answer only who has the key of their job.
+//! So passes that come for other reasons neither flood the trainer nor change the status. What trainers tell is written to
+//! the API server, so where many run the period is longer, and all of them together cause so many writes a second at most.
+//! Pods are not trusted: an answer is bounded in time and size. Trainers in turn answer only who has the key of their job.
 
 use crate::decide::PROGRESS_PERIOD;
 use rlhf_api::config::HTTP_PORT;
@@ -11,6 +12,8 @@ use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+/// How many pods are asked a second, all together.
+const ASKED_A_SECOND: u32 = 10;
 /// A trainer answers from memory; one that takes longer is too busy to be waited for.
 const TIMEOUT: Duration = Duration::from_secs(2);
 /// More than any trainer's figures take.
@@ -19,6 +22,9 @@ const MAX_BYTES: usize = 64 * 1024;
 const MAX_METRICS: usize = 64;
 /// Longest name of a figure and longest path of a checkpoint, in bytes.
 const MAX_TEXT_BYTES: usize = 512;
+
+/// A pod of which nobody has asked for so many periods is forgotten.
+const FORGOTTEN_AFTER: u32 = 3;
 
 /// What is remembered of a pod.
 #[derive(Clone)]
@@ -29,6 +35,8 @@ struct Asked {
     answer: Option<Progress>,
     /// Since when it has been asked in vain.
     silent_since: Option<Instant>,
+    /// When it last told something new.
+    news_at: Instant,
 }
 
 /// What is known of a pod's progress.
@@ -38,6 +46,8 @@ pub struct Heard {
     pub progress: Option<Progress>,
     /// For how long it has not answered; `None` if it answered when it was last asked.
     pub silent_for: Option<Duration>,
+    /// For how long it has told this process nothing new, by a clock that nobody sets.
+    pub unchanged_for: Duration,
     /// How long until it is to be asked again.
     pub ask_again: Duration,
 }
@@ -64,13 +74,33 @@ enum Error {
 }
 
 impl Asked {
-    fn heard(&self) -> Heard {
+    /// After another question, which may have had no answer.
+    fn after(last: Option<Self>, answer: Option<Progress>) -> Self {
+        let at = Instant::now();
+        let Some(last) = last else {
+            return Self { at, silent_since: answer.is_none().then_some(at), answer, news_at: at };
+        };
+        let Some(answer) = answer else {
+            return Self { at, silent_since: last.silent_since.or(Some(at)), ..last };
+        };
+        let news = last.answer.as_ref().is_none_or(|old| old.advanced(&answer));
+        Self { at, silent_since: None, news_at: if news { at } else { last.news_at }, answer: Some(answer) }
+    }
+
+    fn heard(&self, period: Duration) -> Heard {
         Heard {
             progress: self.answer.clone(),
             silent_for: self.silent_since.map(|since| since.elapsed()),
-            ask_again: PROGRESS_PERIOD.unsigned_abs().saturating_sub(self.at.elapsed()),
+            unchanged_for: self.news_at.elapsed(),
+            ask_again: period.saturating_sub(self.at.elapsed()),
         }
     }
+}
+
+/// How often each of so many pods is asked.
+fn period(pods: usize) -> Duration {
+    let all = Duration::from_secs(1) * u32::try_from(pods).unwrap_or(u32::MAX) / ASKED_A_SECOND;
+    all.max(PROGRESS_PERIOD.unsigned_abs())
 }
 
 impl ProgressReader {
@@ -94,25 +124,22 @@ impl ProgressReader {
 
     /// What the pod last told. It is asked if that is a period old.
     pub async fn read(&self, namespace: &str, pod: &str, ip: &str, guard: &str) -> Heard {
-        let period: Duration = PROGRESS_PERIOD.unsigned_abs();
         let key = (namespace.to_owned(), pod.to_owned());
-        let last = self.lock().get(&key).cloned();
-        if let Some(asked) = last.as_ref().filter(|asked| asked.at.elapsed() < period) {
-            return asked.heard();
-        }
-        let (answer, silent_since) = match self.ask(ip, guard).await {
-            Ok(answer) => (Some(answer), None),
-            Err(error) => {
-                tracing::debug!(namespace, pod, %error, "no progress");
-                let since = last.as_ref().and_then(|asked| asked.silent_since).unwrap_or_else(Instant::now);
-                (last.and_then(|asked| asked.answer), Some(since))
-            }
+        let (last, period) = {
+            let answers = self.lock();
+            (answers.get(&key).cloned(), period(answers.len()))
         };
-        let asked = Asked { at: Instant::now(), answer, silent_since };
+        if let Some(asked) = last.as_ref().filter(|asked| asked.at.elapsed() < period) {
+            return asked.heard(period);
+        }
+        let answer = self.ask(ip, guard).await;
+        let asked =
+            Asked::after(last, answer.map_err(|error| tracing::debug!(namespace, pod, %error, "no progress")).ok());
         let mut answers = self.lock();
-        answers.retain(|_, asked| asked.at.elapsed() < 10 * period);
+        // Of a pod that has ended nobody asks any more.
+        answers.retain(|_, asked| asked.at.elapsed() < FORGOTTEN_AFTER * period);
         answers.insert(key, asked.clone());
-        asked.heard()
+        asked.heard(period)
     }
 
     fn lock(&self) -> MutexGuard<'_, Answers> {
@@ -173,7 +200,7 @@ mod tests {
         let (port, asked) = pod(r#"{"step": 3, "totalSteps": 9, "metrics": {"loss": 1.5}}"#.into()).await;
         let reader = ProgressReader::on_port(port).unwrap();
         for _ in 0..3 {
-            let Heard { progress, silent_for, ask_again } = reader.read("ns", "pod", "127.0.0.1", KEY).await;
+            let Heard { progress, silent_for, ask_again, .. } = reader.read("ns", "pod", "127.0.0.1", KEY).await;
             let progress = progress.unwrap();
             assert!(ask_again <= PROGRESS_PERIOD.unsigned_abs() && silent_for.is_none());
             assert_eq!((progress.step, progress.total_steps, progress.metrics["loss"]), (3, 9, 1.5));
@@ -190,6 +217,29 @@ mod tests {
             assert!(heard.progress.is_none() && heard.silent_for.is_some(), "{heard:?}");
         }
         assert_eq!(asked.load(Ordering::SeqCst), 1);
+    }
+
+    #[test]
+    fn all_pods_together_are_asked_ten_times_a_second_at_most() {
+        for (pods, seconds) in [(0, 10), (1, 10), (100, 10), (101, 10), (1000, 100), (50_000, 5000)] {
+            assert_eq!(period(pods).as_secs(), seconds, "{pods}");
+        }
+    }
+
+    #[test]
+    fn news_are_what_moves_by_work_alone_and_silence_is_none() {
+        let told = |step, eta| Some(Progress { step, eta_seconds: Some(eta), ..Progress::default() });
+        let first = Asked::after(None, told(1, 9));
+        let since = |asked: &Asked| (asked.news_at, asked.silent_since.is_some());
+        let same = Asked::after(Some(first.clone()), told(1, 8));
+        assert_eq!(since(&same), (first.news_at, false), "the estimate moves by itself");
+        let silent = Asked::after(Some(same), None);
+        assert_eq!((since(&silent), silent.answer.clone()), ((first.news_at, true), told(1, 8)));
+        let still = Asked::after(Some(silent.clone()), None);
+        assert_eq!(still.silent_since, silent.silent_since);
+        let step = Asked::after(Some(still), told(2, 7));
+        assert_eq!((step.news_at, step.silent_since), (step.at, None));
+        assert!(Asked::after(None, None).silent_since.is_some());
     }
 
     #[tokio::test]
