@@ -30,7 +30,7 @@ pub struct StageView {
     pub ask_again: Option<SignedDuration>,
     /// For how long it has been asked in vain; `None` while it answers or nobody asks.
     pub silent_for: Option<SignedDuration>,
-    /// For how long it has told this process nothing new.
+    /// For how long it had told this process nothing new when it was last asked.
     pub unchanged_for: Option<SignedDuration>,
     /// Why no pods of the current attempt are made: what the Job controller or the queue says.
     pub refused: Option<Wait>,

@@ -46,7 +46,7 @@ pub struct Heard {
     pub progress: Option<Progress>,
     /// For how long it has not answered; `None` if it answered when it was last asked.
     pub silent_for: Option<Duration>,
-    /// For how long it has told this process nothing new, by a clock that nobody sets.
+    /// For how long it had told this process nothing new when it was last asked, by a clock that nobody sets.
     pub unchanged_for: Duration,
     /// How long until it is to be asked again.
     pub ask_again: Duration,
@@ -91,7 +91,7 @@ impl Asked {
         Heard {
             progress: self.answer.clone(),
             silent_for: self.silent_since.map(|since| since.elapsed()),
-            unchanged_for: self.news_at.elapsed(),
+            unchanged_for: self.at.duration_since(self.news_at),
             ask_again: period.saturating_sub(self.at.elapsed()),
         }
     }
@@ -240,6 +240,8 @@ mod tests {
         let step = Asked::after(Some(still), told(2, 7));
         assert_eq!((step.news_at, step.silent_since), (step.at, None));
         assert!(Asked::after(None, None).silent_since.is_some());
+        std::thread::sleep(Duration::from_millis(20));
+        assert_eq!(first.heard(Duration::ZERO).unchanged_for, Duration::ZERO, "nobody has asked since");
     }
 
     #[tokio::test]
