@@ -32,7 +32,7 @@ go_program() {
     mkdir -p "$CACHE/bin" "$CACHE/logs"
     export CGO_ENABLED=0
     cd "$ROOT/tests/cluster/$name" || return
-    mapfile -t sources < <(compgen -G main.go || true; printf '%s\n' go.mod go.sum)
+    mapfile -t sources < <(compgen -G '*.go' || true; printf '%s\n' go.mod go.sum)
     inputs=$({ go version; echo "$*"; sha256sum "${sources[@]}"; } | sha256sum | cut -d' ' -f1)
     if [ -x "$out" ] && [ "$(cat "$out.inputs" 2> /dev/null)" = "$inputs" ]; then return; fi
     say "building $what"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Stops the cluster that up.sh started and removes what it left on the machine: processes, mounts, network namespaces,
-# the bridge, packet filter rules, control groups, sysctls. Kept are the image store, the logs and all of .cache else.
-# Does nothing when there is nothing; fails, and names it, when something of the cluster is still there afterwards.
+# the bridge, packet filter rules and address sets, control groups, sysctls. Kept are the image store, the logs and all of
+# .cache else. Does nothing when there is nothing; fails, and names it, when something of the cluster is still there afterwards.
 set -euo pipefail
 # shellcheck source=tests/cluster/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -63,6 +63,9 @@ unhook() {
         END { for (chain in chains) print "-X " chain }'
 }
 
+# proxy_tables: those of kube-proxy, as the family and the name of each.
+proxy_tables() { nft list tables 2> /dev/null | sed -nE 's/^table (ip6?) kube-proxy$/\1 kube-proxy/p' || true; }
+
 packet_filter() {
     local command table rules
     for command in iptables ip6tables; do
@@ -73,6 +76,9 @@ packet_filter() {
         done
     done
 }
+
+# address_sets: those that kube-router makes for its rules.
+address_sets() { ipset list -name 2> /dev/null | grep -E '^(KUBE-SRC|KUBE-DST|TMP)-[A-Z2-7]{16}$' || true; }
 
 # left: names each thing of the cluster that is still on the machine.
 left() {
@@ -90,6 +96,8 @@ left() {
     for command in iptables ip6tables; do
         for table in filter nat mangle raw; do unhook "$command" "$table" | sed "s/^/rule of $command -t $table: /"; done
     done
+    proxy_tables | sed 's/^/packet filter table /'
+    address_sets | sed 's/^/address set /'
 }
 
 clear_machine() {
@@ -98,6 +106,9 @@ clear_machine() {
     our_namespaces | xargs -r -n 1 ip netns delete
     if ip link show "$BRIDGE" > /dev/null 2>&1; then ip link delete "$BRIDGE"; fi
     packet_filter
+    proxy_tables | xargs -r -L 1 nft delete table
+    # The kernel lets none go that a rule refers to.
+    address_sets | xargs -r -n 1 ipset destroy
     pod_groups | while read -r group; do find "$group" -depth -type d -exec rmdir {} +; done
     if [ -f "$STATE/run/sysctls" ]; then sysctl -q -p "$STATE/run/sysctls" > /dev/null || true; fi
     rm -rf /var/lib/cni/results/rlhf-pods-*
@@ -119,7 +130,7 @@ fi
 # up.sh makes this folder before it touches the machine, and here it goes last.
 if [ ! -d "$STATE/run" ] && ! orphaned; then exit 0; fi
 say "stopping the cluster"
-stop kubelet proxy coredns scheduler controllers
+stop kubelet proxy firewall coredns scheduler controllers
 # A process that is ending has no command line any more, but its port still for a moment.
 await 10 "the kubelet's port" no_kubelet || die "another kubelet runs on this machine (port 10250): its pods cannot be told from ours, so nothing more is touched"
 stop_pods

@@ -9,7 +9,7 @@ PACKAGES=(
     # to build: C++ for libtorch's bindings, tools of trainer-image/libtorch.sh
     binutils g++ make unzip
     # the cluster
-    etcd-server containerd runc containernetworking-plugins iptables conntrack iproute2 procps openssl curl
+    etcd-server containerd runc containernetworking-plugins iptables ipset nftables conntrack iproute2 procps openssl curl
     # images
     buildah debootstrap
     # tests and checks

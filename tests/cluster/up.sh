@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Starts a real one-node Kubernetes on this machine: etcd, API server, controller manager, scheduler, kubelet on
-# containerd, kube-proxy, CoreDNS. Returns when the node is Ready and DNS answers; does nothing when that is so already.
+# containerd, kube-proxy, CoreDNS, and kube-router's firewall, which enforces NetworkPolicies. Returns when the node is Ready,
+# DNS answers and policies hold; does nothing when that is so already.
 #
 # Needs root. State is in .cache/cluster: admin.conf (the kubeconfig), log/ (one file a part; audit.log has every write
 # to the API), containerd/ (images outlive down.sh, so that they are imported once). Each start is an empty cluster.
-# The pods' bridge does not enforce NetworkPolicy.
 #
 # up.sh --control-plane starts etcd, API server, controller manager and scheduler alone: a cluster whose nodes somebody
 # else plays. Nodes are then not given up for want of heartbeats.
@@ -15,7 +15,7 @@ source "$HERE/common.sh"
 
 SERVICE_CIDR=10.96.0.0/16
 SERVICE_IP=10.96.0.1
-PARTS=(etcd apiserver containerd coredns controllers scheduler kubelet proxy)
+PARTS=(etcd apiserver containerd coredns controllers scheduler kubelet proxy firewall)
 ONLY_CONTROL_PLANE=
 PORTS=(2379 2380 6443 10248 10249 10250 10256 10257 10259)
 # The kubelet and kube-proxy set the rest of these themselves; down.sh puts all back.
@@ -25,13 +25,18 @@ SYSCTLS=(net.ipv4.ip_forward net.bridge.bridge-nf-call-iptables net.ipv4.conf.al
 api_ready() { [ "$(kubectl get --raw /readyz)" = ok ]; }
 node_ready() { [ "$(kubectl get node node1 -o 'jsonpath={.status.conditions[?(@.type=="Ready")].status}')" = True ]; }
 dns_ready() { curl -sf -o /dev/null "http://$NODE_IP:8181/ready"; }
+# Its last rule ends the first pass over all pods and policies.
+firewall_ready() {
+    iptables -C KUBE-ROUTER-FORWARD -m comment --comment "rule to explicitly ACCEPT traffic that comply to network policies" \
+        -m mark --mark 0x20000/0x20000 -j ACCEPT
+}
 account_ready() { kubectl get serviceaccount default -n default; }
 
 healthy() {
     local part
     for part in "${PARTS[@]}"; do pid_of "$part" > /dev/null || return 1; done
     api_ready > /dev/null 2>&1 || return 1
-    [ -n "$ONLY_CONTROL_PLANE" ] || { node_ready && dns_ready; } > /dev/null 2>&1
+    [ -n "$ONLY_CONTROL_PLANE" ] || { node_ready && dns_ready && firewall_ready; } > /dev/null 2>&1
 }
 
 check_path() {
@@ -132,7 +137,8 @@ network() {
         if value=$(sysctl -n "$name" 2> /dev/null); then echo "$name=$value"; fi
     done > "$STATE/run/sysctls"
     sysctl -qw net.ipv4.ip_forward=1
-    # Without it a Service's address does not work between pods of one bridge; absent where the module is not loaded.
+    # Without it neither a Service's address nor a policy works between pods of one bridge; absent where the module is not
+    # loaded.
     modprobe br_netfilter 2> /dev/null || true
     sysctl -qw net.bridge.bridge-nf-call-iptables=1 2> /dev/null || true
     ip link add "$BRIDGE" type bridge
@@ -248,8 +254,16 @@ syncFrequency: 5s
 E
     start kubelet "$BOX" kubelet --config "$STATE/kubelet/config.yaml" --kubeconfig "$STATE/kubelet.conf" \
         --hostname-override node1 --node-ip "$NODE_IP" --root-dir "$STATE/kubelet" --cert-dir "$STATE/kubelet/pki"
-    start proxy "$BOX" kube-proxy --kubeconfig "$STATE/proxy.conf" --hostname-override node1 --proxy-mode iptables \
+    # In tables of its own: the firewall writes the whole filter table of iptables, and what it lets through meets no rule there
+    # any more, such as those that refuse connections to a Service without endpoints.
+    start proxy "$BOX" kube-proxy --kubeconfig "$STATE/proxy.conf" --hostname-override node1 --proxy-mode nftables \
         --cluster-cidr "$POD_CIDR" --conntrack-max-per-core 0 --conntrack-tcp-timeout-established 0 --conntrack-tcp-timeout-close-wait 0
+}
+
+# start_firewall: once the node is known, whose pods it asks for.
+start_firewall() {
+    start firewall "$BOX" kube-router --kubeconfig "$STATE/admin.conf" --hostname-override node1 \
+        --service-cluster-ip-range "$SERVICE_CIDR"
 }
 
 start_all() {
@@ -268,7 +282,9 @@ start_all() {
     start_scheduler --feature-gates "$GATES"
     start_node
     must 90 "node1" node_ready
+    start_firewall
     must 30 "DNS" dns_ready
+    must 30 "the firewall" firewall_ready
 }
 
 start_only_control_plane() {

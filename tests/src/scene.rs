@@ -137,6 +137,10 @@ impl Scene {
             deleted => drop(deleted.unwrap_or_else(|e| panic!("the RLHFJobs of {}: {e}", self.namespace))),
         }
         let pods = self.api::<Pod>();
+        let left = pods.list(&all).await.unwrap_or_else(|e| panic!("the pods of {}: {e}", self.namespace));
+        for of_test in left.iter().filter(|p| p.owner_references().is_empty()) {
+            delete(&pods, &of_test.name_any()).await;
+        }
         eventually("the end of the pods", 180, async || pods.list(&all).await.is_ok_and(|p| p.items.is_empty())).await;
         delete(&Api::<Namespace>::all(self.client.clone()), &self.namespace).await;
         delete(&Api::<PersistentVolume>::all(self.client.clone()), &self.namespace).await;

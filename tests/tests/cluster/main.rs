@@ -10,6 +10,7 @@ mod interruption;
 mod leader;
 mod limits;
 mod meddling;
+mod network;
 mod outage;
 mod planning;
 mod queue;
