@@ -22,7 +22,6 @@ const MAX_BYTES: usize = 64 * 1024;
 const MAX_METRICS: usize = 64;
 /// Longest name of a figure and longest path of a checkpoint, in bytes.
 const MAX_TEXT_BYTES: usize = 512;
-
 /// A pod of which nobody has asked for so many periods is forgotten.
 const FORGOTTEN_AFTER: u32 = 3;
 
@@ -44,7 +43,7 @@ struct Asked {
 pub struct Heard {
     /// What it last told.
     pub progress: Option<Progress>,
-    /// For how long it has not answered; `None` if it answered when it was last asked.
+    /// For how long it had not answered when it was last asked; `None` if it answered then.
     pub silent_for: Option<Duration>,
     /// For how long it had told this process nothing new when it was last asked, by a clock that nobody sets.
     pub unchanged_for: Duration,
@@ -90,7 +89,7 @@ impl Asked {
     fn heard(&self, period: Duration) -> Heard {
         Heard {
             progress: self.answer.clone(),
-            silent_for: self.silent_since.map(|since| since.elapsed()),
+            silent_for: self.silent_since.map(|since| self.at.duration_since(since)),
             unchanged_for: self.at.duration_since(self.news_at),
             ask_again: period.saturating_sub(self.at.elapsed()),
         }
@@ -242,6 +241,9 @@ mod tests {
         assert!(Asked::after(None, None).silent_since.is_some());
         std::thread::sleep(Duration::from_millis(20));
         assert_eq!(first.heard(Duration::ZERO).unchanged_for, Duration::ZERO, "nobody has asked since");
+        assert_eq!(Asked::after(None, None).heard(Duration::ZERO).silent_for, Some(Duration::ZERO));
+        let twice = Asked::after(Some(silent.clone()), None).heard(Duration::ZERO);
+        assert!(twice.silent_for.is_some_and(|time| time >= Duration::from_millis(20)));
     }
 
     #[tokio::test]
