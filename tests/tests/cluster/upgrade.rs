@@ -13,7 +13,8 @@ const FIELD: &str = "/spec/versions/0/schema/openAPIV3Schema/properties/spec/pro
 fn case_8_no_field_is_dropped_without_a_word() {
     on_the_cluster_alone(async |scene| {
         install(true).await;
-        let misspelt = example().set("/spec/ttlSecondsAfterFinish", json!(60));
+        let mut misspelt = example();
+        misspelt.0["spec"]["ttlSecondsAfterFinish"] = json!(60);
         let args = ["apply", "--namespace", &scene.namespace, "--filename", "-"];
         let refused = kubectl_with(&args, &misspelt.0).await;
         assert!(
