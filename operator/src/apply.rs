@@ -156,7 +156,7 @@ async fn write_status(job: &RLHFJob, decision: &Decision, ctx: &Context) -> Resu
         "status": decision.status,
     });
     let api: Api<RLHFJob> = ctx.api(job);
-    // An apply would do the same with more work: who owns which field is of no use where there is one writer.
+    // An apply would be more work: who owns which field is of no use where there is one writer.
     match ctx.metrics.api("update", api.replace_subresource("status", &name, &written(), &body).await) {
         Ok(_) => Ok(()),
         Err(kube::Error::Api(s)) if s.is_conflict() => Err(Error::Stale),

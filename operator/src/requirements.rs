@@ -10,8 +10,8 @@ use rlhf_api::names;
 use serde_json::{Value, json};
 use std::time::Duration;
 
-/// A definition that has just been installed is in the API server's OpenAPI within seconds.
-const PUBLISHED_AFTER: Duration = Duration::from_secs(20);
+/// A definition that has just been installed is in the API server's OpenAPI within seconds. It is looked for so often.
+const TRIES: u32 = 8;
 const POLL: Duration = Duration::from_secs(1);
 /// So many missing fields are named.
 const NAMED: usize = 5;
@@ -34,28 +34,39 @@ pub async fn check_crd(client: &Client, namespace: Option<&str>) -> Result<(), S
     }
 }
 
-/// Whether the API server stores every field that this operator reads and writes. One that the installed definition does
+/// Whether the API server stores every field, by its name, that this operator reads and writes. One that the installed definition does
 /// not have it drops without a word: a setting that has no effect, or a counter that is lost.
 pub async fn check_fields(client: &Client) -> Result<(), String> {
     let wanted = wanted_schema()?;
     let path = format!("/openapi/v3/apis/{}/{}", names::GROUP, RLHFJob::version(&()));
-    let mut tries = PUBLISHED_AFTER.as_secs() / POLL.as_secs();
-    loop {
-        let found = match served_schema(client, &path).await {
-            Ok(served) => served.map(|served| missing_fields(&wanted, &served)),
-            Err(error) => {
+    let mut lacking = None;
+    for attempt in 1..=TRIES {
+        match served_schema(client, &path).await {
+            Ok(Some(served)) => {
+                let missing = missing_fields(&wanted, &served);
+                if missing.is_empty() {
+                    return Ok(());
+                }
+                if lacking.is_none() {
+                    tracing::warn!("{}; it is looked at again", of_another_version(&missing));
+                }
+                lacking = Some(missing);
+            }
+            Ok(None) => {}
+            // What nobody may read speaks against nothing.
+            Err(error) if lacking.is_none() && (attempt == TRIES || is_denied(&error)) => {
                 tracing::warn!(%error, "the definition's fields cannot be compared with this operator's");
                 return Ok(());
             }
-        };
-        match found {
-            Some(missing) if missing.is_empty() => return Ok(()),
-            Some(missing) if tries == 0 => return Err(of_another_version(&missing)),
-            None if tries == 0 => return Err(format!("the API server has no {path}")),
-            _ => tries -= 1,
+            Err(error) => tracing::debug!(%error, "the definition's fields cannot be read yet"),
         }
         tokio::time::sleep(POLL).await;
     }
+    Err(lacking.map_or_else(|| format!("the API server has no {path}"), |missing| of_another_version(&missing)))
+}
+
+fn is_denied(error: &kube::Error) -> bool {
+    matches!(error, kube::Error::Api(s) if matches!(s.code, 401 | 403))
 }
 
 fn of_another_version(missing: &[String]) -> String {

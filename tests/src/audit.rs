@@ -48,13 +48,13 @@ struct Status {
 }
 
 impl Write {
-    /// What was written, such as `patch rlhfjobs/status sentiment`.
+    /// What was written, such as `update rlhfjobs/status sentiment`.
     pub fn describe(&self) -> String {
         let name = self.object_ref.as_ref().map_or("", |o| &o.name);
         format!("{} {name}", self.kind()).trim_end().to_owned()
     }
 
-    /// Verb and resource, such as `patch rlhfjobs/status`.
+    /// Verb and resource, such as `update rlhfjobs/status`.
     pub fn kind(&self) -> String {
         let ObjectRef { resource, subresource, .. } = self.object_ref.clone().unwrap_or_default();
         let part = if subresource.is_empty() { String::new() } else { format!("/{subresource}") };

@@ -25,7 +25,7 @@ use jiff::{SignedDuration, Timestamp};
 use rlhf_api::job::{Phase, RLHFJob, RLHFJobStatus, StagePhase, StageStatus};
 use std::collections::BTreeMap;
 
-/// How often rank 0 of a running stage is asked how far it is, and so how often progress is written at most.
+/// How often rank 0 of a running stage is asked how far it is at most, and so how often progress is written.
 pub const PROGRESS_PERIOD: SignedDuration = SignedDuration::from_secs(10);
 
 /// A pod that has not ended so long after the grace of its deletion is taken for lost with its node. With the grace it is
@@ -131,7 +131,7 @@ pub struct Notice {
 /// What happened to a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// An attempt's number is written and its children are wanted: of prepare's attempts, and of a stage's from the second on.
+    /// An attempt's number is written and its children are wanted. Not told of a stage's first, which follows what it needs.
     StageStarted,
     /// A stage (or prepare) is done.
     StageSucceeded,

@@ -349,7 +349,7 @@ impl Pass<'_> {
         slot.phase = StagePhase::Starting;
         slot.not_before = None;
         slot.progress = None;
-        // That what a stage needed has succeeded says that its first attempt starts.
+        // A stage's first attempt starts when what it needs has succeeded, which is told.
         if slot.attempt > 1 || slot.name == names::PREPARE {
             self.tell(Event::StageStarted, format!("{}: attempt {} starts", slot.name, slot.attempt), self.about(slot));
         }

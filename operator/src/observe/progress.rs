@@ -2,7 +2,7 @@
 //!
 //! A pod is asked at most once a period, whether it answers or not; between two questions the last answer stands.
 //! So passes that come for other reasons neither flood the trainer nor change the status. What trainers tell is written to
-//! the API server, so where many run the period is longer, and all of them together cause so many writes a second at most.
+//! the API server, so where many run the period is longer, and all of them together cause so many writes a second on average.
 //! Pods are not trusted: an answer is bounded in time and size. Trainers in turn answer only who has the key of their job.
 
 use crate::decide::PROGRESS_PERIOD;
@@ -12,7 +12,7 @@ use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// How many pods are asked a second, all together.
+/// How many pods are asked a second on average, all together.
 const ASKED_A_SECOND: u32 = 10;
 /// A trainer answers from memory; one that takes longer is too busy to be waited for.
 const TIMEOUT: Duration = Duration::from_secs(2);
@@ -22,14 +22,16 @@ const MAX_BYTES: usize = 64 * 1024;
 const MAX_METRICS: usize = 64;
 /// Longest name of a figure and longest path of a checkpoint, in bytes.
 const MAX_TEXT_BYTES: usize = 512;
-/// A pod of which nobody has asked for so many periods is forgotten.
-const FORGOTTEN_AFTER: u32 = 3;
+/// A pod that is not asked for so long after it was due is forgotten. Longer than any pause after failed passes.
+const FORGOTTEN_AFTER: Duration = Duration::from_secs(600);
 
 /// What is remembered of a pod.
 #[derive(Clone)]
 struct Asked {
     /// When it was last asked.
     at: Instant,
+    /// After which time it is due again.
+    period: Duration,
     /// Its last answer.
     answer: Option<Progress>,
     /// Since when it has been asked in vain.
@@ -74,24 +76,29 @@ enum Error {
 
 impl Asked {
     /// After another question, which may have had no answer.
-    fn after(last: Option<Self>, answer: Option<Progress>) -> Self {
+    fn after(last: Option<Self>, answer: Option<Progress>, period: Duration) -> Self {
         let at = Instant::now();
         let Some(last) = last else {
-            return Self { at, silent_since: answer.is_none().then_some(at), answer, news_at: at };
+            return Self { at, period, silent_since: answer.is_none().then_some(at), answer, news_at: at };
         };
         let Some(answer) = answer else {
-            return Self { at, silent_since: last.silent_since.or(Some(at)), ..last };
+            return Self { at, period, silent_since: last.silent_since.or(Some(at)), ..last };
         };
         let news = last.answer.as_ref().is_none_or(|old| old.advanced(&answer));
-        Self { at, silent_since: None, news_at: if news { at } else { last.news_at }, answer: Some(answer) }
+        Self { at, period, silent_since: None, news_at: if news { at } else { last.news_at }, answer: Some(answer) }
     }
 
-    fn heard(&self, period: Duration) -> Heard {
+    /// Whether somebody still asks for it: of a pod that has ended nobody does.
+    fn is_live(&self) -> bool {
+        self.at.elapsed() < self.period + PROGRESS_PERIOD.unsigned_abs()
+    }
+
+    fn heard(&self) -> Heard {
         Heard {
             progress: self.answer.clone(),
             silent_for: self.silent_since.map(|since| self.at.duration_since(since)),
             unchanged_for: self.at.duration_since(self.news_at),
-            ask_again: period.saturating_sub(self.at.elapsed()),
+            ask_again: self.period.saturating_sub(self.at.elapsed()),
         }
     }
 }
@@ -124,21 +131,17 @@ impl ProgressReader {
     /// What the pod last told. It is asked if that is a period old.
     pub async fn read(&self, namespace: &str, pod: &str, ip: &str, guard: &str) -> Heard {
         let key = (namespace.to_owned(), pod.to_owned());
-        let (last, period) = {
-            let answers = self.lock();
-            (answers.get(&key).cloned(), period(answers.len()))
-        };
-        if let Some(asked) = last.as_ref().filter(|asked| asked.at.elapsed() < period) {
-            return asked.heard(period);
+        let last = self.lock().get(&key).cloned();
+        if let Some(asked) = last.as_ref().filter(|asked| asked.at.elapsed() < asked.period) {
+            return asked.heard();
         }
         let answer = self.ask(ip, guard).await;
-        let asked =
-            Asked::after(last, answer.map_err(|error| tracing::debug!(namespace, pod, %error, "no progress")).ok());
+        let answer = answer.inspect_err(|error| tracing::debug!(namespace, pod, %error, "no progress")).ok();
         let mut answers = self.lock();
-        // Of a pod that has ended nobody asks any more.
-        answers.retain(|_, asked| asked.at.elapsed() < FORGOTTEN_AFTER * period);
+        answers.retain(|_, asked| asked.at.elapsed() < asked.period + FORGOTTEN_AFTER);
+        let asked = Asked::after(last, answer, period(answers.values().filter(|asked| asked.is_live()).count()));
         answers.insert(key, asked.clone());
-        asked.heard(period)
+        asked.heard()
     }
 
     fn lock(&self) -> MutexGuard<'_, Answers> {
@@ -178,6 +181,7 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     const KEY: &str = "the job's key";
+    const PERIOD: Duration = Duration::from_secs(10);
 
     /// A pod whose every answer is `body`; returns its port and how often it was asked.
     async fn pod(body: String) -> (u16, Arc<AtomicUsize>) {
@@ -219,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn all_pods_together_are_asked_ten_times_a_second_at_most() {
+    fn the_period_grows_with_the_pods_so_that_ten_are_asked_a_second() {
         for (pods, seconds) in [(0, 10), (1, 10), (100, 10), (101, 10), (1000, 100), (50_000, 5000)] {
             assert_eq!(period(pods).as_secs(), seconds, "{pods}");
         }
@@ -228,21 +232,21 @@ mod tests {
     #[test]
     fn news_are_what_moves_by_work_alone_and_silence_is_none() {
         let told = |step, eta| Some(Progress { step, eta_seconds: Some(eta), ..Progress::default() });
-        let first = Asked::after(None, told(1, 9));
+        let first = Asked::after(None, told(1, 9), PERIOD);
         let since = |asked: &Asked| (asked.news_at, asked.silent_since.is_some());
-        let same = Asked::after(Some(first.clone()), told(1, 8));
+        let same = Asked::after(Some(first.clone()), told(1, 8), PERIOD);
         assert_eq!(since(&same), (first.news_at, false), "the estimate moves by itself");
-        let silent = Asked::after(Some(same), None);
+        let silent = Asked::after(Some(same), None, PERIOD);
         assert_eq!((since(&silent), silent.answer.clone()), ((first.news_at, true), told(1, 8)));
-        let still = Asked::after(Some(silent.clone()), None);
+        let still = Asked::after(Some(silent.clone()), None, PERIOD);
         assert_eq!(still.silent_since, silent.silent_since);
-        let step = Asked::after(Some(still), told(2, 7));
+        let step = Asked::after(Some(still), told(2, 7), PERIOD);
         assert_eq!((step.news_at, step.silent_since), (step.at, None));
-        assert!(Asked::after(None, None).silent_since.is_some());
+        assert!(Asked::after(None, None, PERIOD).silent_since.is_some());
         std::thread::sleep(Duration::from_millis(20));
-        assert_eq!(first.heard(Duration::ZERO).unchanged_for, Duration::ZERO, "nobody has asked since");
-        assert_eq!(Asked::after(None, None).heard(Duration::ZERO).silent_for, Some(Duration::ZERO));
-        let twice = Asked::after(Some(silent.clone()), None).heard(Duration::ZERO);
+        assert_eq!(first.heard().unchanged_for, Duration::ZERO, "nobody has asked since");
+        assert_eq!(Asked::after(None, None, PERIOD).heard().silent_for, Some(Duration::ZERO));
+        let twice = Asked::after(Some(silent.clone()), None, PERIOD).heard();
         assert!(twice.silent_for.is_some_and(|time| time >= Duration::from_millis(20)));
     }
 
