@@ -183,6 +183,7 @@ mod tests {
         }
         assert_eq!(check_pod_groups(&client(200, GROUPS)).await, Ok(()));
     }
+
     #[test]
     fn case_8_a_field_that_the_installed_definition_lacks_is_named() {
         let wanted = wanted_schema().unwrap();
