@@ -15,6 +15,11 @@ use serde_json::{Value, json};
 /// of one that nearly cancel, so for them it is absolute.
 const TOLERANCE: f64 = 1e-5;
 
+/// The same for adapters. They begin at zero, so that all of a number is what training made of it, and Adam divides a gradient
+/// by its own size: one that nearly vanishes is mostly rounding, and moves its number as far as any other. The parameters of a
+/// whole model hide that behind where they began. Seen: up to 1.2e-5.
+const ADAPTER_TOLERANCE: f64 = 1e-4;
+
 /// A way to run a stage.
 #[derive(Clone, Copy, Debug)]
 struct Setting {
@@ -115,7 +120,7 @@ fn holds_for(settings: &[Setting], family: &str, plain: &Launch, figures: &[&str
         if let Some(adapters) = expected.adapter_weights(&stage) {
             let gap = relative_gap(&actual.adapter_weights(&stage).unwrap(), &adapters);
             println!("{what}: adapters within {gap:.1e}");
-            assert!(gap <= TOLERANCE, "{what}: adapters differ by {gap}");
+            assert!(gap <= ADAPTER_TOLERANCE, "{what}: adapters differ by {gap}");
         }
     }
 }
