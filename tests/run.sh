@@ -21,10 +21,11 @@ export LD_LIBRARY_PATH=$root/.cache/libtorch/torch/lib OMP_NUM_THREADS=1
 
 step "building"
 cargo build --release --locked --workspace --all-targets
+cargo test --release --locked --workspace --test cluster --no-run
 
 failed=0
 step "the crates' tests"
-cargo test --release --locked --workspace --exclude e2e --no-fail-fast 2>&1 | tee "$logs/test-crates.log" || failed=1
+cargo test --release --locked --workspace --no-fail-fast 2>&1 | tee "$logs/test-crates.log" || failed=1
 
 step "a cluster"
 was_up=1
@@ -36,7 +37,7 @@ export KUBECONFIG=$root/.cache/cluster/admin.conf PATH=$root/.cache/bin:$PATH
 tests/cluster/smoke.sh | tee "$logs/test-smoke.log" || failed=1
 
 step "the tests on the cluster"
-cargo test --release --locked --package e2e --no-fail-fast 2>&1 | tee "$logs/test-cluster.log" || failed=1
+cargo test --release --locked --workspace --test cluster --no-fail-fast 2>&1 | tee "$logs/test-cluster.log" || failed=1
 
 if [ -z "$was_up" ]; then
     trap - EXIT
