@@ -22,8 +22,8 @@ mod volume;
 pub use part::Part;
 pub use scene::{History, Scene, Told, eventually, kill_operator, kill_worker, operator_memory, stage, starve_worker};
 pub use suite::{
-    Uninstalled, install, install_with, labelled, leader, on_the_cluster, on_the_cluster_alone, operator_passes,
-    operator_pods, uninstall,
+    Uninstalled, change_definition, install, install_with, labelled, leader, on_the_cluster, on_the_cluster_alone,
+    operator_passes, operator_pods, uninstall,
 };
 pub use volume::{SavedModel, Step, Volume};
 

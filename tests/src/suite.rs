@@ -9,6 +9,7 @@ use k8s_openapi::api::core::v1::Pod;
 use kube::api::ListParams;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Api, Client, Config, ResourceExt};
+use serde_json::{Value, json};
 use std::any::type_name_of_val;
 use std::panic::{AssertUnwindSafe, resume_unwind};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -115,6 +116,14 @@ async fn remove(operator: &mut Operator) {
         no_other_jobs().await;
         uninstall().await;
         *operator = Operator::Absent;
+    }
+}
+
+/// Changes the definition of RLHFJobs by a JSON patch, of which it then knows nothing: Helm would not write over it.
+pub async fn change_definition(change: Value) {
+    for (kind, patch) in [("json", json!([change])), ("merge", json!({"metadata": {"managedFields": [{}]}}))] {
+        let (kind, patch) = (format!("--type={kind}"), patch.to_string());
+        kubectl(&["patch", "crd", "rlhfjobs.rlhf.dev", &kind, "--patch", &patch]).await.good();
     }
 }
 

@@ -2,7 +2,7 @@
 
 use e2e::manifest::{NAME, example, waits};
 use e2e::tools::{kubectl, kubectl_with};
-use e2e::{SYSTEM, eventually, leader, on_the_cluster, operator_memory, stage};
+use e2e::{SYSTEM, change_definition, eventually, leader, on_the_cluster, operator_memory, stage};
 use futures::{StreamExt, TryStreamExt, stream};
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Pod, Service};
@@ -10,16 +10,8 @@ use kube::api::{DeleteParams, ListParams, PostParams, PropagationPolicy};
 use kube::{Api, ResourceExt};
 use rlhf_api::job::{RLHFJob, StagePhase};
 use rlhf_api::names;
-use serde_json::{Value, json};
+use serde_json::json;
 use std::time::Duration;
-
-/// Changes the definition of RLHFJobs by a JSON patch, of which it then knows nothing: Helm would not write over it.
-async fn change_definition(change: Value) {
-    for (kind, patch) in [("json", json!([change])), ("merge", json!({"metadata": {"managedFields": [{}]}}))] {
-        let (kind, patch) = (format!("--type={kind}"), patch.to_string());
-        kubectl(&["patch", "crd", "rlhfjobs.rlhf.dev", &kind, "--patch", &patch]).await.good();
-    }
-}
 
 #[test]
 fn case_7_an_object_that_cannot_be_read_holds_up_no_other() {

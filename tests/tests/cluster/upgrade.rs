@@ -2,11 +2,10 @@
 
 use e2e::manifest::example;
 use e2e::tools::{kubectl, kubectl_with, root};
-use e2e::{RELEASE, SYSTEM, eventually, install, on_the_cluster_alone, operator_pods, uninstall};
+use e2e::{RELEASE, SYSTEM, change_definition, eventually, install, on_the_cluster_alone, operator_pods, uninstall};
 use kube::ResourceExt;
 use serde_json::json;
 
-const CRD: &str = "rlhfjobs.rlhf.dev";
 const FIELD: &str = "/spec/versions/0/schema/openAPIV3Schema/properties/spec/properties/ttlSecondsAfterFinished";
 
 #[test]
@@ -23,8 +22,7 @@ fn case_8_no_field_is_dropped_without_a_word() {
             refused.errors
         );
 
-        let older = json!([{"op": "remove", "path": FIELD}]).to_string();
-        kubectl(&["patch", "crd", CRD, "--type", "json", "--patch", &older]).await.good();
+        change_definition(json!({"op": "remove", "path": FIELD})).await;
         kubectl(&["delete", "pods", "--all", "--namespace", SYSTEM]).await.good();
         let told = async || {
             let (_, pods) = operator_pods(scene).await;
