@@ -36,8 +36,6 @@ use tokio::time::sleep;
 
 /// How often something is looked at that is waited for.
 const POLL: Duration = Duration::from_secs(2);
-/// Nothing changes any more when the operator has written nothing for so long: three of its rounds of questions.
-const QUIET: Duration = Duration::from_secs(30);
 /// What kwok plays where pods come to their end.
 pub const ALL_STAGES: [&str; 2] = ["run.yaml", "end.yaml"];
 /// The addresses of pods; `bench-operator.sh` has this machine answer them.
@@ -174,6 +172,7 @@ impl Cluster {
 /// The cluster with what runs there.
 struct Run {
     cluster: Cluster,
+    jobs: usize,
     http: reqwest::Client,
     operator: Part,
     kwok: Part,
@@ -197,7 +196,7 @@ impl Run {
         let operator = Part::start("operator", &mut command, &state.join("log"))?;
         let audit = Writes::of(&audit::operator(), &state.join("log/audit.log"))?;
         let http = reqwest::Client::builder().no_proxy().build()?;
-        let run = Self { cluster, http, operator, kwok, audit, begun: BTreeMap::new() };
+        let run = Self { cluster, jobs: args.jobs, http, operator, kwok, audit, begun: BTreeMap::new() };
         let leads =
             async || Ok(run.scrape().await.is_ok_and(|s| s.value("rlhf_operator_leader", "").is_ok_and(|v| v == 1.0)));
         until("the operator leads", 60, leads).await?;
@@ -287,14 +286,14 @@ impl Run {
     /// Waits until the operator writes nothing more, and counts what it writes from then on: all but renewals of the
     /// lease, and those.
     async fn idle(&mut self, seconds: u64, when: &str) -> anyhow::Result<(usize, usize)> {
-        let settled = Instant::now();
+        let (settled, quiet) = (Instant::now(), quiet(self.jobs));
         loop {
             let last = self.audit.read_on()?.iter().rev().find(|w| !w.is_lease()).map(|w| w.at);
-            let quiet = Timestamp::now().duration_since(last.context("the operator has written nothing")?);
-            if quiet.unsigned_abs() >= QUIET {
+            let since = Timestamp::now().duration_since(last.context("the operator has written nothing")?);
+            if since.unsigned_abs() >= quiet {
                 break;
             }
-            ensure!(settled.elapsed() < Duration::from_secs(300), "the operator goes on writing while {when}");
+            ensure!(settled.elapsed() < 4 * quiet, "the operator goes on writing while {when}");
             sleep(POLL).await;
         }
         say(&format!("{when}; counting writes for {seconds} s"));
@@ -330,6 +329,12 @@ impl Run {
         report.writes_per_attempt = self.audit.all.len() as f64 / f64::from(report.attempts);
         Ok(())
     }
+}
+
+/// Nothing changes any more when the operator has written nothing for so long: more than its round of questions to so many
+/// trainers, of which it asks ten a second, and each of them every ten seconds at most.
+fn quiet(jobs: usize) -> Duration {
+    Duration::from_secs(jobs as u64 / 10).max(Duration::from_secs(10)) + Duration::from_secs(20)
 }
 
 /// Polls until `condition` holds.
