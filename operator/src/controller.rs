@@ -12,7 +12,7 @@ use crate::retries::Retries;
 use backon::ExponentialBuilder;
 use futures::future::BoxFuture;
 use futures::{FutureExt, Stream, StreamExt, TryStreamExt};
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::Pod;
@@ -137,7 +137,7 @@ async fn pass(job: &RLHFJob, ctx: &Context) -> Result<Action, Error> {
     }
     match apply(job, &decision, ctx).await {
         Ok(None) => {}
-        Ok(Some(blocked)) => return Ok(remember(job, &decision, blocked, now, ctx)),
+        Ok(Some(blocked)) => return Ok(remember(job, &decision, blocked, ctx)),
         Err(apply::Error::Gone) => return Ok(Action::await_change()),
         Err(error) => return Err(error.into()),
     }
@@ -156,13 +156,12 @@ fn whole_seconds(time: Timestamp) -> Timestamp {
 }
 
 /// Keeps what was refused for the next pass, which follows at once and tells it in status.
-fn remember(job: &RLHFJob, decision: &Decision, blocked: Blocked, now: Timestamp, ctx: &Context) -> Action {
+fn remember(job: &RLHFJob, decision: &Decision, blocked: Blocked, ctx: &Context) -> Action {
     let Blocked { stage, error } = blocked;
     ctx.metrics.failed(Reason::Blocked);
     let attempt = decision.status.slot(&stage).map_or(0, |s| s.attempt);
-    let trouble =
-        Trouble { message: error.to_string(), stage, attempt, retry_at: now, permanent: error.is_permanent() };
-    ctx.retries.refused(job, now, trouble);
+    let (message, permanent) = (error.to_string(), error.is_permanent());
+    ctx.retries.refused(job, Trouble { stage, attempt, message, permanent, retry_after: SignedDuration::ZERO });
     Action::requeue(Duration::ZERO)
 }
 

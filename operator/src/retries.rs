@@ -1,13 +1,12 @@
 //! What failed passes leave behind until they succeed: how often in a row a job's passes failed, and what the API
-//! server refused. It is kept in memory only: an operator that starts anew tries anew.
+//! server refused. It is kept in memory only: an operator that starts anew tries anew. Waits go by a clock that nobody sets.
 
 use crate::decide::Trouble;
-use jiff::{SignedDuration, Timestamp};
 use kube::ResourceExt;
 use rlhf_api::job::RLHFJob;
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// The longest wait between two tries.
 const LONGEST: Duration = Duration::from_secs(300);
@@ -20,7 +19,8 @@ const AFTER_ERROR: Duration = Duration::from_secs(1);
 struct Entry {
     errors: u32,
     refusals: u32,
-    trouble: Option<Trouble>,
+    /// With the time of the next try.
+    trouble: Option<(Trouble, Instant)>,
 }
 
 /// By namespace and name of the job.
@@ -34,16 +34,17 @@ impl Retries {
 
     /// What the API server last refused of a job.
     pub fn trouble(&self, job: &RLHFJob) -> Option<Trouble> {
-        self.lock().get(&key(job)).and_then(|e| e.trouble.clone())
+        let (trouble, due) = self.lock().get(&key(job))?.trouble.clone()?;
+        let left = due.saturating_duration_since(Instant::now());
+        Some(Trouble { retry_after: left.try_into().unwrap_or_default(), ..trouble })
     }
 
-    /// Notes a refusal. The time of the next try is `now` and a wait that grows.
-    pub fn refused(&self, job: &RLHFJob, now: Timestamp, trouble: Trouble) {
+    /// Notes a refusal. The wait for the next try grows.
+    pub fn refused(&self, job: &RLHFJob, trouble: Trouble) {
         let mut all = self.lock();
         let entry = all.entry(key(job)).or_default();
         entry.refusals += 1;
-        let wait = SignedDuration::try_from(doubled(AFTER_REFUSAL, entry.refusals)).unwrap_or_default();
-        entry.trouble = Some(Trouble { retry_at: now + wait, ..trouble });
+        entry.trouble = Some((trouble, Instant::now() + doubled(AFTER_REFUSAL, entry.refusals)));
     }
 
     /// Notes an error and says how long to wait.
@@ -80,6 +81,7 @@ fn doubled(first: Duration, times: u32) -> Duration {
 mod tests {
     use super::*;
     use crate::build::tests::job;
+    use jiff::SignedDuration;
 
     #[test]
     fn waits_double_up_to_five_minutes_and_start_anew_after_a_good_pass() {
@@ -92,14 +94,16 @@ mod tests {
 
     #[test]
     fn a_refusal_outlives_good_passes_until_it_is_forgotten() {
-        let (retries, now) = (Retries::default(), Timestamp::UNIX_EPOCH);
-        let trouble =
-            Trouble { stage: "tune".into(), attempt: 1, message: "no".into(), retry_at: now, permanent: false };
-        retries.refused(&job(), now, trouble.clone());
-        retries.refused(&job(), now, trouble);
+        let retries = Retries::default();
+        let retry_after = SignedDuration::ZERO;
+        let trouble = Trouble { stage: "tune".into(), attempt: 1, message: "no".into(), retry_after, permanent: false };
+        let waits = || retries.trouble(&job()).map(|t| (t.message, t.retry_after.as_secs_f64().round()));
+        retries.refused(&job(), trouble.clone());
+        assert_eq!(waits(), Some(("no".into(), 5.0)));
+        retries.refused(&job(), trouble);
         retries.passed(&job());
-        assert_eq!(retries.trouble(&job()).unwrap().retry_at, now + SignedDuration::from_secs(10));
+        assert_eq!(waits(), Some(("no".into(), 10.0)));
         retries.forget("team", "demo");
-        assert_eq!(retries.trouble(&job()), None);
+        assert_eq!(waits(), None);
     }
 }

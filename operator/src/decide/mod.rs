@@ -56,8 +56,8 @@ pub struct Trouble {
     pub attempt: u32,
     /// What was refused and why.
     pub message: String,
-    /// Not tried again before this time.
-    pub retry_at: Timestamp,
+    /// Not tried again before so long.
+    pub retry_after: SignedDuration,
     /// Whether another try would end the same, because what the job says is wrong.
     pub permanent: bool,
 }

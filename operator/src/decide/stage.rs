@@ -365,11 +365,9 @@ impl Pass<'_> {
         }
         if let Some(trouble) =
             self.observed.trouble.as_ref().filter(|t| t.stage == slot.name && t.attempt == slot.attempt)
+            && trouble.retry_after > SignedDuration::ZERO
         {
-            let wait = trouble.retry_at.duration_since(self.now);
-            if wait > SignedDuration::ZERO {
-                return self.decision.look_again(wait);
-            }
+            return self.decision.look_again(trouble.retry_after);
         }
         let strategy = strategy_of(slot, self.job.spec.strategy.fixed());
         let attempt = Attempt { number: slot.attempt, strategy };

@@ -652,7 +652,7 @@ fn case_39_a_refusal_is_told_once_and_tried_again_later() {
         stage: "prepare".into(),
         attempt: 1,
         message: "Job demo-prepare-1 exists and belongs to somebody else".into(),
-        retry_at: at(5),
+        retry_after: SignedDuration::from_secs(5),
         permanent: false,
     };
     case.observed.trouble = Some(trouble.clone());
@@ -663,6 +663,7 @@ fn case_39_a_refusal_is_told_once_and_tried_again_later() {
     assert_eq!(case.last.requeue, Some(SignedDuration::from_secs(5)));
     case.assert_quiet();
     case.now = at(5);
+    case.observed.trouble = Some(Trouble { retry_after: SignedDuration::ZERO, ..trouble.clone() });
     case.pass();
     assert_eq!(case.made(), ["demo-prepare-1"]);
     case.observed.trouble = Some(Trouble { permanent: true, ..trouble });
@@ -791,18 +792,17 @@ fn case_5_children_that_are_refused_are_a_condition_and_a_failure_at_the_deadlin
     let mut case = Case::new();
     case.pass();
     let message = "Job demo-prepare-1 is refused by the API server: admission webhook \"w\" denied the request";
-    let trouble = |second| Trouble {
+    case.observed.trouble = Some(Trouble {
         stage: "prepare".into(),
         attempt: 1,
         message: message.into(),
-        retry_at: at(second),
+        retry_after: SignedDuration::from_secs(5),
         permanent: false,
-    };
-    case.observed.trouble = Some(trouble(5));
+    });
     case.pass();
     assert_eq!(case.condition("Waiting"), Some(("True", "Refused")));
     case.assert_quiet();
-    (case.now, case.observed.trouble) = (at(1800), Some(trouble(1900)));
+    case.now = at(1800);
     case.pass();
     let failure = case.slot("prepare").last_failure.clone().unwrap();
     assert_eq!(failure.reason, "StartupDeadlineExceeded");
