@@ -142,6 +142,7 @@ mod tests {
     use super::*;
     use http::{Request, Response};
     use kube::client::Body;
+    use std::sync::{Arc, Mutex};
 
     /// A client whose API server gives every request the same answer.
     fn client(code: u16, body: &'static str) -> Client {
@@ -202,6 +203,26 @@ mod tests {
         assert!(error.contains("lacks spec.stages[].seed, spec.ttlSecondsAfterFinished, status"), "{error}");
         let many = (0..7).map(|n| format!("f{n}")).collect::<Vec<_>>();
         assert!(of_another_version(&many).contains("f4 and 2 more"));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_definition_that_is_just_being_installed_is_waited_for() {
+        let served = |mut schema: Value| {
+            schema["x-kubernetes-group-version-kind"] = json!([{"kind": "RLHFJob"}]);
+            (200, json!({"components": {"schemas": {"dev.rlhf.v1alpha1.RLHFJob": schema}}}).to_string())
+        };
+        let older = served(json!({"properties": {"spec": {"properties": {}}}}));
+        let unknown = || (404, "404 page not found\n".to_owned());
+        let answers = vec![unknown(), older, unknown(), served(wanted_schema().unwrap())];
+        let left = Arc::new(Mutex::new(answers.into_iter()));
+        let asked = left.clone();
+        let service = tower::service_fn(move |_: Request<Body>| {
+            let (code, body) = asked.lock().unwrap().next().expect("it is asked once more after it was whole");
+            let response = Response::builder().status(code).body(Body::from(body.into_bytes())).unwrap();
+            async { Ok::<_, tower::BoxError>(response) }
+        });
+        assert_eq!(check_fields(&Client::new(service, "team")).await, Ok(()));
+        assert_eq!(left.lock().unwrap().len(), 0);
     }
 
     #[tokio::test(start_paused = true)]

@@ -6,6 +6,7 @@
 
 use super::*;
 use crate::build::tests::{job, settings};
+use crate::classify::Reason;
 use crate::decide::tests::planning::word_of_prepare;
 use crate::view::{End, JobState, PodState, PodView};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
@@ -15,6 +16,8 @@ use rlhf_api::choice::Choice;
 use rlhf_api::job::StagePlan;
 use rlhf_api::names;
 use rlhf_api::report::Progress;
+
+const STALL_SECONDS: u32 = 900;
 
 /// A Job at the API server.
 #[derive(Clone)]
@@ -146,7 +149,7 @@ impl World {
         job.spec.failure_policy.max_restarts = 2;
         job.spec.failure_policy.max_disruptions = 3;
         job.spec.failure_policy.startup_deadline_seconds = 600;
-        job.spec.failure_policy.stall_seconds = 900;
+        job.spec.failure_policy.stall_seconds = STALL_SECONDS;
         job.spec.active_deadline_seconds = Some(30_000);
         job.spec.strategy.sharding = Choice::Auto;
         job.spec.strategy.offload = Choice::Auto;
@@ -490,6 +493,13 @@ impl World {
             prop_assert!(
                 stage == "prepare" || new.attempt == 0 || new.plan.is_some(),
                 "{stage} started without a plan"
+            );
+            let stalled =
+                |s: &StageStatus| s.last_failure.as_ref().is_some_and(|f| f.reason == Reason::Stalled.as_str());
+            prop_assert!(
+                stalled(&old) || !stalled(&new) || self.seconds - self.news_at >= STALL_SECONDS.into(),
+                "{stage}: an attempt that told something {} s ago is taken for stalled",
+                self.seconds - self.news_at
             );
             if let (Some(old), Some(new)) = (old.plan, new.plan) {
                 let need = |plan: StagePlan| plan.host_bytes + 2 * plan.device_bytes;
