@@ -25,6 +25,11 @@ impl Scrape {
         Ok(value.parse()?)
     }
 
+    /// All series of this name: their labels, and their values.
+    pub fn series(&self, name: &str) -> impl Iterator<Item = (&str, &str)> {
+        self.0.lines().filter_map(move |l| l.strip_prefix(name)?.strip_prefix('{')?.rsplit_once("} "))
+    }
+
     /// The time of a pass that a part of all passes stays below, in milliseconds, as Prometheus' `histogram_quantile`
     /// has it: evenly spread within a bucket.
     pub fn reconcile_ms(&self, part: f64) -> anyhow::Result<f64> {

@@ -326,6 +326,11 @@ impl Run {
         report.reconcile_p99_ms = scrape.reconcile_ms(0.99)?;
         report.reconciles = scrape.value("rlhf_operator_reconcile_duration_seconds_count", "")?;
         report.peak_rss_bytes = parts::peak_rss_bytes(self.operator.id())?;
+        println!("API requests of the operator outside of watches");
+        for (labels, count) in scrape.series("rlhf_operator_api_requests_total") {
+            println!("  {labels:<58}  {count}");
+        }
+        println!();
         report.writes_per_attempt = self.audit.all.len() as f64 / f64::from(report.attempts);
         Ok(())
     }
