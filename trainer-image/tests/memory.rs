@@ -159,6 +159,14 @@ fn cases() -> Vec<Case> {
     ]
 }
 
+/// Whether libtorch multiplies matrices of 16 bits by oneDNN. Elsewhere it does so by plain loops, a hundred times slower.
+fn multiplies_16_bits() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return is_x86_feature_detected!("avx512bw");
+    #[cfg(not(target_arch = "x86_64"))]
+    true
+}
+
 #[test]
 fn plans_are_within_a_tenth_of_what_was_allocated() {
     let root = tempfile::tempdir().unwrap();
@@ -179,8 +187,13 @@ fn plans_are_within_a_tenth_of_what_was_allocated() {
             "num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 1024,
         }),
     );
+    let (cases, left_out): (Vec<_>, Vec<_>) =
+        cases().into_iter().partition(|case| case.strategy.precision == Precision::Fp32 || multiplies_16_bits());
+    if !left_out.is_empty() {
+        println!("left out: {} cases in 16 bits, for which this CPU, without AVX-512, takes an hour", left_out.len());
+    }
     // Each process counts for itself, so that two cases can run at a time.
-    let (queue, wrong) = (Mutex::new(cases().into_iter()), Mutex::new(Vec::new()));
+    let (queue, wrong) = (Mutex::new(cases.into_iter()), Mutex::new(Vec::new()));
     let next = || queue.lock().unwrap().next();
     let work = || {
         while let Some(case) = next() {
