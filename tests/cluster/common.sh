@@ -38,8 +38,9 @@ go_program() {
     say "building $what"
     packages=$(go list -deps "$package") || die "go could not list the packages; its message is above"
     total=$(wc -l <<< "$packages")
-    # With -v, go names each package as it compiles it; those that its cache holds are not named.
-    go build -v "$@" -o "$out.new" "$package" 2>&1 | tee "$log" | awk -v name="$name" -v total="$total" \
+    # With -v, go names each package as it compiles it; those that its cache holds are not named. What a debugger needs, and a
+    # compiler that is short of memory, would take a third of the time.
+    GOGC=400 go build -v -gcflags=all=-dwarf=false "$@" -o "$out.new" "$package" 2>&1 | tee "$log" | awk -v name="$name" -v total="$total" \
         '/^[a-z0-9.]+(\/[^ ]*)?$/ { if (++n % 100 == 0) { printf "%s: %d of at most %d packages\n", name, n, total; fflush() } }' \
         || { grep -v '^[a-z0-9./_-]*$' "$log" | tail -n 20 >&2; die "the build failed; the log is $log"; }
     mv "$out.new" "$out"

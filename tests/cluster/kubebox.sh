@@ -23,5 +23,5 @@ done
 version=$(awk '$1 == "k8s.io/kubernetes" { print $2 }' "$ROOT/tests/cluster/kubebox/go.mod")
 IFS=. read -r major minor _ <<< "${version#v}"
 v=k8s.io/component-base/version
-go_program kubebox . "Kubernetes $version (eight minutes on two cores when Go's cache is cold)" \
+go_program kubebox . "Kubernetes $version (six to ten minutes on two cores when Go's cache is cold)" \
     -trimpath -ldflags "-s -w -X $v.gitVersion=$version -X $v.gitMajor=$major -X $v.gitMinor=$minor"
