@@ -13,6 +13,7 @@ use crate::{config_file, ending};
 use c10d::{ProcessGroup, Rendezvous};
 use rlhf_api::config::{StageConfig, env};
 use rlhf_api::report::{ExitCode, Output, TerminationMessage};
+use rlhf_api::stage::Precision;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, ToSocketAddrs, UdpSocket};
 use std::path::PathBuf;
 use std::rc::Rc;
@@ -77,6 +78,12 @@ fn train(options: &Options, environment: Environment, shown: &OnceLock<Telemetry
     if let Device::Cuda(index) = device {
         telemetry.watch_device(index);
     }
+    let precision = config.value.strategy.map(|s| s.precision).unwrap_or_default();
+    if device == Device::Cpu && precision != Precision::Fp32 && !cpu_multiplies_16_bits() {
+        tracing::warn!(
+            "this CPU has no AVX-512, without which 16 bits are a hundred times slower: use precision: fp32"
+        );
+    }
     serve(options.http_port, environment.local_rank, &telemetry)?;
     let peers = meet(&environment, &config.value, &config.digest, device)?;
     let group = Rc::new(Group::new(peers, rank, world_size, device)?);
@@ -93,6 +100,14 @@ fn train(options: &Options, environment: Environment, shown: &OnceLock<Telemetry
 /// The device of a worker: the GPU of its local rank, or the CPU where there is none.
 pub(crate) fn device(local_rank: u32) -> Device {
     if c10d::has_cuda() { Device::Cuda(local_rank as usize) } else { Device::Cpu }
+}
+
+/// Whether libtorch has oneDNN multiply matrices of 16 bits on this CPU. Elsewhere it does so by plain loops.
+pub fn cpu_multiplies_16_bits() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return is_x86_feature_detected!("avx512bw");
+    #[cfg(not(target_arch = "x86_64"))]
+    true
 }
 
 /// Threads for one worker: what `OMP_NUM_THREADS` says, or its share of the cores. More threads than cores are a hundred

@@ -7,6 +7,7 @@
 use memory_plan::{Machines, Stage, Task, estimate};
 use rlhf_api::stage::{Linear, Lora, Offload, Precision, Recompute, Sharding, Strategy};
 use rlhf_trainer::model::read_config;
+use rlhf_trainer::worker::cpu_multiplies_16_bits;
 use serde_json::{Value, json};
 use std::fs;
 use std::net::TcpListener;
@@ -159,14 +160,6 @@ fn cases() -> Vec<Case> {
     ]
 }
 
-/// Whether libtorch multiplies matrices of 16 bits by oneDNN. Elsewhere it does so by plain loops, a hundred times slower.
-fn multiplies_16_bits() -> bool {
-    #[cfg(target_arch = "x86_64")]
-    return is_x86_feature_detected!("avx512bw");
-    #[cfg(not(target_arch = "x86_64"))]
-    true
-}
-
 #[test]
 fn plans_are_within_a_tenth_of_what_was_allocated() {
     let root = tempfile::tempdir().unwrap();
@@ -188,7 +181,7 @@ fn plans_are_within_a_tenth_of_what_was_allocated() {
         }),
     );
     let (cases, left_out): (Vec<_>, Vec<_>) =
-        cases().into_iter().partition(|case| case.strategy.precision == Precision::Fp32 || multiplies_16_bits());
+        cases().into_iter().partition(|case| case.strategy.precision == Precision::Fp32 || cpu_multiplies_16_bits());
     if !left_out.is_empty() {
         println!("left out: {} cases in 16 bits, for which this CPU, without AVX-512, takes an hour", left_out.len());
     }
