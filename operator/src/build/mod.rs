@@ -135,7 +135,7 @@ pub fn children(job: &RLHFJob, task: Task<'_>, attempt: Attempt, settings: &Sett
         secret: matches!(task, Task::Stage(_)).then(|| secret::build(job, &settings.keys)),
         config_map: config::build(job, task)?,
         service,
-        pod_group: settings.gang_scheduling.then(|| pod_group::build(job, task, attempt)).flatten(),
+        pod_group: pod_group::build(job, task, attempt, settings),
         job: job::build(job, task, attempt, settings),
     })
 }

@@ -57,10 +57,7 @@ pub(super) fn build(
             tolerations: Some(tolerations),
             priority_class_name,
             runtime_class_name,
-            scheduling_group: settings
-                .gang_scheduling
-                .then(|| pod_group::membership(job, task, attempt, compute))
-                .flatten(),
+            scheduling_group: pod_group::membership(job, task, attempt, compute, settings),
             volumes: Some(volumes(job, task)),
             containers: vec![container(job, task, attempt, compute, user_env, settings)],
             ..Default::default()

@@ -3,7 +3,7 @@
 //! Without it two gangs that both have a part of their pods placed wait for each other for ever, and hold the devices
 //! of the pods that are placed. It is of use only where the cluster's scheduler knows groups, so it is off by default.
 
-use super::{Attempt, Task, attempt_labels, metadata};
+use super::{Attempt, Settings, Task, attempt_labels, metadata};
 use k8s_openapi::api::core::v1::PodSchedulingGroup;
 use k8s_openapi::api::scheduling::v1beta1::{
     AllDisruptionMode, DisruptionMode, GangSchedulingPolicy, PodGroup, PodGroupSchedulingPolicy, PodGroupSpec,
@@ -12,11 +12,12 @@ use kube::ResourceExt;
 use rlhf_api::job::{Compute, RLHFJob};
 use rlhf_api::names;
 
-/// A pod alone is no gang.
-pub(super) fn build(job: &RLHFJob, task: Task<'_>, attempt: Attempt) -> Option<PodGroup> {
+/// The group that an attempt has, if any.
+pub(super) fn build(job: &RLHFJob, task: Task<'_>, attempt: Attempt, settings: &Settings) -> Option<PodGroup> {
     let compute = task.compute(job);
-    (compute.nodes > 1).then(|| PodGroup {
-        metadata: metadata(job, name(job, task, attempt.number), attempt_labels(job, task, attempt)),
+    let name = gang(job, task, attempt, &compute, settings)?;
+    Some(PodGroup {
+        metadata: metadata(job, name, attempt_labels(job, task, attempt)),
         spec: PodGroupSpec {
             scheduling_policy: PodGroupSchedulingPolicy {
                 gang: Some(GangSchedulingPolicy { min_count: i32::try_from(compute.nodes).unwrap_or(i32::MAX) }),
@@ -34,18 +35,21 @@ pub(super) fn build(job: &RLHFJob, task: Task<'_>, attempt: Attempt) -> Option<P
     })
 }
 
-/// The name is the attempt's own: pods of a later attempt are no part of an earlier one's gang.
-fn name(job: &RLHFJob, task: Task<'_>, attempt: u32) -> String {
-    names::attempt(&job.name_any(), task.name(), attempt)
-}
-
 /// What a pod of the group says.
 pub(super) fn membership(
     job: &RLHFJob,
     task: Task<'_>,
     attempt: Attempt,
     compute: &Compute,
+    settings: &Settings,
 ) -> Option<PodSchedulingGroup> {
-    let member = || PodSchedulingGroup { pod_group_name: Some(name(job, task, attempt.number)) };
-    (compute.nodes > 1).then(member)
+    let pod_group_name = Some(gang(job, task, attempt, compute, settings)?);
+    Some(PodSchedulingGroup { pod_group_name })
+}
+
+/// The name of the attempt's gang; a pod alone is none. It is the attempt's own: pods of a later attempt are no part of an
+/// earlier one's gang.
+fn gang(job: &RLHFJob, task: Task<'_>, attempt: Attempt, compute: &Compute, settings: &Settings) -> Option<String> {
+    let is_gang = settings.gang_scheduling && compute.nodes > 1;
+    is_gang.then(|| names::attempt(&job.name_any(), task.name(), attempt.number))
 }

@@ -913,6 +913,32 @@ fn a_clock_that_is_set_restarts_nothing_and_holds_up_nothing() {
 }
 
 #[test]
+fn deadlines_are_no_later_for_a_clock_that_is_set_back() {
+    let mut starting = Case::prepared();
+    for stage in ["tune", "judge"] {
+        starting.see(stage, 1, JobState::Active, &[PodState::Waiting(None), PodState::Waiting(None)]);
+    }
+    starting.pass();
+    starting.now = at(-100_000);
+    starting.pass();
+    assert_eq!(starting.slot("tune").starting_since, Some(starting.now));
+    let deadline = i64::from(starting.job.spec.failure_policy.startup_deadline_seconds);
+    for (second, restarts) in [(deadline - 1, 0), (deadline, 1)] {
+        starting.now = at(second - 100_000);
+        starting.pass();
+        assert_eq!(starting.slot("tune").restarts, restarts, "{second} s after");
+    }
+
+    let mut active = Case::running();
+    active.job.spec.active_deadline_seconds = Some(100);
+    for (second, phase) in [(0, Phase::Running), (99, Phase::Running), (100, Phase::Failed)] {
+        active.now = at(second - 100_000);
+        active.pass();
+        assert_eq!(active.status().phase, phase, "{second} s after");
+    }
+}
+
+#[test]
 fn signs_of_life_count_for_a_short_limit_too() {
     let mut case = Case::running();
     case.job.spec.failure_policy.stall_seconds = 30;
