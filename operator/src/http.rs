@@ -1,5 +1,5 @@
-//! The operator's own HTTP server: `/metrics`, `/healthz` (the process answers) and `/readyz` (it stands by, or leads and
-//! knows the cluster's RLHFJobs and their children).
+//! The operator's own HTTP server: `/metrics`, `/healthz` (the process answers) and `/readyz` (the cluster has what
+//! is required, and it stands by, or leads and knows the cluster's RLHFJobs and their children).
 
 use crate::controller::Guarded;
 use crate::lease::Leadership;
@@ -12,12 +12,14 @@ use axum::response::IntoResponse;
 use axum::routing::get;
 use kube::runtime::reflector::Store;
 use std::future::Future;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use tokio::net::TcpListener;
 
 /// What the server tells of.
 #[derive(Clone)]
 pub struct Served {
+    /// Whether the cluster has what the operator requires.
+    pub checked: Arc<OnceLock<()>>,
     /// The operator's metrics.
     pub metrics: Arc<Metrics>,
     /// The RLHFJobs.
@@ -54,7 +56,9 @@ async fn metrics(State(served): State<Served>) -> impl IntoResponse {
 }
 
 async fn ready(State(served): State<Served>) -> (StatusCode, &'static str) {
-    if !served.leadership.holds() {
+    if served.checked.get().is_none() {
+        (StatusCode::SERVICE_UNAVAILABLE, "it is not known yet whether the cluster has all that is required\n")
+    } else if !served.leadership.holds() {
         (StatusCode::OK, "ok, standing by\n")
     } else if served.listed.all() {
         (StatusCode::OK, "ok\n")
@@ -77,12 +81,14 @@ mod tests {
         for (leadership, before) in [(Leadership::held(), 503), (Leadership::default(), 200)] {
             let (jobs, _writer) = kube::runtime::reflector::store();
             let listed = Listed::default();
-            let served =
-                Served { metrics: Arc::new(Metrics::new().unwrap()), jobs, listed: listed.clone(), leadership };
+            let (metrics, checked) = (Arc::new(Metrics::new().unwrap()), Arc::<OnceLock<()>>::default());
+            let served = Served { checked: checked.clone(), metrics, jobs, listed: listed.clone(), leadership };
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let port = listener.local_addr().unwrap().port();
             let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
             let server = tokio::spawn(serve(listener, served, async move { _ = stopped.await }));
+            assert_eq!((status(port, "/healthz").await, status(port, "/readyz").await), (200, 503));
+            checked.set(()).unwrap();
             assert_eq!((status(port, "/healthz").await, status(port, "/readyz").await), (200, before));
             for watch in [Watch::RlhfJobs, Watch::Jobs, Watch::Pods] {
                 listed.done(watch);

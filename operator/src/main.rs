@@ -1,8 +1,8 @@
 //! The operator's process: flags, logs, servers, shutdown.
 //!
-//! It serves at once, and works once it holds the lease. It ends well only when it is told to (SIGTERM, SIGINT): passes
-//! in flight are finished, then the lease is released and the HTTP server stops. If the controller or the server ends by
-//! itself, or the lease is lost, the process fails at once, and Kubernetes starts it anew.
+//! It serves at once, and works once the cluster has what it requires and it holds the lease. It ends well only when it is
+//! told to (SIGTERM, SIGINT): passes in flight are finished, then the lease is released and the HTTP server stops. If the
+//! controller or the server ends by itself, or the lease is lost, the process fails at once, and Kubernetes starts it anew.
 
 use clap::{Parser, ValueEnum};
 use futures::future::BoxFuture;
@@ -17,12 +17,13 @@ use rlhf_operator::lease::{Candidate, Leadership, Lost};
 use rlhf_operator::listed::Listed;
 use rlhf_operator::metrics::Metrics;
 use rlhf_operator::observe::ProgressReader;
-use rlhf_operator::requirements::{check_crd, check_fields, check_pod_groups};
+use rlhf_operator::requirements::{self, check_crd, check_fields, check_pod_groups};
 use rlhf_operator::retries::Retries;
 use std::error::Error;
-use std::io::IsTerminal;
+use std::io::{ErrorKind, IsTerminal};
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::process::ExitCode;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -116,29 +117,46 @@ fn start_logs(format: LogFormat) {
 }
 
 async fn run(args: Args) -> Result<(), Box<dyn Error>> {
+    // First of all: as a container's first process it would not hear it otherwise.
+    let mut terminate = signal(SignalKind::terminate())?;
     let namespace = Some(args.watch_namespace.as_str()).filter(|n| !n.is_empty());
     let client = Client::try_default().await?;
-    check_crd(&client, namespace).await?;
-    check_fields(&client).await?;
-    if args.gang_scheduling {
-        check_pod_groups(&client).await?;
-    }
-    let keys = ProgressKeys::load(&client, client.default_namespace(), &args.key_secret).await?;
     let watches = Watches::default();
-    let (jobs, pods) = watches.children();
     let metrics = Arc::new(Metrics::new()?);
-    let listed = Listed::default();
-    let leadership = Leadership::default();
-    let candidate = Candidate::new(client.clone(), &args.lease_name, &args.host, leadership.clone(), metrics.clone());
+    let (listed, leadership, checked) = (Listed::default(), Leadership::default(), Arc::<OnceLock<()>>::default());
     let served = Served {
+        checked: checked.clone(),
         metrics: metrics.clone(),
         jobs: watches.rlhf_jobs(),
         listed: listed.clone(),
         leadership: leadership.clone(),
     };
+    let listener = listen(args.http_port).await?;
+    tracing::info!(port = args.http_port, namespace = namespace.unwrap_or("all"), "the operator starts");
+    let (stop, stopping) = watch::channel(false);
+    let mut server = tokio::spawn(serve(listener, served, told(stopping.clone())));
+    let mut candidate =
+        Candidate::new(client.clone(), &args.lease_name, &args.host, leadership.clone(), metrics.clone());
+    let begin = async {
+        let keys = requirements::answered(async || check(&client, namespace, &args).await).await?;
+        _ = checked.set(());
+        candidate.acquire().await;
+        Ok::<_, requirements::Error>(keys)
+    };
+    let keys = tokio::select! {
+        keys = begin => keys?,
+        () = told_to_stop(&mut terminate) => {
+            stop.send(true)?;
+            _ = tokio::time::timeout(SHUTDOWN_LIMIT, server).await;
+            return Ok(());
+        }
+        ended = &mut server => return Err(format!("the HTTP server has ended by itself: {ended:?}").into()),
+    };
+    tracing::info!(identity = candidate.identity(), "leads");
+    let (jobs, pods) = watches.children();
     let ctx = Arc::new(Context {
         recorder: Recorder::new(client.clone(), FIELD_MANAGER.into()),
-        client,
+        client: client.clone(),
         jobs,
         pods,
         listed,
@@ -155,33 +173,40 @@ async fn run(args: Args) -> Result<(), Box<dyn Error>> {
         retries: Retries::default(),
         leadership,
     });
-    let listener = TcpListener::bind(("::", args.http_port)).await;
-    let listener = listener.map_err(|e| format!("cannot listen on port {}: {e}", args.http_port))?;
-    tracing::info!(port = args.http_port, namespace = namespace.unwrap_or("all"), "the operator starts");
-    let (stop, stopping) = watch::channel(false);
-    let server = tokio::spawn(serve(listener, served, told(stopping.clone())));
     let controller = watches.run(ctx, namespace, told(stopping));
-    work(candidate, controller, server, stop).await
+    work(candidate, controller, server, stop, terminate).await
+}
+
+/// Of every interface; where the kernel has no IPv6, of those of IPv4.
+async fn listen(port: u16) -> Result<TcpListener, String> {
+    let listener = match TcpListener::bind((Ipv6Addr::UNSPECIFIED, port)).await {
+        Err(e) if e.kind() == ErrorKind::AddrInUse => Err(e),
+        Err(_) => TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).await,
+        bound => bound,
+    };
+    listener.map_err(|e| format!("cannot listen on port {port}: {e}"))
+}
+
+/// Whether the cluster has what the operator requires, of which the keys are a part.
+async fn check(client: &Client, namespace: Option<&str>, args: &Args) -> Result<ProgressKeys, requirements::Error> {
+    check_crd(client, namespace).await?;
+    check_fields(client).await?;
+    if args.gang_scheduling {
+        check_pod_groups(client).await?;
+    }
+    Ok(ProgressKeys::load(client, client.default_namespace(), &args.key_secret).await?)
 }
 
 type Server = JoinHandle<std::io::Result<()>>;
 
 /// Runs the controller while the lease is held, until the process is told to stop.
 async fn work(
-    mut candidate: Candidate,
+    candidate: Candidate,
     controller: BoxFuture<'static, ()>,
     mut server: Server,
     stop: watch::Sender<bool>,
+    mut terminate: Signal,
 ) -> Result<(), Box<dyn Error>> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    tokio::select! {
-        () = candidate.acquire() => tracing::info!(identity = candidate.identity(), "leads"),
-        () = told_to_stop(&mut terminate) => {
-            stop.send(true)?;
-            return Ok(server.await??);
-        }
-        ended = &mut server => return Err(format!("the HTTP server has ended by itself: {ended:?}").into()),
-    }
     let mut controller = tokio::spawn(controller);
     let (done, is_done) = watch::channel(false);
     let mut lease = tokio::spawn(candidate.keep(told(is_done)));

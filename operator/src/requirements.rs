@@ -1,6 +1,8 @@
-//! What the cluster must have before the operator starts, each with an error that says what is missing.
+//! What the cluster must have before the operator works, each with an error that says what is missing. An API server that
+//! does not answer lacks nothing: it is asked again until it does.
 
 use crate::controller::{Guarded, scoped};
+use crate::keys;
 use axum::http::Request;
 use k8s_openapi::Resource as _;
 use k8s_openapi::api::scheduling::v1beta1::PodGroup;
@@ -16,31 +18,93 @@ const POLL: Duration = Duration::from_secs(1);
 /// So many missing fields are named.
 const NAMED: usize = 5;
 
+/// Between two looks while the API server does not answer.
+const RETRY: Duration = Duration::from_secs(3);
+/// A look that takes longer has no answer.
+const LIMIT: Duration = Duration::from_secs(30);
+
+/// A requirement that is not met, or not known to be.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Only somebody who changes something helps.
+    #[error("{0}")]
+    Missing(String),
+    /// The operator's own secret cannot be had.
+    #[error(transparent)]
+    Keys(#[from] keys::Error),
+    /// The API server did not answer, or not for good.
+    #[error("{what}: {source}")]
+    Unanswered {
+        /// What it was asked.
+        what: &'static str,
+        /// Its answer, or what there is in place of one.
+        source: kube::Error,
+    },
+}
+
+impl Error {
+    fn may_pass(&self) -> bool {
+        match self {
+            Self::Missing(_) => false,
+            Self::Keys(error) => matches!(error, keys::Error::Api { source, .. } if may_pass(source)),
+            Self::Unanswered { source, .. } => may_pass(source),
+        }
+    }
+}
+
+/// Whether the same question may be answered otherwise without anybody's doing.
+fn may_pass(error: &kube::Error) -> bool {
+    match error {
+        kube::Error::Api(status) => status.code >= 500 || matches!(status.code, 408 | 429),
+        kube::Error::HyperError(_) | kube::Error::Service(_) => true,
+        _ => false,
+    }
+}
+
+/// Waits until `look`, done again and again, has an answer of the API server's, and returns what it found.
+///
+/// # Errors
+/// A requirement is not met.
+pub async fn answered<T>(look: impl AsyncFn() -> Result<T, Error>) -> Result<T, Error> {
+    loop {
+        match tokio::time::timeout(LIMIT, look()).await {
+            Ok(Err(error)) if error.may_pass() => tracing::warn!(%error, "cannot start yet"),
+            Ok(found) => return found,
+            Err(_) => tracing::warn!("cannot start yet: the API server does not answer in {} s", LIMIT.as_secs()),
+        }
+        tokio::time::sleep(RETRY).await;
+    }
+}
+
 /// Whether RLHFJobs can be listed, with an error that says what is missing.
-pub async fn check_crd(client: &Client, namespace: Option<&str>) -> Result<(), String> {
+pub async fn check_crd(client: &Client, namespace: Option<&str>) -> Result<(), Error> {
     let api: Api<Guarded> = scoped(client, namespace);
     match api.list_metadata(&kube::api::ListParams::default().limit(1)).await {
         Ok(_) => Ok(()),
         // By the code: an unknown group is answered in plain text, without a reason.
-        Err(kube::Error::Api(s)) if s.code == 404 => Err(format!(
+        Err(kube::Error::Api(s)) if s.code == 404 => Err(Error::Missing(format!(
             "the cluster does not know {}/{} RLHFJob: install the chart with crds.enabled=true, or apply crds/rlhfjob.yaml",
             names::GROUP,
             RLHFJob::version(&())
-        )),
-        Err(kube::Error::Api(s)) if s.is_forbidden() => {
-            Err(format!("the operator may not list RLHFJobs; see the chart's ClusterRole: {}", s.message))
-        }
-        Err(error) => Err(format!("the API server cannot be asked for RLHFJobs: {error}")),
+        ))),
+        Err(kube::Error::Api(s)) if s.is_forbidden() => Err(Error::Missing(format!(
+            "the operator may not list RLHFJobs; see the chart's ClusterRole: {}",
+            s.message
+        ))),
+        Err(source) => Err(Error::Unanswered { what: "the API server cannot be asked for RLHFJobs", source }),
     }
 }
 
 /// Whether the API server stores every field, by its name, that this operator reads and writes. One that the installed definition does
 /// not have it drops without a word: a setting that has no effect, or a counter that is lost.
-pub async fn check_fields(client: &Client) -> Result<(), String> {
-    let wanted = wanted_schema()?;
+pub async fn check_fields(client: &Client) -> Result<(), Error> {
+    let wanted = wanted_schema().map_err(Error::Missing)?;
     let path = format!("/openapi/v3/apis/{}/{}", names::GROUP, RLHFJob::version(&()));
     let mut lacking = None;
     for attempt in 1..=TRIES {
+        if attempt > 1 {
+            tokio::time::sleep(POLL).await;
+        }
         match served_schema(client, &path).await {
             Ok(Some(served)) => {
                 let missing = missing_fields(&wanted, &served);
@@ -60,9 +124,9 @@ pub async fn check_fields(client: &Client) -> Result<(), String> {
             }
             Err(error) => tracing::debug!(%error, "the definition's fields cannot be read yet"),
         }
-        tokio::time::sleep(POLL).await;
     }
-    Err(lacking.map_or_else(|| format!("the API server has no {path}"), |missing| of_another_version(&missing)))
+    let none = || format!("the API server has no {path}");
+    Err(Error::Missing(lacking.map_or_else(none, |missing| of_another_version(&missing))))
 }
 
 fn is_denied(error: &kube::Error) -> bool {
@@ -124,16 +188,16 @@ fn missing_fields(wanted: &Value, served: &Value) -> Vec<String> {
 }
 
 /// Whether the cluster serves PodGroups, with an error that says what is missing.
-pub async fn check_pod_groups(client: &Client) -> Result<(), String> {
+pub async fn check_pod_groups(client: &Client) -> Result<(), Error> {
     let version = PodGroup::API_VERSION;
-    let failed = |why: String| format!("--gang-scheduling needs PodGroups of {version}: {why}");
+    let failed = |why: &str| Error::Missing(format!("--gang-scheduling needs PodGroups of {version}: {why}"));
     match client.list_api_group_resources(version).await {
         Ok(served) if served.resources.iter().any(|r| r.kind == PodGroup::KIND) => Ok(()),
-        Ok(_) => Err(failed("the cluster serves that version without them".into())),
+        Ok(_) => Err(failed("the cluster serves that version without them")),
         Err(kube::Error::Api(s)) if s.code == 404 => Err(failed(
-            "the cluster does not serve them; switch them on (Kubernetes 1.37: the feature gate GenericWorkload of API server, controller manager and scheduler, and the API server's --runtime-config), or leave out trainer.gangScheduling".into(),
+            "the cluster does not serve them; switch them on (Kubernetes 1.37: the feature gate GenericWorkload of API server, controller manager and scheduler, and the API server's --runtime-config), or leave out trainer.gangScheduling",
         )),
-        Err(error) => Err(failed(format!("the API server cannot be asked: {error}"))),
+        Err(source) => Err(Error::Unanswered { what: "the API server cannot be asked for PodGroups", source }),
     }
 }
 
@@ -163,10 +227,10 @@ mod tests {
             (403, FORBIDDEN, "the operator may not list RLHFJobs", "cannot list resource"),
             (500, "{}", "the API server cannot be asked for RLHFJobs: ", ""),
         ] {
-            let error = check_crd(&client(code, body), None).await.unwrap_err();
+            let error = check_crd(&client(code, body), None).await.unwrap_err().to_string();
             assert!(error.starts_with(start) && error.ends_with(end), "{code}: {error}");
         }
-        assert_eq!(check_crd(&client(200, r#"{"metadata":{},"items":[]}"#), None).await, Ok(()));
+        check_crd(&client(200, r#"{"metadata":{},"items":[]}"#), None).await.unwrap();
 
         const GROUPS: &str = r#"{"groupVersion":"scheduling.k8s.io/v1beta1","resources":[
             {"name":"podgroups","singularName":"podgroup","namespaced":true,"kind":"PodGroup","verbs":["create"]}]}"#;
@@ -174,15 +238,42 @@ mod tests {
         for (code, body, part) in [
             (404, "404 page not found\n", "the cluster does not serve them"),
             (200, OTHERS, "serves that version without them"),
-            (500, "{}", "cannot be asked"),
         ] {
-            let error = check_pod_groups(&client(code, body)).await.unwrap_err();
+            let error = check_pod_groups(&client(code, body)).await.unwrap_err().to_string();
             assert!(
                 error.starts_with("--gang-scheduling needs PodGroups of ") && error.contains(part),
                 "{code}: {error}"
             );
         }
-        assert_eq!(check_pod_groups(&client(200, GROUPS)).await, Ok(()));
+        check_pod_groups(&client(200, GROUPS)).await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_api_server_that_is_away_is_waited_for_and_one_that_says_no_is_not() {
+        let asked = Mutex::new(0);
+        let later = "try again later\n";
+        let answers = [(500, later), (503, later), (429, later), (200, r#"{"metadata":{},"items":[]}"#)];
+        let look = async || {
+            let (code, body) = answers[*asked.lock().unwrap()];
+            *asked.lock().unwrap() += 1;
+            check_crd(&client(code, body), None).await
+        };
+        answered(look).await.unwrap();
+        assert_eq!(*asked.lock().unwrap(), 4);
+
+        let refused = tower::service_fn(|_: Request<Body>| async {
+            Err::<Response<Body>, _>(tower::BoxError::from("connection refused"))
+        });
+        let away = check_pod_groups(&Client::new(refused, "team")).await.unwrap_err();
+        assert!(away.may_pass(), "{away}");
+        let (hangs, started) = (Mutex::new(true), tokio::time::Instant::now());
+        let look =
+            async || if std::mem::take(&mut *hangs.lock().unwrap()) { std::future::pending().await } else { Ok(()) };
+        answered(look).await.unwrap();
+        assert_eq!(started.elapsed(), LIMIT + RETRY);
+
+        let error = answered(async || check_crd(&client(404, "404 page not found\n"), None).await).await.unwrap_err();
+        assert!(matches!(error, Error::Missing(_)), "{error}");
     }
 
     #[test]
@@ -221,7 +312,7 @@ mod tests {
             let response = Response::builder().status(code).body(Body::from(body.into_bytes())).unwrap();
             async { Ok::<_, tower::BoxError>(response) }
         });
-        assert_eq!(check_fields(&Client::new(service, "team")).await, Ok(()));
+        check_fields(&Client::new(service, "team")).await.unwrap();
         assert_eq!(left.lock().unwrap().len(), 0);
     }
 
@@ -230,13 +321,13 @@ mod tests {
         const OTHER: &str = r#"{"components":{"schemas":{"dev.rlhf.v1alpha1.RLHFJob":{
             "x-kubernetes-group-version-kind":[{"group":"rlhf.dev","kind":"RLHFJob","version":"v1alpha1"}],
             "properties":{"spec":{"properties":{}}}}}}}"#;
-        let error = check_fields(&client(200, OTHER)).await.unwrap_err();
+        let error = check_fields(&client(200, OTHER)).await.unwrap_err().to_string();
         assert!(
             error.contains("lacks spec.activeDeadlineSeconds, ") && error.ends_with("crds/rlhfjob.yaml"),
             "{error}"
         );
-        let error = check_fields(&client(404, "404 page not found\n")).await.unwrap_err();
+        let error = check_fields(&client(404, "404 page not found\n")).await.unwrap_err().to_string();
         assert_eq!(error, "the API server has no /openapi/v3/apis/rlhf.dev/v1alpha1");
-        assert_eq!(check_fields(&client(403, "{}")).await, Ok(()));
+        check_fields(&client(403, "{}")).await.unwrap();
     }
 }

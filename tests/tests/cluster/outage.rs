@@ -1,15 +1,15 @@
 //! The control plane's own faults.
 
 use e2e::manifest::{NAME, example};
-use e2e::{Part, Scene, eventually, install, on_the_cluster_alone, stage, uninstall};
+use e2e::{Part, Scene, eventually, install, leader, on_the_cluster_alone, operator_pods, stage, uninstall};
 use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt;
 use rlhf_api::job::StagePhase;
 use serde_json::json;
 use std::time::Duration;
 
-/// The API server is away for so long.
-const AWAY: Duration = Duration::from_secs(4);
+/// The API server is away for so long: the operator, which cannot renew its lease, ends meanwhile and starts anew.
+const AWAY: Duration = Duration::from_secs(20);
 /// How often etcd stands still, for how long, and how long it runs between.
 const PAUSES: (u32, Duration, Duration) = (20, Duration::from_millis(500), Duration::from_millis(150));
 
@@ -46,6 +46,10 @@ fn a_run_outlives_a_restarted_api_server_and_a_slow_etcd() {
         }
         eventually("the API server", 60, async || answers(scene).await).await;
         assert_eq!(uids(&scene.pods(&job, "sft", 1).await), pods, "no pod was replaced");
+        eventually("a leader", 60, async || leader(scene).await.is_some()).await;
+        let (_, operators) = operator_pods(scene).await;
+        let statuses = operators.iter().filter_map(|pod| pod.status.as_ref()?.container_statuses.as_ref()).flatten();
+        assert_eq!(statuses.map(|s| s.restart_count).sum::<i32>(), 1, "the new one waited for the API server");
 
         let done = stage(&scene.await_stage(NAME, "sft", StagePhase::Succeeded, 180).await, "sft");
         assert_eq!((done.attempt, done.restarts, done.disruptions), (1, 0, 0));
