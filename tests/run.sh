@@ -45,7 +45,7 @@ if [ -z "$was_up" ]; then
 fi
 
 step "closing lines"
-grep -hE '^test result: |^[0-9]+ passed, [0-9]+ failed$' "$logs"/test-{crates,smoke,cluster}.log | grep -v ' 0 passed; 0 failed; 0 ignored' || true
+grep -hE '^test result: |^[0-9]+ passed, [0-9]+ failed$|^left out: ' "$logs"/test-{crates,smoke,cluster}.log | grep -v ' 0 passed; 0 failed; 0 ignored' || true
 awk '/^test result: / { gsub(/;/, ""); passed += $4; failed += $6; skipped += $8 }
      /^[0-9]+ passed, [0-9]+ failed$/ { passed += $1; failed += $3 }
      END { printf "%d passed, %d failed, %d skipped\n", passed, failed, skipped; exit passed == 0 }' \

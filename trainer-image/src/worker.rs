@@ -79,9 +79,10 @@ fn train(options: &Options, environment: Environment, shown: &OnceLock<Telemetry
         telemetry.watch_device(index);
     }
     let precision = config.value.strategy.map(|s| s.precision).unwrap_or_default();
-    if device == Device::Cpu && precision != Precision::Fp32 && !cpu_multiplies_16_bits() {
+    if device == Device::Cpu && !cpu_multiplies(precision) {
         tracing::warn!(
-            "this CPU has no AVX-512, without which 16 bits are a hundred times slower: use precision: fp32"
+            ?precision,
+            "this CPU cannot multiply so by itself, and takes a hundred times longer than for fp32"
         );
     }
     serve(options.http_port, environment.local_rank, &telemetry)?;
@@ -102,12 +103,19 @@ pub(crate) fn device(local_rank: u32) -> Device {
     if c10d::has_cuda() { Device::Cuda(local_rank as usize) } else { Device::Cpu }
 }
 
-/// Whether libtorch has oneDNN multiply matrices of 16 bits on this CPU. Elsewhere it does so by plain loops.
-pub fn cpu_multiplies_16_bits() -> bool {
+/// Whether libtorch has oneDNN multiply matrices of this precision on this CPU. Elsewhere it does so by plain loops.
+pub fn cpu_multiplies(precision: Precision) -> bool {
     #[cfg(target_arch = "x86_64")]
-    return is_x86_feature_detected!("avx512bw");
+    return match precision {
+        Precision::Fp32 => true,
+        Precision::Bf16 => is_x86_feature_detected!("avx512bw"),
+        Precision::Fp16 => is_x86_feature_detected!("avx512fp16"),
+    };
     #[cfg(not(target_arch = "x86_64"))]
-    true
+    {
+        _ = precision;
+        true
+    }
 }
 
 /// Threads for one worker: what `OMP_NUM_THREADS` says, or its share of the cores. More threads than cores are a hundred

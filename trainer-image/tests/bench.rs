@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)] // helpers of tests
 
+use rlhf_api::stage::Precision;
+use rlhf_trainer::worker::cpu_multiplies;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -13,13 +15,17 @@ fn model() -> PathBuf {
 fn command(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_rlhf-trainer"));
     command.arg("bench").args(arguments).args(["--batch", "2", "--prompt-tokens", "4", "--rounds", "1", "--model"]);
-    // Without vectors of 16 bits, a CPU would take minutes for each workload.
-    command.arg(model()).args(["--precision", "fp32"]).env("OMP_NUM_THREADS", "1");
+    command.arg(model()).env("OMP_NUM_THREADS", "1");
     command
 }
 
 fn bench(arguments: &[&str]) -> Output {
-    command(arguments).output().unwrap()
+    let mut command = command(arguments);
+    if !cpu_multiplies(Precision::Bf16) {
+        // The default would take minutes for each workload.
+        command.args(["--precision", "fp32"]);
+    }
+    command.output().unwrap()
 }
 
 #[test]
@@ -50,7 +56,8 @@ fn every_workload_tells_speed_memory_and_phases() {
 fn two_ranks_of_zero3_send_what_the_strategy_needs() {
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let rank = |rank: &str| {
-        let mut command = command(&["sft", "--new-tokens", "3", "--sharding", "zero3", "--json"]);
+        let mut command =
+            command(&["sft", "--new-tokens", "3", "--sharding", "zero3", "--precision", "fp32", "--json"]);
         command.env("NPROC_PER_NODE", "2").env("LOCAL_RANK", rank).env("MASTER_PORT", port.to_string());
         command.stdout(std::process::Stdio::piped()).spawn().unwrap()
     };

@@ -7,9 +7,10 @@
 use memory_plan::{Machines, Stage, Task, estimate};
 use rlhf_api::stage::{Linear, Lora, Offload, Precision, Recompute, Sharding, Strategy};
 use rlhf_trainer::model::read_config;
-use rlhf_trainer::worker::cpu_multiplies_16_bits;
+use rlhf_trainer::worker::cpu_multiplies;
 use serde_json::{Value, json};
 use std::fs;
+use std::io::Write;
 use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -181,9 +182,11 @@ fn plans_are_within_a_tenth_of_what_was_allocated() {
         }),
     );
     let (cases, left_out): (Vec<_>, Vec<_>) =
-        cases().into_iter().partition(|case| case.strategy.precision == Precision::Fp32 || cpu_multiplies_16_bits());
+        cases().into_iter().partition(|case| cpu_multiplies(case.strategy.precision));
     if !left_out.is_empty() {
-        println!("left out: {} cases in 16 bits, for which this CPU, without AVX-512, takes an hour", left_out.len());
+        // Past the runner's capture, since the test passes: the closing lines repeat it.
+        let why = "for which this CPU, without AVX-512, takes an hour";
+        writeln!(std::io::stderr(), "left out: {} memory plans in 16 bits, {why}", left_out.len()).unwrap();
     }
     // Each process counts for itself, so that two cases can run at a time.
     let (queue, wrong) = (Mutex::new(cases.into_iter()), Mutex::new(Vec::new()));

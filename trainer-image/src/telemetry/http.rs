@@ -14,7 +14,8 @@ use axum::http::header::{AUTHORIZATION, CONTENT_TYPE, WWW_AUTHENTICATE};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use std::net::{Ipv4Addr, TcpListener};
+use std::io::ErrorKind;
+use std::net::{Ipv4Addr, Ipv6Addr, TcpListener};
 use std::sync::Arc;
 use subtle::ConstantTimeEq;
 
@@ -31,7 +32,13 @@ struct Served {
 /// # Errors
 /// A port that cannot be had: Prometheus and the operator would look for this worker in vain.
 pub fn serve(port: u16, telemetry: Telemetry, key: Option<String>) -> Result<()> {
-    let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).map_err(|e| {
+    let listener = match TcpListener::bind((Ipv6Addr::UNSPECIFIED, port)) {
+        Err(e) if e.kind() == ErrorKind::AddrInUse => Err(e),
+        // The kernel has no IPv6.
+        Err(_) => TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)),
+        bound => bound,
+    };
+    let listener = listener.map_err(|e| {
         Error::config(format!("port {port}, where this worker serves /metrics and /progress, cannot be used: {e}; end what uses it, or choose other ports with --http-port"))
     })?;
     serve_on(listener, Served { telemetry, key: key.map(Arc::from) })
