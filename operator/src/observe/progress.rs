@@ -3,6 +3,7 @@
 //! A pod is asked at most once a period, whether it answers or not; between two questions the last answer stands.
 //! So passes that come for other reasons neither flood the trainer nor change the status. What trainers tell is written to
 //! the API server, so where many run the period is longer, and all of them together cause so many writes a second on average.
+//! One that does not answer is asked half as often: it holds up a pass, and many such would hold up all.
 //! Pods are not trusted: an answer is bounded in time and size. Trainers in turn answer only who has the key of their job.
 
 use crate::decide::PROGRESS_PERIOD;
@@ -78,6 +79,7 @@ impl Asked {
     /// After another question, which may have had no answer.
     fn after(last: Option<Self>, answer: Option<Progress>, period: Duration) -> Self {
         let at = Instant::now();
+        let period = if answer.is_some() { period } else { 2 * period };
         let Some(last) = last else {
             return Self { at, period, silent_since: answer.is_none().then_some(at), answer, news_at: at };
         };
@@ -243,6 +245,7 @@ mod tests {
         let step = Asked::after(Some(still), told(2, 7), PERIOD);
         assert_eq!((step.news_at, step.silent_since), (step.at, None));
         assert!(Asked::after(None, None, PERIOD).silent_since.is_some());
+        assert_eq!((silent.period, step.period), (2 * PERIOD, PERIOD), "who does not answer is asked half as often");
         std::thread::sleep(Duration::from_millis(20));
         assert_eq!(first.heard().unchanged_for, Duration::ZERO, "nobody has asked since");
         assert_eq!(Asked::after(None, None, PERIOD).heard().silent_for, Some(Duration::ZERO));
