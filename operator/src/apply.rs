@@ -12,9 +12,10 @@ mod tests;
 use crate::build::{Children, KeySecret};
 use crate::classify::NODE_LOST;
 use crate::controller::Context;
-use crate::decide::{Decision, JobRef, Notice, PodRef};
+use crate::decide::{Decision, JobRef, Notice, PodRef, Trouble};
+use crate::metrics::Reason;
 use crate::observe::is_owned;
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{ConfigMap, ObjectReference, Pod, Secret};
@@ -25,7 +26,7 @@ use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams, Precon
 use kube::core::Status;
 use kube::runtime::events::{self, EventType, Recorder};
 use kube::{Api, Resource, ResourceExt};
-use rlhf_api::job::RLHFJob;
+use rlhf_api::job::{RLHFJob, StageStatus};
 use rlhf_api::names::{self, FIELD_MANAGER};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -73,17 +74,9 @@ impl Error {
     }
 }
 
-/// What could not be made, and why.
-#[derive(Debug)]
-pub struct Blocked {
-    /// The stage.
-    pub stage: String,
-    /// Why.
-    pub error: Error,
-}
-
-/// Writes a decision. `Ok` with a [`Blocked`] means that all was written but a stage's children.
-pub async fn apply(job: &RLHFJob, decision: &Decision, ctx: &Context) -> Result<Option<Blocked>, Error> {
+/// Writes a decision. `Ok(false)` means that all was written but what the API server refused, which the context's
+/// [`Retries`](crate::retries::Retries) know.
+pub async fn apply(job: &RLHFJob, decision: &Decision, ctx: &Context) -> Result<bool, Error> {
     let Decision { status: _, delete, lost, make, notices, outcomes, expired, requeue: _ } = decision;
     write_status(job, decision, ctx).await?;
     ctx.metrics.status_written(job, &decision.status);
@@ -102,18 +95,19 @@ pub async fn apply(job: &RLHFJob, decision: &Decision, ctx: &Context) -> Result<
         still_leads(ctx)?;
         remove_lost(job, pod, ctx).await?;
     }
-    let mut blocked = None;
+    let mut all_taken = true;
     for children in make {
         still_leads(ctx)?;
+        let Some(slot) = decision.status.slot(&children.stage) else { continue };
         match make_children(job, children, ctx).await {
             Err(error @ (Error::Foreign { .. } | Error::Refused { .. })) => {
-                blocked.get_or_insert(Blocked { stage: children.stage.clone(), error });
+                all_taken = false;
+                refused(job, slot, &error, ctx);
             }
             other => {
                 other?;
-                if let Some(slot) = decision.status.slot(&children.stage) {
-                    ctx.metrics.attempt_made(job, slot);
-                }
+                ctx.retries.made(job, &children.stage);
+                ctx.metrics.attempt_made(job, slot);
             }
         }
     }
@@ -121,7 +115,15 @@ pub async fn apply(job: &RLHFJob, decision: &Decision, ctx: &Context) -> Result<
         still_leads(ctx)?;
         delete_expired(job, ctx).await?;
     }
-    if all_as_seen { Ok(blocked) } else { Err(Error::Stale) }
+    if all_as_seen { Ok(all_taken) } else { Err(Error::Stale) }
+}
+
+/// Keeps why a stage's children could not be made for the next pass, which tells it in status.
+fn refused(job: &RLHFJob, slot: &StageStatus, error: &Error, ctx: &Context) {
+    ctx.metrics.failed(Reason::Blocked);
+    let (stage, attempt) = (slot.name.clone(), slot.attempt);
+    let (message, permanent) = (error.to_string(), error.is_permanent());
+    ctx.retries.refused(job, Trouble { stage, attempt, message, permanent, retry_after: SignedDuration::ZERO });
 }
 
 /// Another may lead by now where this process was stopped, or the API server was slow, in the middle of a decision.
@@ -280,8 +282,12 @@ async fn replace_config(job: &RLHFJob, old: &ConfigMap, new: &ConfigMap, ctx: &C
     let api: Api<ConfigMap> = ctx.api(job);
     let deleted =
         ctx.metrics.api("delete", api.delete(&name, &DeleteParams::background().preconditions(only_this)).await);
-    deleted.map_err(|source| Error::Api { what: format!("the deletion of ConfigMap {name}"), source })?;
-    create(job, new, ctx).await
+    match deleted {
+        Ok(_) => create(job, new, ctx).await,
+        Err(kube::Error::Api(s)) if s.is_not_found() => create(job, new, ctx).await,
+        Err(kube::Error::Api(s)) if s.is_conflict() => Err(Error::Stale),
+        Err(source) => Err(Error::Api { what: format!("the deletion of ConfigMap {name}"), source }),
+    }
 }
 
 /// Creates a child unless it is there, and returns the one that was; it is looked for before, unless it is `new`. One of
@@ -333,9 +339,11 @@ fn written() -> PostParams {
     PostParams { field_manager: Some(FIELD_MANAGER.into()), ..Default::default() }
 }
 
-/// Answers that stay the same until somebody changes something: invalid, forbidden, denied by a policy or a quota.
+/// Answers that stay the same until somebody changes something: invalid, forbidden, denied by a policy or a quota, or an
+/// admission webhook that cannot be called.
 fn is_refusal(status: &Status) -> bool {
-    matches!(status.code, 400..500) && !matches!(status.code, 401 | 404 | 408 | 409 | 429)
+    let no_webhook = status.code == 500 && status.message.contains("failed calling webhook");
+    no_webhook || matches!(status.code, 400..500) && !matches!(status.code, 401 | 404 | 408 | 409 | 429)
 }
 
 fn title<K: Resource<DynamicType = ()>>(object: &K) -> String {

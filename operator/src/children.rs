@@ -5,6 +5,7 @@
 //! that memory.
 
 use crate::view::{JobView, PodView};
+use jiff::SignedDuration;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
@@ -14,6 +15,7 @@ use rlhf_api::names;
 use std::collections::HashMap;
 use std::mem::take;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 /// The one owner that controls an object.
 pub(crate) fn controller(object: &impl Resource) -> Option<&OwnerReference> {
@@ -28,6 +30,8 @@ pub trait Child: Resource<DynamicType = ()> {
     fn job(&self) -> Option<&str>;
     /// What the rules read of it, if it is a child.
     fn view(&self) -> Option<Self::View>;
+    /// Notes for how long it has been known that its deletion was asked for.
+    fn note_deleting(_: &mut Self::View, _for: Duration) {}
 }
 
 /// A Job carries the UID in its owner reference.
@@ -54,6 +58,10 @@ impl Child for Pod {
 
     fn view(&self) -> Option<PodView> {
         PodView::parse(self)
+    }
+
+    fn note_deleting(view: &mut PodView, time: Duration) {
+        view.deleting_for = time.try_into().unwrap_or(SignedDuration::MAX);
     }
 }
 
@@ -89,7 +97,19 @@ struct Kept<V> {
     job: Arc<str>,
     namespace: String,
     stage: String,
+    /// Since when its deletion is known of.
+    deleting_since: Option<Instant>,
     view: V,
+}
+
+impl<V: Clone> Kept<V> {
+    fn view_now<K: Child<View = V>>(&self) -> V {
+        let mut view = self.view.clone();
+        if let Some(since) = self.deleting_since {
+            K::note_deleting(&mut view, since.elapsed());
+        }
+        view
+    }
 }
 
 impl<V> Default for Known<V> {
@@ -99,7 +119,7 @@ impl<V> Default for Known<V> {
 }
 
 impl<V> Known<V> {
-    fn take<K: Child<View = V>>(&mut self, child: &K) {
+    fn take<K: Child<View = V>>(&mut self, child: &K, deleting_since: Option<Instant>) {
         let Some(uid) = child.uid() else { return };
         self.remove(&uid);
         let (Some(job), Some(stage), Some(view)) =
@@ -110,7 +130,14 @@ impl<V> Known<V> {
         let (uid, job): (Arc<str>, Arc<str>) = (uid.into(), job.into());
         self.families.entry(job.clone()).or_default().push(uid.clone());
         let namespace = child.namespace().unwrap_or_default();
-        self.children.insert(uid, Kept { job, namespace, stage, view });
+        self.children.insert(uid, Kept { job, namespace, stage, deleting_since, view });
+    }
+
+    /// Since when it is known that the child's deletion was asked for: from now on, if nothing has told of it before.
+    fn deleting_since<K: Child<View = V>>(&self, child: &K) -> Option<Instant> {
+        child.meta().deletion_timestamp.as_ref()?;
+        let known = child.meta().uid.as_deref().and_then(|uid| self.children.get(uid)?.deleting_since);
+        Some(known.unwrap_or_else(Instant::now))
     }
 
     fn remove(&mut self, uid: &str) {
@@ -132,10 +159,16 @@ impl<K: Child> Children<K> {
     pub fn take(&self, event: &Event<K>) {
         let mut watched = self.lock();
         match event {
-            Event::Apply(child) => watched.known.take(child),
+            Event::Apply(child) => {
+                let since = watched.known.deleting_since(child);
+                watched.known.take(child, since);
+            }
             Event::Delete(child) => watched.known.remove(child.meta().uid.as_deref().unwrap_or_default()),
             Event::Init => watched.listing = Known::default(),
-            Event::InitApply(child) => watched.listing.take(child),
+            Event::InitApply(child) => {
+                let since = watched.known.deleting_since(child);
+                watched.listing.take(child, since);
+            }
             Event::InitDone => watched.known = take(&mut watched.listing),
         }
     }
@@ -146,7 +179,7 @@ impl<K: Child> Children<K> {
         let watched = self.lock();
         let family = watched.known.families.get(uid.unwrap_or_default()).into_iter().flatten();
         let kept = family.filter_map(|child| watched.known.children.get(child));
-        kept.filter(|k| namespace == Some(&k.namespace)).map(|k| (k.stage.clone(), k.view.clone())).collect()
+        kept.filter(|k| namespace == Some(&k.namespace)).map(|k| (k.stage.clone(), k.view_now::<K>())).collect()
     }
 }
 
@@ -207,6 +240,28 @@ mod tests {
         children.take(&Event::Delete(pod("a", relabelled)));
         let watched = children.lock();
         assert!(watched.known.children.is_empty() && watched.known.families.is_empty());
+    }
+
+    #[test]
+    fn a_deletion_is_known_from_the_first_word_of_it_on_through_changes_and_new_lists() {
+        let children = Children::<Pod>::default();
+        let deleting_for = || children.of(&job())[0].1.deleting_for;
+        let deleted = |p: &mut Value| {
+            p["metadata"]["deletionTimestamp"] = json!("2020-01-01T00:00:00Z");
+        };
+        children.take(&Event::Apply(pod("a", |_| ())));
+        assert_eq!(deleting_for(), SignedDuration::ZERO);
+        children.take(&Event::Apply(pod("a", deleted)));
+        let first = deleting_for();
+        assert!(first < SignedDuration::from_secs(60), "the API server's time, long ago, is not asked");
+        std::thread::sleep(Duration::from_millis(20));
+        let least = first + SignedDuration::from_millis(20);
+        children.take(&Event::Apply(pod("a", deleted)));
+        assert!(deleting_for() >= least);
+        for event in [Event::Init, Event::InitApply(pod("a", deleted)), Event::InitDone] {
+            children.take(&event);
+            assert!(deleting_for() >= least);
+        }
     }
 
     #[test]

@@ -248,6 +248,7 @@ pub fn bounded(mut text: String) -> String {
 mod tests {
     use super::*;
     use crate::view::PodState;
+    use jiff::SignedDuration;
     use rlhf_api::report::TerminationMessage;
 
     fn at(second: i64) -> Timestamp {
@@ -265,7 +266,8 @@ mod tests {
             node: Some(format!("node{index}")),
             ip: None,
             deletion_requested: None,
-            deletion_due: None,
+            grace: SignedDuration::ZERO,
+            deleting_for: SignedDuration::ZERO,
             disruption: None,
             state: PodState::Ended(End { code, oom_killed: false, word: None, text: None, at: Some(at(second)) }),
         }

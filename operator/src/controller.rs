@@ -1,9 +1,9 @@
 //! The driver: watches, and one pass over one job as observe, decide, apply.
 
-use crate::apply::{self, Blocked, apply};
+use crate::apply::{self, apply};
 use crate::build::Settings;
 use crate::children::{Child, Children};
-use crate::decide::{Decision, Trouble, decide};
+use crate::decide::decide;
 use crate::lease::Leadership;
 use crate::listed::{Listed, Watch};
 use crate::metrics::{Metrics, Reason};
@@ -12,7 +12,7 @@ use crate::retries::Retries;
 use backon::ExponentialBuilder;
 use futures::future::BoxFuture;
 use futures::{FutureExt, Stream, StreamExt, TryStreamExt};
-use jiff::{SignedDuration, Timestamp};
+use jiff::Timestamp;
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::Pod;
@@ -136,33 +136,28 @@ async fn pass(job: &RLHFJob, ctx: &Context) -> Result<Action, Error> {
         return Ok(Action::requeue(AFTER_CHANGE));
     }
     match apply(job, &decision, ctx).await {
-        Ok(None) => {}
-        Ok(Some(blocked)) => return Ok(remember(job, &decision, blocked, ctx)),
+        Ok(true) => {}
+        // The next pass tells of it in status.
+        Ok(false) => return Ok(Action::requeue(Duration::ZERO)),
         Err(apply::Error::Gone) => return Ok(Action::await_change()),
         Err(error) => return Err(error.into()),
     }
-    if decision.make.is_empty() {
-        ctx.retries.passed(job);
-    } else {
-        ctx.retries.forget(&job.namespace().unwrap_or_default(), &job.name_any());
+    match decision.requeue.and_then(|wait| Duration::try_from(wait).ok()) {
+        Some(wait) => {
+            ctx.retries.passed(job);
+            Ok(Action::requeue(wait))
+        }
+        None => {
+            // What was refused is tried again after a wait; where there is none, nothing is.
+            ctx.retries.forget(&job.namespace().unwrap_or_default(), &job.name_any());
+            Ok(Action::await_change())
+        }
     }
-    let wait = decision.requeue.and_then(|w| Duration::try_from(w).ok());
-    Ok(wait.map_or_else(Action::await_change, Action::requeue))
 }
 
 /// Kubernetes counts in whole seconds, and so do the times in status.
 fn whole_seconds(time: Timestamp) -> Timestamp {
     Timestamp::from_second(time.as_second()).unwrap_or(time)
-}
-
-/// Keeps what was refused for the next pass, which follows at once and tells it in status.
-fn remember(job: &RLHFJob, decision: &Decision, blocked: Blocked, ctx: &Context) -> Action {
-    let Blocked { stage, error } = blocked;
-    ctx.metrics.failed(Reason::Blocked);
-    let attempt = decision.status.slot(&stage).map_or(0, |s| s.attempt);
-    let (message, permanent) = (error.to_string(), error.is_permanent());
-    ctx.retries.refused(job, Trouble { stage, attempt, message, permanent, retry_after: SignedDuration::ZERO });
-    Action::requeue(Duration::ZERO)
 }
 
 async fn tell_undecodable(guarded: &Guarded, error: &str, ctx: &Context) {

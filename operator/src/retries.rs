@@ -1,10 +1,10 @@
 //! What failed passes leave behind until they succeed: how often in a row a job's passes failed, and what the API
-//! server refused. It is kept in memory only: an operator that starts anew tries anew. Waits go by a clock that nobody sets.
+//! server refused of each stage. It is kept in memory only: an operator that starts anew tries anew. Waits go by a clock that nobody sets.
 
 use crate::decide::Trouble;
 use kube::ResourceExt;
 use rlhf_api::job::RLHFJob;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -15,12 +15,19 @@ const AFTER_REFUSAL: Duration = Duration::from_secs(5);
 /// The first wait after an error.
 const AFTER_ERROR: Duration = Duration::from_secs(1);
 
-#[derive(Clone, Default)]
+#[derive(Default)]
 struct Entry {
     errors: u32,
-    refusals: u32,
-    /// With the time of the next try.
-    trouble: Option<(Trouble, Instant)>,
+    /// By the stage.
+    refusals: BTreeMap<String, Refusal>,
+}
+
+struct Refusal {
+    /// The job's, since another job may get its name.
+    uid: Option<String>,
+    trouble: Trouble,
+    times: u32,
+    due: Instant,
 }
 
 /// By namespace and name of the job.
@@ -32,19 +39,32 @@ impl Retries {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What the API server last refused of a job.
-    pub fn trouble(&self, job: &RLHFJob) -> Option<Trouble> {
-        let (trouble, due) = self.lock().get(&key(job))?.trouble.clone()?;
-        let left = due.saturating_duration_since(Instant::now());
-        Some(Trouble { retry_after: left.try_into().unwrap_or_default(), ..trouble })
+    /// What the API server last refused of a job: one trouble for each stage that has some.
+    pub fn troubles(&self, job: &RLHFJob) -> Vec<Trouble> {
+        let all = self.lock();
+        let refusals = all.get(&key(job)).into_iter().flat_map(|entry| entry.refusals.values());
+        let told = |refusal: &Refusal| {
+            let left = refusal.due.saturating_duration_since(Instant::now());
+            Trouble { retry_after: left.try_into().unwrap_or_default(), ..refusal.trouble.clone() }
+        };
+        refusals.filter(|refusal| refusal.uid == job.uid()).map(told).collect()
     }
 
-    /// Notes a refusal. The wait for the next try grows.
+    /// Notes a refusal. The stage's wait for the next try grows.
     pub fn refused(&self, job: &RLHFJob, trouble: Trouble) {
         let mut all = self.lock();
-        let entry = all.entry(key(job)).or_default();
-        entry.refusals += 1;
-        entry.trouble = Some((trouble, Instant::now() + doubled(AFTER_REFUSAL, entry.refusals)));
+        let refusals = &mut all.entry(key(job)).or_default().refusals;
+        let before = refusals.get(&trouble.stage).filter(|refusal| refusal.uid == job.uid());
+        let times = before.map_or(0, |refusal| refusal.times) + 1;
+        let due = Instant::now() + doubled(AFTER_REFUSAL, times);
+        refusals.insert(trouble.stage.clone(), Refusal { uid: job.uid(), trouble, times, due });
+    }
+
+    /// A stage's children were made.
+    pub fn made(&self, job: &RLHFJob, stage: &str) {
+        if let Some(entry) = self.lock().get_mut(&key(job)) {
+            entry.refusals.remove(stage);
+        }
     }
 
     /// Notes an error and says how long to wait.
@@ -58,12 +78,15 @@ impl Retries {
     /// A pass succeeded; what was refused stays until it is made.
     pub fn passed(&self, job: &RLHFJob) {
         let mut all = self.lock();
-        if all.get(&key(job)).is_some_and(|e| e.trouble.is_none()) {
-            all.remove(&key(job));
+        if let Some(entry) = all.get_mut(&key(job)) {
+            entry.errors = 0;
+            if entry.refusals.is_empty() {
+                all.remove(&key(job));
+            }
         }
     }
 
-    /// The job's children were made, or the job is gone.
+    /// Nothing of the job is tried again, or it is gone.
     pub fn forget(&self, namespace: &str, name: &str) {
         self.lock().remove(&(namespace.to_owned(), name.to_owned()));
     }
@@ -92,18 +115,44 @@ mod tests {
         assert_eq!(retries.failed("team", "demo").as_secs(), 1);
     }
 
+    fn trouble(stage: &str) -> Trouble {
+        let (message, retry_after) = ("no".into(), SignedDuration::ZERO);
+        Trouble { stage: stage.into(), attempt: 1, message, retry_after, permanent: false }
+    }
+
+    /// Each stage's wait, in seconds.
+    fn waits(retries: &Retries, job: &RLHFJob) -> Vec<(String, f64)> {
+        let wait = |t: Trouble| (t.stage, t.retry_after.as_secs_f64().round());
+        retries.troubles(job).into_iter().map(wait).collect()
+    }
+
     #[test]
-    fn a_refusal_outlives_good_passes_until_it_is_forgotten() {
-        let retries = Retries::default();
-        let retry_after = SignedDuration::ZERO;
-        let trouble = Trouble { stage: "tune".into(), attempt: 1, message: "no".into(), retry_after, permanent: false };
-        let waits = || retries.trouble(&job()).map(|t| (t.message, t.retry_after.as_secs_f64().round()));
-        retries.refused(&job(), trouble.clone());
-        assert_eq!(waits(), Some(("no".into(), 5.0)));
-        retries.refused(&job(), trouble);
-        retries.passed(&job());
-        assert_eq!(waits(), Some(("no".into(), 10.0)));
+    fn a_refusal_outlives_good_passes_until_the_stage_is_made() {
+        let (retries, job) = (Retries::default(), job());
+        retries.refused(&job, trouble("tune"));
+        retries.refused(&job, trouble("judge"));
+        retries.refused(&job, trouble("tune"));
+        retries.passed(&job);
+        assert_eq!(waits(&retries, &job), [("judge".into(), 5.0), ("tune".into(), 10.0)]);
+        retries.made(&job, "judge");
+        retries.passed(&job);
+        assert_eq!(waits(&retries, &job), [("tune".into(), 10.0)], "another stage's success is not its own");
+        retries.made(&job, "tune");
+        retries.passed(&job);
+        assert!(retries.lock().is_empty());
+    }
+
+    #[test]
+    fn a_job_inherits_nothing_from_one_that_had_its_name() {
+        let (retries, first) = (Retries::default(), job());
+        retries.refused(&first, Trouble { permanent: true, ..trouble("prepare") });
+        retries.refused(&first, trouble("prepare"));
+        let mut second = first.clone();
+        second.metadata.uid = Some("another".into());
+        assert!(waits(&retries, &second).is_empty());
+        retries.refused(&second, trouble("prepare"));
+        assert_eq!(waits(&retries, &second), [("prepare".into(), 5.0)]);
         retries.forget("team", "demo");
-        assert_eq!(waits(), None);
+        assert!(retries.lock().is_empty());
     }
 }

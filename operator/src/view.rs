@@ -184,8 +184,10 @@ pub struct PodView {
     pub ip: Option<String>,
     /// When somebody asked for its deletion.
     pub deletion_requested: Option<Timestamp>,
-    /// When its deletion's grace ends, by which its kubelet kills what still runs.
-    pub deletion_due: Option<Timestamp>,
+    /// How long its deletion leaves it to end, after which its kubelet kills what still runs.
+    pub grace: SignedDuration,
+    /// For how long this process has known of its deletion, by a clock that nobody sets.
+    pub deleting_for: SignedDuration,
     /// Why the cluster stops it (preemption, drain, eviction), with the cluster's words.
     pub disruption: Option<String>,
     /// What its trainer does.
@@ -290,7 +292,8 @@ impl PodView {
             node: pod.spec.as_ref().and_then(|s| s.node_name.clone()),
             ip: status.and_then(|s| s.pod_ip.clone()),
             deletion_requested: meta.deletion_timestamp.as_ref().map(|t| t.0.saturating_sub(grace).unwrap_or(t.0)),
-            deletion_due: meta.deletion_timestamp.as_ref().map(|t| t.0),
+            grace,
+            deleting_for: SignedDuration::ZERO,
             disruption: condition(pod, "DisruptionTarget", "True").map(words).or_else(|| evicted(pod)),
             state: state(pod),
         })
@@ -493,7 +496,7 @@ mod tests {
         .unwrap();
         let view = PodView::parse(&pod).unwrap();
         assert_eq!(view.deletion_requested, Some("2026-01-01T00:00:00Z".parse().unwrap()));
-        assert_eq!(view.deletion_due, Some("2026-01-01T00:02:00Z".parse().unwrap()));
+        assert_eq!(view.grace, SignedDuration::from_secs(120));
     }
 
     #[test]

@@ -112,7 +112,7 @@ fn started() -> RLHFJob {
 async fn case_37_status_is_written_before_anything_is_made_and_the_job_last() {
     let (ctx, log) = server(vec![]);
     let (job, decision) = first();
-    assert!(apply(&job, &decision, &ctx).await.unwrap().is_none());
+    assert!(apply(&job, &decision, &ctx).await.unwrap());
     assert_eq!(
         lines(&log),
         ["PUT rlhfjobs/demo/status", "POST events", "POST networkpolicies", "POST configmaps", "POST jobs",]
@@ -179,9 +179,11 @@ async fn case_30_somebody_elses_object_is_left_alone_and_named_and_other_stages_
         {"apiVersion": "v1", "kind": "Team", "name": "other", "uid": "another", "controller": true}]}});
     let (ctx, log) = server(vec![("GET services/demo-tune", 200, foreign)]);
     let job = started();
-    let blocked = apply(&job, &two_stages(&job), &ctx).await.unwrap().unwrap();
-    assert_eq!((blocked.stage.as_str(), blocked.error.is_permanent()), ("tune", false));
-    let message = blocked.error.to_string();
+    assert!(!apply(&job, &two_stages(&job), &ctx).await.unwrap());
+    let [Trouble { stage, message, permanent: false, .. }] = &ctx.retries.troubles(&job)[..] else {
+        panic!("{:?}", ctx.retries.troubles(&job))
+    };
+    assert_eq!(stage, "tune");
     assert!(message.starts_with("Service demo-tune exists and belongs to Team other"), "{message}");
     let writes: Vec<_> = lines(&log).into_iter().filter(|l| !l.starts_with("GET")).collect();
     assert_eq!(
@@ -210,8 +212,7 @@ async fn what_is_there_before_a_stages_first_attempt_is_looked_at() {
             {"apiVersion": "rlhf.dev/v1alpha1", "kind": "RLHFJob", "name": "demo", "uid": owner, "controller": true}]}});
         let taken = failure("AlreadyExists", 409);
         let (ctx, log) = server(vec![("POST jobs", 409, taken), ("GET jobs/demo-prepare-1", 200, there)]);
-        let blocked = apply(&job, &decision, &ctx).await.unwrap();
-        assert_eq!(blocked.is_some(), foreign);
+        assert_eq!(apply(&job, &decision, &ctx).await.unwrap(), !foreign);
         assert_eq!(lines(&log)[4..], ["POST jobs", "GET jobs/demo-prepare-1"]);
     }
 }
@@ -221,10 +222,32 @@ async fn case_3_a_job_that_the_api_server_calls_invalid_is_refused_for_good_and_
     for (reason, code, permanent) in [("Invalid", 422, true), ("Forbidden", 403, false)] {
         let (ctx, _) = server(vec![("POST jobs", code, failure(reason, code))]);
         let job = started();
-        let blocked = apply(&job, &two_stages(&job), &ctx).await.unwrap().unwrap();
-        assert_eq!(blocked.error.is_permanent(), permanent, "{reason}");
-        assert!(blocked.error.to_string().contains(&format!("it is {reason}")));
+        assert!(!apply(&job, &two_stages(&job), &ctx).await.unwrap());
+        let troubles = ctx.retries.troubles(&job);
+        assert_eq!(
+            troubles.iter().map(|t| t.stage.as_str()).collect::<Vec<_>>(),
+            ["judge", "tune"],
+            "each stage's own"
+        );
+        for trouble in troubles {
+            assert_eq!(trouble.permanent, permanent, "{reason}");
+            assert!(trouble.message.contains(&format!("it is {reason}")) && !trouble.retry_after.is_zero());
+        }
     }
+}
+
+#[tokio::test]
+async fn case_5_a_webhook_that_cannot_be_called_is_a_refusal_that_may_pass() {
+    let mut no_webhook = failure("InternalError", 500);
+    no_webhook["message"] =
+        json!("Internal error occurred: failed calling webhook \"jobs.example\": connection refused");
+    let (ctx, _) = server(vec![("POST jobs", 500, no_webhook)]);
+    let job = started();
+    assert!(!apply(&job, &two_stages(&job), &ctx).await.unwrap());
+    let troubles = ctx.retries.troubles(&job);
+    assert!(
+        troubles.len() == 2 && troubles.iter().all(|t| !t.permanent && t.message.contains("webhook \"jobs.example\""))
+    );
 }
 
 #[tokio::test]
@@ -240,7 +263,7 @@ async fn an_api_server_that_fails_or_is_overloaded_ends_the_pass_and_is_held_aga
         // An event is no more than news.
         let (ctx, log) = server(vec![("POST events", code, failure(reason, code))]);
         let (job, decision) = first();
-        assert!(apply(&job, &decision, &ctx).await.unwrap().is_none());
+        assert!(apply(&job, &decision, &ctx).await.unwrap());
         assert!(lines(&log).contains(&"POST jobs".to_owned()));
     }
 }
@@ -258,6 +281,19 @@ async fn a_config_of_another_version_is_replaced() {
     let of_config: Vec<_> = lines(&log).into_iter().filter(|l| l.contains("configmaps")).collect();
     assert_eq!(of_config, ["GET configmaps/demo-tune", "DELETE configmaps/demo-tune", "POST configmaps"]);
     assert_eq!(body(&log, "DELETE configmaps/demo-tune")["preconditions"]["uid"], "old");
+    for (code, reason, is_made) in [(404, "NotFound", true), (409, "Conflict", false)] {
+        let mut old = serde_json::to_value(&two_stages(&job).make[0].config_map).unwrap();
+        old["data"]["config.json"] = json!("{}");
+        let answers =
+            vec![("GET configmaps/demo-tune", 200, old), ("DELETE configmaps/demo-tune", code, failure(reason, code))];
+        let (ctx, log) = server(answers);
+        let written = apply(&job, &decision, &ctx).await;
+        assert!(
+            matches!(written, Ok(true)) == is_made && matches!(written, Err(Error::Stale)) != is_made,
+            "{written:?}"
+        );
+        assert_eq!(lines(&log).contains(&"POST configmaps".to_owned()), is_made);
+    }
 }
 
 /// The first stage alone.
@@ -271,7 +307,7 @@ fn one_stage(job: &RLHFJob) -> Decision {
 async fn a_secret_that_is_there_is_the_jobs_own() {
     let (ctx, log) = server(vec![("POST secrets", 409, failure("AlreadyExists", 409))]);
     let job = started();
-    assert!(apply(&job, &one_stage(&job), &ctx).await.unwrap().is_none());
+    assert!(apply(&job, &one_stage(&job), &ctx).await.unwrap());
     assert!(lines(&log).contains(&"POST jobs".to_owned()));
 }
 

@@ -20,9 +20,11 @@ mod tests;
 mod world;
 
 use crate::build::{self, Children, Settings, Task};
-use crate::view::{JobState, JobView, StageView};
+use crate::view::{JobState, JobView, PodView, StageView};
 use jiff::{SignedDuration, Timestamp};
+use kube::ResourceExt;
 use rlhf_api::job::{Phase, RLHFJob, RLHFJobStatus, StagePhase, StageStatus};
+use rlhf_api::names;
 use std::collections::BTreeMap;
 
 /// How often rank 0 of a running stage is asked how far it is at most, and so how often progress is written.
@@ -41,10 +43,17 @@ const CLOCK_SKEW: SignedDuration = SignedDuration::from_secs(60);
 pub struct Observed {
     /// By the stage's name; prepare is one of them. A stage without children may be absent.
     pub stages: BTreeMap<String, StageView>,
-    /// What the API server said when an attempt's objects were last made, where it was no success.
-    pub trouble: Option<Trouble>,
+    /// What the API server said when attempts' objects were last made, where it was no success; one for a stage at most.
+    pub troubles: Vec<Trouble>,
     /// Bytes of a device by the stage's name, where nodes tell it.
     pub device_memory: BTreeMap<String, u64>,
+}
+
+impl Observed {
+    /// What keeps the objects of the stage's current attempt from being made.
+    fn trouble(&self, slot: &StageStatus) -> Option<&Trouble> {
+        self.troubles.iter().find(|t| t.stage == slot.name && t.attempt == slot.attempt)
+    }
 }
 
 /// An attempt's objects could not be made.
@@ -207,8 +216,11 @@ impl Outcome {
 /// Decides what follows.
 pub fn decide(job: &RLHFJob, observed: &Observed, settings: &Settings, now: Timestamp) -> Decision {
     let before = job.status.clone().unwrap_or_default();
-    if job.metadata.deletion_timestamp.is_some() || is_stale(&before, observed) {
+    if job.metadata.deletion_timestamp.is_some() {
         return Decision { status: before, ..Decision::default() };
+    }
+    if let Some(child) = newer_child(&before, observed) {
+        return disown(before, child, now);
     }
     let mut pass = Pass { job, observed, settings, now, defeat: None, decision: Decision::default() };
     let mut status = before.clone();
@@ -223,12 +235,29 @@ pub fn decide(job: &RLHFJob, observed: &Observed, settings: &Settings, now: Time
     pass.decision
 }
 
-/// Whether children are newer than the status: then the status is old, and the new one is on its way.
-fn is_stale(status: &RLHFJobStatus, observed: &Observed) -> bool {
-    observed.stages.iter().any(|(name, view)| {
+/// A child of an attempt that the status does not know of.
+fn newer_child<'a>(status: &RLHFJobStatus, observed: &'a Observed) -> Option<&'a JobView> {
+    observed.stages.iter().find_map(|(name, view)| {
         let current = status.slot(name).map_or(0, |s| s.attempt);
-        view.jobs.iter().any(|j| j.attempt > current)
+        view.jobs.iter().find(|j| j.attempt > current)
     })
+}
+
+/// The status is older than a child. Mostly the new one is on its way, and nothing is to be done; but if the child is old
+/// itself, somebody has set the status back, and what it counted is lost. A status that is written here although a newer one
+/// is on its way is refused.
+fn disown(before: RLHFJobStatus, child: &JobView, now: Timestamp) -> Decision {
+    let mut decision = Decision { status: before, ..Decision::default() };
+    let age = child.started.map_or(SignedDuration::ZERO, |started| now.duration_since(started));
+    if age > CLOCK_SKEW {
+        let name = &child.name;
+        decision.status.message = Some(format!(
+            "the status was set back: it knows nothing of Job {name}; delete this RLHFJob's Jobs, and it starts anew from its checkpoints"
+        ));
+    } else {
+        decision.look_again(CLOCK_SKEW);
+    }
+    decision
 }
 
 /// Why the job is given up.
@@ -335,22 +364,24 @@ impl<'a> Pass<'a> {
     /// Gives up pods whose kubelets do not carry out their deletion. Kubernetes itself waits for ever, for the node might
     /// only be cut off; a rank that is cut off ends by itself once it has missed its peers for so long.
     fn give_up_lost(&mut self) {
-        for pod in self.observed.stages.values().flat_map(|view| &view.pods).filter(|p| p.ended().is_none()) {
-            let Some(due) = pod.deletion_due else { continue };
-            let left = LOST_AFTER - self.now.duration_since(due);
-            if left > SignedDuration::ZERO {
-                self.decision.look_again(left);
-                continue;
+        for (stage, view) in &self.observed.stages {
+            let deleting = |p: &&PodView| p.ended().is_none() && p.deletion_requested.is_some();
+            for pod in view.pods.iter().filter(deleting) {
+                let left = pod.grace.saturating_add(LOST_AFTER).saturating_sub(pod.deleting_for);
+                if left > SignedDuration::ZERO {
+                    self.decision.look_again(left);
+                    continue;
+                }
+                let node = pod.node.clone();
+                let note = format!(
+                    "pod {} should have ended {} s ago, and node {} has not ended it: it is taken for lost",
+                    pod.name,
+                    LOST_AFTER.as_secs(),
+                    node.as_deref().unwrap_or("-")
+                );
+                self.decision.lost.push(PodRef { name: pod.name.clone(), uid: pod.uid.clone(), node });
+                self.tell(Event::PodLost, note, Some(names::attempt(&self.job.name_any(), stage, pod.attempt)));
             }
-            let node = pod.node.clone();
-            let note = format!(
-                "pod {} should have ended {} s ago, and node {} has not ended it: it is taken for lost",
-                pod.name,
-                LOST_AFTER.as_secs(),
-                node.as_deref().unwrap_or("-")
-            );
-            self.decision.lost.push(PodRef { name: pod.name.clone(), uid: pod.uid.clone(), node });
-            self.tell(Event::PodLost, note, None);
         }
     }
 

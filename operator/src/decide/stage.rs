@@ -2,7 +2,7 @@
 //! until the stage has succeeded or is given up.
 
 use super::plan::strategy_of;
-use super::{Defeat, Event, Outcome, PROGRESS_PERIOD, Pass, Trouble};
+use super::{Defeat, Event, Outcome, PROGRESS_PERIOD, Pass};
 use crate::build::{self, Attempt, Task};
 use crate::classify::{Reason, bounded, cause, vanished};
 use crate::view::{JobState, JobView, PodState, PodView, StageView, Wait};
@@ -50,9 +50,7 @@ impl Pass<'_> {
 
     /// The attempt has no Job: it has not been made yet, cannot be made, or was deleted.
     fn settle_absent(&mut self, slot: &mut StageStatus) {
-        let refused =
-            self.observed.trouble.as_ref().filter(|t| t.permanent && t.stage == slot.name && t.attempt == slot.attempt);
-        if let Some(trouble) = refused {
+        if let Some(trouble) = self.observed.trouble(slot).filter(|t| t.permanent) {
             let failure = Failure {
                 reason: Reason::Rejected.as_str().into(),
                 ..vanished(slot.attempt, trouble.message.clone(), self.now)
@@ -137,10 +135,11 @@ impl Pass<'_> {
         let view = self.view(&slot.name);
         let node = view.pods_of(slot.attempt).find(|p| Some(&p.name) == pod.as_ref()).and_then(|p| p.node.clone());
         let who = pod.as_ref().map(|pod| format!("pod {pod}: ")).unwrap_or_default();
-        let what = waiting
-            .map_or("its pods or their volumes are still being made; see their events".into(), |(_, w)| {
-                format!("{who}{w}")
-            });
+        let what = match waiting {
+            Some((_, wait)) => format!("{who}{wait}"),
+            None if view.job(slot.attempt).is_none() => "its Job could not be made; the operator's log says why".into(),
+            None => "its pods or their volumes are still being made; see their events".into(),
+        };
         let (reason, message) = if permanent {
             (Reason::InvalidImageName, what)
         } else {
@@ -166,8 +165,7 @@ impl Pass<'_> {
         // One that can never start says more than one that may.
         let pod = pods.min_by_key(|(index, name, wait)| (!wait.is_permanent(), *index, *name));
         let trouble = || {
-            let of_this = |t: &&Trouble| t.stage == slot.name && t.attempt == slot.attempt;
-            let trouble = self.observed.trouble.as_ref().filter(of_this)?;
+            let trouble = self.observed.trouble(slot)?;
             Some(Wait { text: trouble.message.clone(), ..Wait::refusal(&trouble.message) })
         };
         let pod = pod.map(|(_, name, wait)| (Some(name), wait));
@@ -363,10 +361,7 @@ impl Pass<'_> {
         if !wanted || !view.is_clear_for(slot.attempt) {
             return;
         }
-        if let Some(trouble) =
-            self.observed.trouble.as_ref().filter(|t| t.stage == slot.name && t.attempt == slot.attempt)
-            && trouble.retry_after > SignedDuration::ZERO
-        {
+        if let Some(trouble) = self.observed.trouble(slot).filter(|t| t.retry_after > SignedDuration::ZERO) {
             return self.decision.look_again(trouble.retry_after);
         }
         let strategy = strategy_of(slot, self.job.spec.strategy.fixed());
@@ -380,7 +375,7 @@ impl Pass<'_> {
         }
     }
 
-    fn about(&self, slot: &StageStatus) -> Option<String> {
+    pub(super) fn about(&self, slot: &StageStatus) -> Option<String> {
         Some(names::attempt(&self.job.name_any(), &slot.name, slot.attempt))
     }
 }

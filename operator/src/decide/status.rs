@@ -206,12 +206,11 @@ impl Pass<'_> {
 
     /// One sentence on where the job is. It holds no count and no time that moves by itself.
     fn message(&self, status: &RLHFJobStatus) -> Option<String> {
-        let text = match (&self.observed.trouble, status.phase) {
-            (_, Phase::Suspended) => "suspended; set spec.suspend to false to go on".to_owned(),
+        let text = match status.phase {
+            Phase::Suspended => "suspended; set spec.suspend to false to go on".to_owned(),
             _ if self.job.spec.suspend => {
                 "to be suspended: waits until the pods have written a checkpoint and ended".to_owned()
             }
-            (Some(trouble), _) => told(trouble),
             _ => {
                 let said = status.slots().filter_map(|s| self.sentence(s));
                 said.collect::<Vec<_>>().join("; ")
@@ -222,6 +221,9 @@ impl Pass<'_> {
 
     fn sentence(&self, slot: &StageStatus) -> Option<String> {
         let StageStatus { name, attempt, .. } = slot;
+        if let Some(trouble) = self.observed.trouble(slot).filter(|_| slot.phase == StagePhase::Starting) {
+            return Some(told(trouble));
+        }
         match (slot.phase, &slot.last_failure) {
             (StagePhase::Running, _) => Some(format!("{name} runs (attempt {attempt})")),
             (StagePhase::Starting, _) => Some(match self.waiting(slot) {
@@ -241,18 +243,20 @@ impl Pass<'_> {
         }
     }
 
+    /// Tells of a trouble with the message that is the first to.
     fn tell_trouble(&mut self, before: &RLHFJobStatus, status: &RLHFJobStatus) {
-        if let Some(trouble) = &self.observed.trouble
-            && status.message != before.message
-            && status.message.as_deref() == Some(&bounded(told(trouble)))
-        {
-            self.tell(Event::Blocked, told(trouble), None);
+        let says = |status: &RLHFJobStatus, text: &str| status.message.as_ref().is_some_and(|m| m.contains(text));
+        for slot in status.slots() {
+            let Some(text) = self.observed.trouble(slot).map(told) else { continue };
+            if says(status, &text) && !says(before, &text) {
+                self.tell(Event::Blocked, text, self.about(slot));
+            }
         }
     }
 }
 
 fn told(trouble: &Trouble) -> String {
-    format!("{}, attempt {}: {}", trouble.stage, trouble.attempt, trouble.message)
+    bounded(format!("{}, attempt {}: {}", trouble.stage, trouble.attempt, trouble.message))
 }
 
 fn is_active(slot: &StageStatus) -> bool {

@@ -39,7 +39,8 @@ fn pod_view(stage: &str, attempt: u32, index: u32, state: PodState) -> PodView {
         node: Some("node1".into()),
         ip: Some("10.0.0.1".into()),
         deletion_requested: None,
-        deletion_due: None,
+        grace: SignedDuration::ZERO,
+        deleting_for: SignedDuration::ZERO,
         disruption: None,
         state,
     }
@@ -642,6 +643,12 @@ fn children_that_are_newer_than_the_status_mean_that_the_status_is_old() {
     case.see("tune", 2, JobState::Active, &[]);
     case.assert_quiet();
     assert!(case.made().is_empty());
+    case.now = at(61);
+    case.pass();
+    let message = case.status().message.clone().unwrap();
+    assert!(message.starts_with("the status was set back: it knows nothing of Job demo-tune-2"), "{message}");
+    case.assert_quiet();
+    assert!(case.made().is_empty());
 }
 
 #[test]
@@ -655,7 +662,7 @@ fn case_39_a_refusal_is_told_once_and_tried_again_later() {
         retry_after: SignedDuration::from_secs(5),
         permanent: false,
     };
-    case.observed.trouble = Some(trouble.clone());
+    case.observed.troubles = vec![trouble.clone()];
     case.pass();
     let message = "prepare, attempt 1: Job demo-prepare-1 exists and belongs to somebody else";
     assert_eq!((case.status().message.as_deref(), case.events()), (Some(message), vec!["Blocked"]));
@@ -663,12 +670,39 @@ fn case_39_a_refusal_is_told_once_and_tried_again_later() {
     assert_eq!(case.last.requeue, Some(SignedDuration::from_secs(5)));
     case.assert_quiet();
     case.now = at(5);
-    case.observed.trouble = Some(Trouble { retry_after: SignedDuration::ZERO, ..trouble.clone() });
+    case.observed.troubles = vec![Trouble { retry_after: SignedDuration::ZERO, ..trouble.clone() }];
     case.pass();
     assert_eq!(case.made(), ["demo-prepare-1"]);
-    case.observed.trouble = Some(Trouble { permanent: true, ..trouble });
+    case.observed.troubles = vec![Trouble { permanent: true, ..trouble }];
     case.pass();
     assert_eq!((case.status().phase, case.condition("Failed")), (Phase::Failed, Some(("True", "Rejected"))));
+}
+
+#[test]
+fn two_stages_that_are_refused_wait_each_for_itself() {
+    let mut case = Case::prepared();
+    let trouble = |stage: &str, seconds| Trouble {
+        stage: stage.into(),
+        attempt: 1,
+        message: format!("Job demo-{stage}-1 is refused"),
+        retry_after: SignedDuration::from_secs(seconds),
+        permanent: false,
+    };
+    case.observed.troubles = vec![trouble("tune", 5), trouble("judge", 10)];
+    case.pass();
+    let message = "tune, attempt 1: Job demo-tune-1 is refused; judge, attempt 1: Job demo-judge-1 is refused";
+    assert_eq!((case.status().message.as_deref(), case.events()), (Some(message), vec!["Blocked", "Blocked"]));
+    assert_eq!((case.made().len(), case.last.requeue), (0, Some(SignedDuration::from_secs(5))));
+    case.assert_quiet();
+    case.observed.troubles = vec![trouble("tune", 0), trouble("judge", 5)];
+    case.pass();
+    assert_eq!(case.made(), ["demo-tune-1"]);
+    case.observed.troubles.remove(0);
+    case.see("tune", 1, JobState::Active, &[PodState::Running, PodState::Running]);
+    case.pass();
+    let message = "tune runs (attempt 1); judge, attempt 1: Job demo-judge-1 is refused";
+    assert_eq!((case.status().message.as_deref(), case.events()), (Some(message), vec![]));
+    assert_eq!((case.made().len(), case.condition("Waiting")), (0, Some(("True", "Refused"))));
 }
 
 #[test]
@@ -792,13 +826,13 @@ fn case_5_children_that_are_refused_are_a_condition_and_a_failure_at_the_deadlin
     let mut case = Case::new();
     case.pass();
     let message = "Job demo-prepare-1 is refused by the API server: admission webhook \"w\" denied the request";
-    case.observed.trouble = Some(Trouble {
+    case.observed.troubles = vec![Trouble {
         stage: "prepare".into(),
         attempt: 1,
         message: message.into(),
         retry_after: SignedDuration::from_secs(5),
         permanent: false,
-    });
+    }];
     case.pass();
     assert_eq!(case.condition("Waiting"), Some(("True", "Refused")));
     case.assert_quiet();
@@ -1073,12 +1107,13 @@ fn case_23_a_pod_whose_node_does_not_end_it_is_given_up_and_the_gang_starts_anew
     let mut case = Case::running();
     case.see("tune", 1, JobState::Failing, &[ended(75, None), PodState::Running]);
     case.view("tune").pods[1].deletion_requested = Some(at(6));
-    case.view("tune").pods[1].deletion_due = Some(at(120));
-    case.now = at(299);
+    case.view("tune").pods[1].grace = SignedDuration::from_secs(114);
+    case.now = at(100_000);
+    case.view("tune").pods[1].deleting_for = SignedDuration::from_secs(293);
     case.pass();
-    assert!(case.last.lost.is_empty());
+    assert!(case.last.lost.is_empty(), "the clock alone says nothing");
     assert_eq!(case.last.requeue, Some(SignedDuration::from_secs(1)));
-    case.now = at(300);
+    case.view("tune").pods[1].deleting_for = SignedDuration::from_secs(294);
     case.pass();
     let lost: Vec<_> = case.last.lost.iter().map(|p| (p.name.as_str(), p.uid.as_str(), p.node.as_deref())).collect();
     assert_eq!(lost, [("demo-tune-1-1-x", "uid-tune-1-1", Some("node1"))]);
@@ -1097,8 +1132,8 @@ fn case_23_a_pod_whose_node_does_not_end_it_is_given_up_and_the_gang_starts_anew
 #[test]
 fn a_terminal_job_gives_up_its_lost_pods_too() {
     let mut case = bad_end(65, |_| ());
-    case.view("judge").pods[0].deletion_due = Some(at(20));
-    case.now = at(20) + LOST_AFTER;
+    case.view("judge").pods[0].deletion_requested = Some(at(20));
+    case.view("judge").pods[0].deleting_for = LOST_AFTER;
     case.pass();
     assert_eq!((case.last.lost.len(), case.status().phase), (1, Phase::Failed));
 }

@@ -38,12 +38,20 @@ struct SimPod {
     lost: bool,
 }
 
+/// The grace of every deletion.
+const GRACE: SignedDuration = SignedDuration::from_secs(build::GRACE_SECONDS);
+
 impl SimPod {
     fn delete(&mut self, now: Timestamp) {
         if self.view.deletion_requested.is_none() {
-            self.view.deletion_requested = Some(now);
-            self.view.deletion_due = Some(now + SignedDuration::from_secs(build::GRACE_SECONDS));
+            (self.view.deletion_requested, self.view.grace) = (Some(now), GRACE);
         }
+    }
+
+    /// As the operator sees it, which knows of its deletion since it was asked for.
+    fn seen(&self, now: Timestamp) -> PodView {
+        let asked = self.view.deletion_requested;
+        PodView { deleting_for: asked.map_or(SignedDuration::ZERO, |at| now.duration_since(at)), ..self.view.clone() }
     }
 }
 
@@ -70,6 +78,8 @@ struct World {
     made: u64,
     /// What every rank 0 that runs says.
     told: Option<u64>,
+    /// A pod that was taken for lost while its node had time to end it.
+    hasty: Option<String>,
 }
 
 #[derive(Clone, Debug)]
@@ -156,7 +166,17 @@ impl World {
         job.spec.compute.resources.limits = Some([("memory".to_owned(), Quantity("64Gi".into()))].into());
         job.metadata.resource_version = Some("0".into());
         let api = Api { job, version: 0, jobs: vec![], pods: vec![] };
-        Self { history: vec![api.clone()], api, seen: [0; 3], seconds: 0, clock: 0, news_at: 0, made: 0, told: None }
+        Self {
+            history: vec![api.clone()],
+            api,
+            seen: [0; 3],
+            seconds: 0,
+            clock: 0,
+            news_at: 0,
+            made: 0,
+            told: None,
+            hasty: None,
+        }
     }
 
     fn now(&self) -> Timestamp {
@@ -218,7 +238,7 @@ impl World {
             observed.stages.entry(child.stage.clone()).or_default().jobs.push(view);
         }
         for pod in &pods.pods {
-            observed.stages.entry(pod.stage.clone()).or_default().pods.push(pod.view.clone());
+            observed.stages.entry(pod.stage.clone()).or_default().pods.push(pod.seen(self.now()));
         }
         for view in observed.stages.values_mut() {
             view.unchanged_for = Some(SignedDuration::from_secs(self.seconds - self.news_at));
@@ -255,6 +275,10 @@ impl World {
         for pod in &decision.lost {
             if crashed() {
                 return;
+            }
+            let early = |p: &SimPod| p.seen(self.now()).deleting_for < GRACE + LOST_AFTER;
+            if self.api.pods.iter().any(|p| p.view.uid == pod.uid && early(p)) {
+                self.hasty.get_or_insert_with(|| pod.name.clone());
             }
             self.declare_failed(pod);
             if crashed() {
@@ -375,7 +399,8 @@ impl World {
                 node: None,
                 ip: None,
                 deletion_requested: None,
-                deletion_due: None,
+                grace: SignedDuration::ZERO,
+                deleting_for: SignedDuration::ZERO,
                 disruption: None,
                 state: PodState::Waiting(None),
             };
@@ -470,6 +495,7 @@ impl World {
     /// The promises that hold in every state.
     fn check(&self, before: &RLHFJobStatus) -> Result<(), TestCaseError> {
         let after = self.status();
+        prop_assert_eq!(&self.hasty, &None, "a pod is taken for lost too soon");
         for stage in ["prepare", "tune", "judge", "act"] {
             let jobs = self.api.jobs.iter().filter(|j| j.stage == stage && !j.view.deleting && !j.view.finished());
             let pods = self.api.pods.iter().filter(|p| p.stage == stage && p.view.ended().is_none());
@@ -494,10 +520,13 @@ impl World {
                 stage == "prepare" || new.attempt == 0 || new.plan.is_some(),
                 "{stage} started without a plan"
             );
-            let stalled =
-                |s: &StageStatus| s.last_failure.as_ref().is_some_and(|f| f.reason == Reason::Stalled.as_str());
+            let stalled = |s: &StageStatus| {
+                s.last_failure.as_ref().filter(|f| f.reason == Reason::Stalled.as_str()).map(|f| f.attempt)
+            };
             prop_assert!(
-                stalled(&old) || !stalled(&new) || self.seconds - self.news_at >= STALL_SECONDS.into(),
+                stalled(&new).is_none()
+                    || stalled(&old) == stalled(&new)
+                    || self.seconds - self.news_at >= STALL_SECONDS.into(),
                 "{stage}: an attempt that told something {} s ago is taken for stalled",
                 self.seconds - self.news_at
             );

@@ -62,9 +62,9 @@ pub async fn observe(job: &RLHFJob, ctx: &Context) -> Result<Observed, Error> {
     let waits = |stage: &str, attempt: u32| {
         live.iter().any(|s| s.name == stage && s.attempt == attempt && s.phase == StagePhase::Starting)
     };
-    let trouble = ctx.retries.trouble(job).filter(|t| waits(&t.stage, t.attempt));
+    let troubles = ctx.retries.troubles(job).into_iter().filter(|t| waits(&t.stage, t.attempt)).collect();
     let device_memory = nodes::device_memory(job, &stages, ctx).await?;
-    Ok(Observed { stages, trouble, device_memory })
+    Ok(Observed { stages, troubles, device_memory })
 }
 
 /// Children that the watches have told of.

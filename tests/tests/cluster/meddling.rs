@@ -1,5 +1,6 @@
 //! What people do to a job that runs.
 
+use e2e::audit::{Write, operators_writes};
 use e2e::manifest::{NAME, example, waits};
 use e2e::tools::{kubectl, kubectl_with};
 use e2e::{SYSTEM, change_definition, eventually, leader, on_the_cluster, operator_memory, stage};
@@ -104,6 +105,45 @@ fn case_28_a_job_of_the_same_name_takes_no_child_of_the_one_before() {
             job.is_some_and(|job| job.owner_references().iter().any(|o| Some(&o.uid) == second.uid().as_ref()))
         };
         eventually("a Job of the second job's own", 120, own).await;
+    });
+}
+
+#[test]
+fn case_30_two_stages_whose_names_are_taken_wait_and_start_once_they_are_free() {
+    on_the_cluster(async |scene| {
+        let services = scene.api::<Service>();
+        let taken = ["sft", "reward"].map(|stage| format!("{NAME}-{stage}"));
+        for name in &taken {
+            let service = json!({"metadata": {"name": name}, "spec": {"ports": [{"port": 80}]}});
+            let service = serde_json::from_value(service).expect("a Service");
+            services.create(&PostParams::default(), &service).await.expect("the name is free");
+        }
+        let requests = json!({"cpu": "100m", "memory": "256Mi"});
+        let side_by_side = example().only(&["sft", "reward"]).reward_from_base();
+        scene.apply(side_by_side.set("/spec/compute/resources/requests", requests)).await;
+        let named = |j: &RLHFJob| {
+            let message = j.status.as_ref().and_then(|s| s.message.clone()).unwrap_or_default();
+            taken.iter().all(|name| message.contains(&format!("Service {name} exists and belongs to somebody else")))
+        };
+        scene.await_job(NAME, "word of both Services", 90, named).await;
+        let before = operators_writes(&scene.namespace).len();
+        // By then each is tried twice more, after 5 seconds and after 10.
+        tokio::time::sleep(Duration::from_secs(20)).await;
+        let kinds: Vec<_> = operators_writes(&scene.namespace)[before..].iter().map(Write::kind).collect();
+        let tries = kinds.iter().filter(|kind| *kind == "create secrets").count();
+        assert!((2..=6).contains(&tries), "{kinds:?}");
+        assert!(!kinds.iter().any(|kind| kind.contains("rlhfjobs") || kind.contains("events")), "{kinds:?}");
+
+        for name in &taken {
+            services.delete(name, &DeleteParams::default()).await.expect("it can be deleted");
+        }
+        let run = |j: &RLHFJob| {
+            ["sft", "reward"]
+                .iter()
+                .all(|name| matches!(stage(j, name).phase, StagePhase::Running | StagePhase::Succeeded))
+        };
+        let job = scene.await_job(NAME, "both stages", 120, run).await;
+        assert_eq!(["sft", "reward"].map(|name| stage(&job, name).attempt), [1, 1]);
     });
 }
 
