@@ -109,7 +109,7 @@ fn case_28_a_job_of_the_same_name_takes_no_child_of_the_one_before() {
 }
 
 #[test]
-fn case_30_two_stages_whose_names_are_taken_wait_and_start_once_they_are_free() {
+fn case_30_two_stages_whose_names_are_taken_wait_quietly() {
     on_the_cluster(async |scene| {
         let services = scene.api::<Service>();
         let taken = ["sft", "reward"].map(|stage| format!("{NAME}-{stage}"));
