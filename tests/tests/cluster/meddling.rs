@@ -132,7 +132,11 @@ fn case_30_two_stages_whose_names_are_taken_wait_quietly() {
         let kinds: Vec<_> = operators_writes(&scene.namespace)[before..].iter().map(Write::kind).collect();
         let tries = kinds.iter().filter(|kind| *kind == "create secrets").count();
         assert!((2..=6).contains(&tries), "{kinds:?}");
-        assert!(!kinds.iter().any(|kind| kind.contains("rlhfjobs") || kind.contains("events")), "{kinds:?}");
+        assert!(!kinds.iter().any(|kind| kind.contains("rlhfjobs")), "{kinds:?}");
+        let mut events = scene.told(NAME).await;
+        events.retain(|event| event.reason == "Blocked");
+        let told: Vec<_> = events.iter().map(|event| (event.about.clone().unwrap_or_default(), event.times)).collect();
+        assert_eq!(told, ["reward", "sft"].map(|stage| (format!("{NAME}-{stage}-1"), 1)));
 
         for name in &taken {
             services.delete(name, &DeleteParams::default()).await.expect("it can be deleted");
