@@ -123,7 +123,8 @@ fn refused(job: &RLHFJob, slot: &StageStatus, error: &Error, ctx: &Context) {
     ctx.metrics.failed(Reason::Blocked);
     let (stage, attempt) = (slot.name.clone(), slot.attempt);
     let (message, permanent) = (error.to_string(), error.is_permanent());
-    ctx.retries.refused(job, Trouble { stage, attempt, message, permanent, retry_after: SignedDuration::ZERO });
+    let retry_after = SignedDuration::ZERO;
+    ctx.retries.refused(job, Trouble { stage, attempt, message, permanent, retry_after, is_news: true });
 }
 
 /// Another may lead by now where this process was stopped, or the API server was slow, in the middle of a decision.
@@ -245,7 +246,7 @@ async fn remove_other_groups(job: &RLHFJob, group: &PodGroup, ctx: &Context) -> 
     let api: Api<PodGroup> = ctx.api(job);
     let deleted =
         ctx.metrics.api("deletecollection", api.delete_collection(&DeleteParams::background(), &others).await);
-    deleted.map(drop).map_err(|source| Error::Api { what: "the deletion of other attempts' PodGroups".into(), source })
+    deleted.map(drop).map_err(|error| failed("the deletion of other attempts' PodGroups".into(), error))
 }
 
 /// The operator's settings were others when the policy was made.
@@ -262,7 +263,7 @@ async fn change_policy(job: &RLHFJob, old: &NetworkPolicy, new: &NetworkPolicy, 
     match ctx.metrics.api("patch", api.patch(&name, &params, &Patch::Apply(body)).await) {
         Ok(_) => Ok(()),
         Err(kube::Error::Api(s)) if s.is_not_found() || s.is_conflict() => Err(Error::Stale),
-        Err(source) => Err(Error::Api { what: title(new), source }),
+        Err(error) => Err(failed(title(new), error)),
     }
 }
 
@@ -286,7 +287,7 @@ async fn replace_config(job: &RLHFJob, old: &ConfigMap, new: &ConfigMap, ctx: &C
         Ok(_) => create(job, new, ctx).await,
         Err(kube::Error::Api(s)) if s.is_not_found() => create(job, new, ctx).await,
         Err(kube::Error::Api(s)) if s.is_conflict() => Err(Error::Stale),
-        Err(source) => Err(Error::Api { what: format!("the deletion of ConfigMap {name}"), source }),
+        Err(error) => Err(failed(format!("the deletion of ConfigMap {name}"), error)),
     }
 }
 
@@ -329,8 +330,15 @@ where
     match ctx.metrics.api("create", api.create(&written(), child).await) {
         Ok(_) => Ok(()),
         Err(kube::Error::Api(s)) if s.is_already_exists() => Err(Error::Stale),
-        Err(kube::Error::Api(s)) if is_refusal(&s) => Err(Error::Refused { what: title(child), status: s }),
-        Err(source) => Err(Error::Api { what: title(child), source }),
+        Err(error) => Err(failed(title(child), error)),
+    }
+}
+
+/// What could not be written of a stage's objects.
+fn failed(what: String, error: kube::Error) -> Error {
+    match error {
+        kube::Error::Api(status) if is_refusal(&status) => Error::Refused { what, status },
+        source => Error::Api { what, source },
     }
 }
 

@@ -233,11 +233,18 @@ fn message(pod: &PodView, end: &End, reason: Reason) -> String {
     bounded(text)
 }
 
+/// As long a text as status and events can carry.
+pub const MAX_BYTES: usize = 1000;
+
 /// Cuts a text to what status and events can carry.
-pub fn bounded(mut text: String) -> String {
-    const MAX_BYTES: usize = 1000;
-    if text.len() > MAX_BYTES {
-        let cut = (0..=MAX_BYTES).rev().find(|i| text.is_char_boundary(*i)).unwrap_or(0);
+pub fn bounded(text: String) -> String {
+    shortened(text, MAX_BYTES)
+}
+
+/// Cuts a text after so many bytes.
+pub fn shortened(mut text: String, bytes: usize) -> String {
+    if text.len() > bytes {
+        let cut = (0..=bytes).rev().find(|i| text.is_char_boundary(*i)).unwrap_or(0);
         text.truncate(cut);
         text.push('…');
     }

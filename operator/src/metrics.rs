@@ -93,7 +93,7 @@ impl Metrics {
             first_steps: FirstSteps::default(),
             errors: counter(
                 "rlhf_operator_reconcile_errors_total",
-                "Passes that failed, or did less than they set out to, by reason.",
+                "Passes that failed, and stages whose objects the API server refused, by reason.",
                 &["reason"],
             )?,
             jobs: IntGaugeVec::new(Opts::new("rlhf_operator_jobs", "RLHFJobs by phase."), &["phase"])?,

@@ -19,7 +19,7 @@ const POLL: Duration = Duration::from_secs(1);
 const NAMED: usize = 5;
 
 /// Between two looks while the API server does not answer.
-const RETRY: Duration = Duration::from_secs(3);
+const RETRY: Duration = Duration::from_secs(5);
 /// A look that takes longer has no answer.
 const LIMIT: Duration = Duration::from_secs(30);
 
@@ -52,13 +52,29 @@ impl Error {
     }
 }
 
-/// Whether the same question may be answered otherwise without anybody's doing.
+/// Whether the same question may be answered otherwise later. Who may do what, too, an API server that has just started
+/// does not know at once.
 fn may_pass(error: &kube::Error) -> bool {
     match error {
-        kube::Error::Api(status) => status.code >= 500 || matches!(status.code, 408 | 429),
-        kube::Error::HyperError(_) | kube::Error::Service(_) => true,
-        _ => false,
+        kube::Error::Api(status) => status.code >= 500 || matches!(status.code, 401 | 403 | 408 | 429),
+        _ => is_no_answer(error),
     }
+}
+
+/// Whether the API server was not reached.
+fn is_no_answer(error: &kube::Error) -> bool {
+    matches!(error, kube::Error::HyperError(_) | kube::Error::Service(_))
+}
+
+/// An error with what it comes from: that a connection failed, and also why.
+fn whole(error: &dyn std::error::Error) -> String {
+    let sources = std::iter::successors(error.source(), |e| e.source()).map(ToString::to_string);
+    sources.fold(
+        error.to_string(),
+        |text, source| {
+            if text.ends_with(&source) { text } else { format!("{text}: {source}") }
+        },
+    )
 }
 
 /// Waits until `look`, done again and again, has an answer of the API server's, and returns what it found.
@@ -68,7 +84,7 @@ fn may_pass(error: &kube::Error) -> bool {
 pub async fn answered<T>(look: impl AsyncFn() -> Result<T, Error>) -> Result<T, Error> {
     loop {
         match tokio::time::timeout(LIMIT, look()).await {
-            Ok(Err(error)) if error.may_pass() => tracing::warn!(%error, "cannot start yet"),
+            Ok(Err(error)) if error.may_pass() => tracing::warn!("cannot start yet: {}", whole(&error)),
             Ok(found) => return found,
             Err(_) => tracing::warn!("cannot start yet: the API server does not answer in {} s", LIMIT.as_secs()),
         }
@@ -87,11 +103,10 @@ pub async fn check_crd(client: &Client, namespace: Option<&str>) -> Result<(), E
             names::GROUP,
             RLHFJob::version(&())
         ))),
-        Err(kube::Error::Api(s)) if s.is_forbidden() => Err(Error::Missing(format!(
-            "the operator may not list RLHFJobs; see the chart's ClusterRole: {}",
-            s.message
-        ))),
-        Err(source) => Err(Error::Unanswered { what: "the API server cannot be asked for RLHFJobs", source }),
+        Err(source) => Err(Error::Unanswered {
+            what: "RLHFJobs cannot be listed (which the chart's ClusterRole or Role lets the operator)",
+            source,
+        }),
     }
 }
 
@@ -117,6 +132,9 @@ pub async fn check_fields(client: &Client) -> Result<(), Error> {
                 lacking = Some(missing);
             }
             Ok(None) => {}
+            Err(source) if attempt == TRIES && is_no_answer(&source) => {
+                return Err(Error::Unanswered { what: "the definition's fields cannot be read", source });
+            }
             // What nobody may read speaks against nothing.
             Err(error) if lacking.is_none() && (attempt == TRIES || is_denied(&error)) => {
                 tracing::warn!(%error, "the definition's fields cannot be compared with this operator's");
@@ -222,13 +240,13 @@ mod tests {
     async fn what_is_missing_at_the_start_is_named() {
         const FORBIDDEN: &str =
             r#"{"kind":"Status","status":"Failure","reason":"Forbidden","code":403,"message":"cannot list resource"}"#;
-        for (code, body, start, end) in [
+        for (code, body, start, part) in [
             (404, "404 page not found\n", "the cluster does not know rlhf.dev/v1alpha1 RLHFJob: ", "crds/rlhfjob.yaml"),
-            (403, FORBIDDEN, "the operator may not list RLHFJobs", "cannot list resource"),
-            (500, "{}", "the API server cannot be asked for RLHFJobs: ", ""),
+            (403, FORBIDDEN, "RLHFJobs cannot be listed (which the chart's ClusterRole", "cannot list resource"),
+            (500, "{}", "RLHFJobs cannot be listed", ""),
         ] {
             let error = check_crd(&client(code, body), None).await.unwrap_err().to_string();
-            assert!(error.starts_with(start) && error.ends_with(end), "{code}: {error}");
+            assert!(error.starts_with(start) && error.contains(part), "{code}: {error}");
         }
         check_crd(&client(200, r#"{"metadata":{},"items":[]}"#), None).await.unwrap();
 
@@ -252,20 +270,23 @@ mod tests {
     async fn an_api_server_that_is_away_is_waited_for_and_one_that_says_no_is_not() {
         let asked = Mutex::new(0);
         let later = "try again later\n";
-        let answers = [(500, later), (503, later), (429, later), (200, r#"{"metadata":{},"items":[]}"#)];
+        let known = (200, r#"{"metadata":{},"items":[]}"#);
+        let answers = [(500, later), (503, later), (429, later), (401, later), (403, later), known];
         let look = async || {
             let (code, body) = answers[*asked.lock().unwrap()];
             *asked.lock().unwrap() += 1;
             check_crd(&client(code, body), None).await
         };
         answered(look).await.unwrap();
-        assert_eq!(*asked.lock().unwrap(), 4);
+        assert_eq!(*asked.lock().unwrap(), answers.len());
 
         let refused = tower::service_fn(|_: Request<Body>| async {
             Err::<Response<Body>, _>(tower::BoxError::from("connection refused"))
         });
-        let away = check_pod_groups(&Client::new(refused, "team")).await.unwrap_err();
-        assert!(away.may_pass(), "{away}");
+        let away = Client::new(refused, "team");
+        for error in [check_pod_groups(&away).await.unwrap_err(), check_fields(&away).await.unwrap_err()] {
+            assert!(error.may_pass() && whole(&error).ends_with("connection refused"), "{}", whole(&error));
+        }
         let (hangs, started) = (Mutex::new(true), tokio::time::Instant::now());
         let look =
             async || if std::mem::take(&mut *hangs.lock().unwrap()) { std::future::pending().await } else { Ok(()) };

@@ -50,13 +50,16 @@ impl Retries {
         refusals.filter(|refusal| refusal.uid == job.uid()).map(told).collect()
     }
 
-    /// Notes a refusal. The stage's wait for the next try grows.
+    /// Notes a refusal. The stage's wait for the next try grows; the same words again are no news.
     pub fn refused(&self, job: &RLHFJob, trouble: Trouble) {
         let mut all = self.lock();
         let refusals = &mut all.entry(key(job)).or_default().refusals;
         let before = refusals.get(&trouble.stage).filter(|refusal| refusal.uid == job.uid());
         let times = before.map_or(0, |refusal| refusal.times) + 1;
         let due = Instant::now() + doubled(AFTER_REFUSAL, times);
+        let said = |old: &Trouble| old.attempt == trouble.attempt && old.message == trouble.message;
+        let is_news = before.is_none_or(|refusal| refusal.trouble.is_news || !said(&refusal.trouble));
+        let trouble = Trouble { is_news, ..trouble };
         refusals.insert(trouble.stage.clone(), Refusal { uid: job.uid(), trouble, times, due });
     }
 
@@ -75,11 +78,12 @@ impl Retries {
         doubled(AFTER_ERROR, entry.errors)
     }
 
-    /// A pass succeeded; what was refused stays until it is made.
+    /// A pass succeeded, and told what was news; what was refused stays until it is made.
     pub fn passed(&self, job: &RLHFJob) {
         let mut all = self.lock();
         if let Some(entry) = all.get_mut(&key(job)) {
             entry.errors = 0;
+            entry.refusals.values_mut().for_each(|refusal| refusal.trouble.is_news = false);
             if entry.refusals.is_empty() {
                 all.remove(&key(job));
             }
@@ -117,7 +121,7 @@ mod tests {
 
     fn trouble(stage: &str) -> Trouble {
         let (message, retry_after) = ("no".into(), SignedDuration::ZERO);
-        Trouble { stage: stage.into(), attempt: 1, message, retry_after, permanent: false }
+        Trouble { stage: stage.into(), attempt: 1, message, retry_after, permanent: false, is_news: true }
     }
 
     /// Each stage's wait, in seconds.
@@ -134,6 +138,11 @@ mod tests {
         retries.refused(&job, trouble("tune"));
         retries.passed(&job);
         assert_eq!(waits(&retries, &job), [("judge".into(), 5.0), ("tune".into(), 10.0)]);
+        retries.refused(&job, trouble("judge"));
+        let is_news = |stage: &str| retries.troubles(&job).iter().any(|t| t.stage == stage && t.is_news);
+        assert!(!is_news("judge"), "it was told, and says the same");
+        retries.refused(&job, Trouble { message: "no more".into(), ..trouble("judge") });
+        assert!(is_news("judge"));
         retries.made(&job, "judge");
         retries.passed(&job);
         assert_eq!(waits(&retries, &job), [("tune".into(), 10.0)], "another stage's success is not its own");

@@ -95,6 +95,8 @@ pub struct JobView {
     pub queue: Option<String>,
     /// `spec.suspend`, which the operator leaves to others, such as the keeper of the queue.
     pub suspended: bool,
+    /// When it was made, by the API server's clock.
+    pub created: Timestamp,
     /// When the Job controller last began to make pods for it.
     pub started: Option<Timestamp>,
     /// Pods that it keeps.
@@ -150,6 +152,7 @@ impl JobView {
             deleting: job.metadata.deletion_timestamp.is_some(),
             queue: job.labels().get(names::LABEL_QUEUE).cloned(),
             suspended: spec.and_then(|s| s.suspend).unwrap_or(false),
+            created: job.metadata.creation_timestamp.as_ref().map_or(Timestamp::UNIX_EPOCH, |t| t.0),
             started: status.and_then(|s| s.start_time.as_ref()).map(|t| t.0),
             pods: unsigned(spec.and_then(|s| s.parallelism)),
             succeeded: unsigned(status.and_then(|s| s.succeeded)),

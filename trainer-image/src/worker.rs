@@ -82,7 +82,7 @@ fn train(options: &Options, environment: Environment, shown: &OnceLock<Telemetry
     if device == Device::Cpu && !cpu_multiplies(precision) {
         tracing::warn!(
             ?precision,
-            "this CPU cannot multiply so by itself, and takes a hundred times longer than for fp32"
+            "this CPU has no instructions for this precision and takes a hundred times longer than for fp32: use precision: fp32"
         );
     }
     serve(options.http_port, environment.local_rank, &telemetry)?;

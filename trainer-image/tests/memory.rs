@@ -185,7 +185,7 @@ fn plans_are_within_a_tenth_of_what_was_allocated() {
         cases().into_iter().partition(|case| cpu_multiplies(case.strategy.precision));
     if !left_out.is_empty() {
         // Past the runner's capture, since the test passes: the closing lines repeat it.
-        let why = "for which this CPU, without AVX-512, takes an hour";
+        let why = "which this CPU has no instructions for, so that they take an hour";
         writeln!(std::io::stderr(), "left out: {} memory plans in 16 bits, {why}", left_out.len()).unwrap();
     }
     // Each process counts for itself, so that two cases can run at a time.

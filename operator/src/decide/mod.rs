@@ -69,6 +69,8 @@ pub struct Trouble {
     pub retry_after: SignedDuration,
     /// Whether another try would end the same, because what the job says is wrong.
     pub permanent: bool,
+    /// Whether this process has not told it yet.
+    pub is_news: bool,
 }
 
 /// What is to be written.
@@ -219,11 +221,13 @@ pub fn decide(job: &RLHFJob, observed: &Observed, settings: &Settings, now: Time
     if job.metadata.deletion_timestamp.is_some() {
         return Decision { status: before, ..Decision::default() };
     }
-    if let Some(child) = newer_child(&before, observed) {
-        return disown(before, child, now);
-    }
     let mut pass = Pass { job, observed, settings, now, defeat: None, decision: Decision::default() };
     let mut status = before.clone();
+    if let Some(child) = newer_child(&before, observed) {
+        pass.disown(child, &mut status);
+        pass.give_up_lost();
+        return Decision { status, ..pass.decision };
+    }
     status.observed_generation = job.metadata.generation.unwrap_or_default();
     if status.phase.is_terminal() {
         pass.expire(&status);
@@ -241,23 +245,6 @@ fn newer_child<'a>(status: &RLHFJobStatus, observed: &'a Observed) -> Option<&'a
         let current = status.slot(name).map_or(0, |s| s.attempt);
         view.jobs.iter().find(|j| j.attempt > current)
     })
-}
-
-/// The status is older than a child. Mostly the new one is on its way, and nothing is to be done; but if the child is old
-/// itself, somebody has set the status back, and what it counted is lost. A status that is written here although a newer one
-/// is on its way is refused.
-fn disown(before: RLHFJobStatus, child: &JobView, now: Timestamp) -> Decision {
-    let mut decision = Decision { status: before, ..Decision::default() };
-    let age = child.started.map_or(SignedDuration::ZERO, |started| now.duration_since(started));
-    if age > CLOCK_SKEW {
-        let name = &child.name;
-        decision.status.message = Some(format!(
-            "the status was set back: it knows nothing of Job {name}; delete this RLHFJob's Jobs, and it starts anew from its checkpoints"
-        ));
-    } else {
-        decision.look_again(CLOCK_SKEW);
-    }
-    decision
 }
 
 /// Why the job is given up.
@@ -296,6 +283,20 @@ impl<'a> Pass<'a> {
             self.start_ready(status);
         }
         self.conclude(before, status);
+    }
+
+    /// The status is older than a child. Mostly the new one is on its way, and nothing is to be done; but if the child is old
+    /// itself, somebody has set the status back, and what it counted is lost. What is written here although a newer status is
+    /// on its way is refused.
+    fn disown(&mut self, child: &JobView, status: &mut RLHFJobStatus) {
+        let left = CLOCK_SKEW - self.now.duration_since(child.created);
+        if left >= SignedDuration::ZERO {
+            return self.decision.look_again(left + SignedDuration::from_secs(1));
+        }
+        let name = &child.name;
+        status.message = Some(format!(
+            "the status was set back: it knows nothing of Job {name}; delete this RLHFJob's Jobs, and it starts anew from its checkpoints"
+        ));
     }
 
     /// Gives every stage of the spec its place in status.

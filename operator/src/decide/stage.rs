@@ -137,8 +137,11 @@ impl Pass<'_> {
         let who = pod.as_ref().map(|pod| format!("pod {pod}: ")).unwrap_or_default();
         let what = match waiting {
             Some((_, wait)) => format!("{who}{wait}"),
-            None if view.job(slot.attempt).is_none() => "its Job could not be made; the operator's log says why".into(),
-            None => "its pods or their volumes are still being made; see their events".into(),
+            None if view.job(slot.attempt).is_some() => {
+                "its pods or their volumes are still being made; see their events".into()
+            }
+            None if view.is_clear_for(slot.attempt) => "its Job could not be made; the operator's log says why".into(),
+            None => "pods that were made before have not ended".into(),
         };
         let (reason, message) = if permanent {
             (Reason::InvalidImageName, what)

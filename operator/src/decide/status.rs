@@ -1,7 +1,7 @@
 //! Where the stages leave the job: its phase, conditions, and the words for people.
 
 use super::{Defeat, Event, Outcome, Pass, Trouble, slots};
-use crate::classify::{Reason, bounded, vanished};
+use crate::classify::{MAX_BYTES, Reason, bounded, shortened, vanished};
 use crate::view::Wait;
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
@@ -22,7 +22,7 @@ impl Pass<'_> {
             self.tell_waiting(status);
             self.tell_stalled(status);
             status.message = self.message(status);
-            self.tell_trouble(before, status);
+            self.tell_troubles(before, status);
         }
         status.restarts = slots(status).map(|s| s.restarts).sum();
         let active: Vec<_> = slots(status).filter(|s| is_active(s)).map(|s| (s.name.clone(), progress(s))).collect();
@@ -222,7 +222,7 @@ impl Pass<'_> {
     fn sentence(&self, slot: &StageStatus) -> Option<String> {
         let StageStatus { name, attempt, .. } = slot;
         if let Some(trouble) = self.observed.trouble(slot).filter(|_| slot.phase == StagePhase::Starting) {
-            return Some(told(trouble));
+            return Some(self.told(trouble));
         }
         match (slot.phase, &slot.last_failure) {
             (StagePhase::Running, _) => Some(format!("{name} runs (attempt {attempt})")),
@@ -243,21 +243,26 @@ impl Pass<'_> {
         }
     }
 
-    /// Tells of a trouble with the message that is the first to.
-    fn tell_trouble(&mut self, before: &RLHFJobStatus, status: &RLHFJobStatus) {
-        let says = |status: &RLHFJobStatus, text: &str| status.message.as_ref().is_some_and(|m| m.contains(text));
+    /// Tells what is news to this process, unless another has told it: then it stands in the message.
+    fn tell_troubles(&mut self, before: &RLHFJobStatus, status: &RLHFJobStatus) {
         for slot in status.slots() {
-            let Some(text) = self.observed.trouble(slot).map(told) else { continue };
-            if says(status, &text) && !says(before, &text) {
+            let Some(trouble) = self.observed.trouble(slot).filter(|t| t.is_news) else { continue };
+            let text = self.told(trouble);
+            if !before.message.as_ref().is_some_and(|message| message.contains(&text)) {
                 self.tell(Event::Blocked, text, self.about(slot));
             }
         }
     }
+
+    /// A trouble in words; where there are several, so short that the message has room for each.
+    fn told(&self, trouble: &Trouble) -> String {
+        let text = format!("{}, attempt {}: {}", trouble.stage, trouble.attempt, trouble.message);
+        shortened(text, (MAX_BYTES / self.observed.troubles.len().max(1)).saturating_sub(BETWEEN))
+    }
 }
 
-fn told(trouble: &Trouble) -> String {
-    bounded(format!("{}, attempt {}: {}", trouble.stage, trouble.attempt, trouble.message))
-}
+/// Bytes for the mark of a cut and for what stands between two sentences.
+const BETWEEN: usize = 8;
 
 fn is_active(slot: &StageStatus) -> bool {
     matches!(slot.phase, StagePhase::Starting | StagePhase::Running)

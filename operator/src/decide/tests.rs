@@ -23,6 +23,7 @@ fn job_view(stage: &str, attempt: u32, state: JobState) -> JobView {
         deleting: false,
         queue: None,
         suspended: false,
+        created: at(0),
         started: Some(at(0)),
         pods,
         succeeded: 0,
@@ -661,6 +662,7 @@ fn case_39_a_refusal_is_told_once_and_tried_again_later() {
         message: "Job demo-prepare-1 exists and belongs to somebody else".into(),
         retry_after: SignedDuration::from_secs(5),
         permanent: false,
+        is_news: true,
     };
     case.observed.troubles = vec![trouble.clone()];
     case.pass();
@@ -687,6 +689,7 @@ fn two_stages_that_are_refused_wait_each_for_itself() {
         message: format!("Job demo-{stage}-1 is refused"),
         retry_after: SignedDuration::from_secs(seconds),
         permanent: false,
+        is_news: true,
     };
     case.observed.troubles = vec![trouble("tune", 5), trouble("judge", 10)];
     case.pass();
@@ -697,12 +700,35 @@ fn two_stages_that_are_refused_wait_each_for_itself() {
     case.observed.troubles = vec![trouble("tune", 0), trouble("judge", 5)];
     case.pass();
     assert_eq!(case.made(), ["demo-tune-1"]);
+    assert!(case.events().is_empty(), "an operator that starts anew finds it told");
     case.observed.troubles.remove(0);
     case.see("tune", 1, JobState::Active, &[PodState::Running, PodState::Running]);
     case.pass();
     let message = "tune runs (attempt 1); judge, attempt 1: Job demo-judge-1 is refused";
     assert_eq!((case.status().message.as_deref(), case.events()), (Some(message), vec![]));
     assert_eq!((case.made().len(), case.condition("Waiting")), (0, Some(("True", "Refused"))));
+}
+
+#[test]
+fn long_refusals_are_cut_so_that_each_is_told() {
+    let mut case = Case::prepared();
+    let trouble = |stage: &str, is_news| Trouble {
+        stage: stage.into(),
+        attempt: 1,
+        message: "policy ".repeat(200),
+        retry_after: SignedDuration::from_secs(5),
+        permanent: false,
+        is_news,
+    };
+    case.observed.troubles = vec![trouble("tune", true), trouble("judge", true)];
+    case.pass();
+    let message = case.status().message.clone().unwrap();
+    assert!(message.contains("tune, attempt 1: policy") && message.contains("judge, attempt 1: policy"), "{message}");
+    assert_eq!(case.events(), ["Blocked", "Blocked"]);
+    assert_eq!(case.last.notices[1].about.as_deref(), Some("demo-judge-1"));
+    case.observed.troubles = vec![trouble("judge", false)];
+    case.pass();
+    assert!(!case.events().contains(&"Blocked"), "that there is more room for it is no news");
 }
 
 #[test]
@@ -832,6 +858,7 @@ fn case_5_children_that_are_refused_are_a_condition_and_a_failure_at_the_deadlin
         message: message.into(),
         retry_after: SignedDuration::from_secs(5),
         permanent: false,
+        is_news: true,
     }];
     case.pass();
     assert_eq!(case.condition("Waiting"), Some(("True", "Refused")));

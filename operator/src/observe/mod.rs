@@ -59,8 +59,10 @@ pub async fn observe(job: &RLHFJob, ctx: &Context) -> Result<Observed, Error> {
         let view = stages.entry(slot.name.clone()).or_default();
         view.refused = refusal(job, slot.attempt, view, ctx).await?;
     }
+    // A Job that is there was made after all, whatever the API server answered.
     let waits = |stage: &str, attempt: u32| {
         live.iter().any(|s| s.name == stage && s.attempt == attempt && s.phase == StagePhase::Starting)
+            && stages.get(stage).is_none_or(|view| view.job(attempt).is_none())
     };
     let troubles = ctx.retries.troubles(job).into_iter().filter(|t| waits(&t.stage, t.attempt)).collect();
     let device_memory = nodes::device_memory(job, &stages, ctx).await?;
