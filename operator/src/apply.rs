@@ -11,7 +11,7 @@ mod tests;
 
 use crate::build::{Children, KeySecret};
 use crate::classify::NODE_LOST;
-use crate::controller::Context;
+use crate::context::Context;
 use crate::decide::{Decision, JobRef, Notice, PodRef, Trouble};
 use crate::metrics::Reason;
 use crate::observe::is_owned;

@@ -1,14 +1,12 @@
 //! The driver: watches, and one pass over one job as observe, decide, apply.
 
 use crate::apply::{self, apply};
-use crate::build::Settings;
 use crate::children::{Child, Children};
+use crate::context::Context;
 use crate::decide::decide;
-use crate::lease::Leadership;
 use crate::listed::{Listed, Watch};
-use crate::metrics::{Metrics, Reason};
-use crate::observe::{self, ProgressReader, observe, still_holds};
-use crate::retries::Retries;
+use crate::metrics::Reason;
+use crate::observe::{self, observe, still_holds};
 use backon::ExponentialBuilder;
 use futures::future::BoxFuture;
 use futures::{FutureExt, Stream, StreamExt, TryStreamExt};
@@ -18,7 +16,7 @@ use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::Pod;
 use kube::core::DeserializeGuard;
 use kube::runtime::controller::{Action, Config};
-use kube::runtime::events::{Event, EventType, Recorder};
+use kube::runtime::events::{Event, EventType};
 use kube::runtime::reflector::{self, ObjectRef, Store};
 use kube::runtime::watcher::ExponentialBackoff;
 use kube::runtime::{Controller, WatchStreamExt, watcher};
@@ -40,40 +38,6 @@ const AFTER_CHANGE: Duration = Duration::from_secs(1);
 
 /// An RLHFJob, or what could not be read as one.
 pub type Guarded = DeserializeGuard<RLHFJob>;
-
-/// What every pass works with.
-pub struct Context {
-    /// The API server.
-    pub client: Client,
-    /// The operator's Jobs.
-    pub jobs: Children<Job>,
-    /// Their pods.
-    pub pods: Children<Pod>,
-    /// Whether these are all.
-    pub listed: Listed,
-    /// What the flags say.
-    pub settings: Settings,
-    /// The operator's metrics.
-    pub metrics: Arc<Metrics>,
-    /// One for the process: it holds the memory of which warnings were sent.
-    pub recorder: Recorder,
-    /// Asks trainers how far they are.
-    pub progress: ProgressReader,
-    /// What failed passes left behind.
-    pub retries: Retries,
-    /// Whether this operator may write.
-    pub leadership: Leadership,
-}
-
-impl Context {
-    /// The API of one kind in a job's namespace.
-    pub fn api<K>(&self, job: &RLHFJob) -> Api<K>
-    where
-        K: Resource<DynamicType = (), Scope = NamespaceResourceScope>,
-    {
-        Api::namespaced(self.client.clone(), &job.namespace().unwrap_or_default())
-    }
-}
 
 /// A pass that failed and is tried again.
 #[derive(Debug, thiserror::Error)]

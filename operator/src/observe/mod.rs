@@ -5,14 +5,12 @@
 //! [`still_holds`], for the job itself and a stage's pods right before children are touched.
 
 mod nodes;
-mod progress;
 mod queue;
 
-pub use progress::{Heard, ProgressReader};
-
 use crate::children::controller;
-use crate::controller::Context;
+use crate::context::Context;
 use crate::decide::{Decision, Observed};
+use crate::progress::Heard;
 use crate::view::{JobState, JobView, PodState, PodView, StageView, Wait};
 use futures::future::join_all;
 use jiff::{SignedDuration, Timestamp};

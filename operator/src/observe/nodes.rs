@@ -4,7 +4,7 @@
 //! and whose manifest does not say it; an operator that may not read nodes, as it watches one namespace, knows nothing.
 
 use super::{Error, failed};
-use crate::controller::Context;
+use crate::context::Context;
 use crate::view::{JobState, StageView};
 use futures::future::try_join_all;
 use k8s_openapi::api::core::v1::Node;

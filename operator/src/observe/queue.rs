@@ -4,7 +4,7 @@
 //! Workloads are read while a Job waits, and not watched: a cluster without Kueue has none, and one may come later.
 
 use super::{Error, failed};
-use crate::controller::Context;
+use crate::context::Context;
 use crate::view::{JobView, Wait};
 use kube::Api;
 use kube::ResourceExt;
