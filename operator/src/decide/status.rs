@@ -243,7 +243,7 @@ impl Pass<'_> {
         }
     }
 
-    /// Tells what is news to this process, unless another has told it: then it stands in the message.
+    /// Tells what is news to this process, unless a pass that failed afterwards has told it: then it stands in the message.
     fn tell_troubles(&mut self, before: &RLHFJobStatus, status: &RLHFJobStatus) {
         for slot in status.slots() {
             let Some(trouble) = self.observed.trouble(slot).filter(|t| t.is_news) else { continue };

@@ -700,7 +700,7 @@ fn two_stages_that_are_refused_wait_each_for_itself() {
     case.observed.troubles = vec![trouble("tune", 0), trouble("judge", 5)];
     case.pass();
     assert_eq!(case.made(), ["demo-tune-1"]);
-    assert!(case.events().is_empty(), "an operator that starts anew finds it told");
+    assert!(case.events().is_empty(), "what stands in the message was told");
     case.observed.troubles.remove(0);
     case.see("tune", 1, JobState::Active, &[PodState::Running, PodState::Running]);
     case.pass();
