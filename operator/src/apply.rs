@@ -12,10 +12,10 @@ mod tests;
 use crate::build::{Children, KeySecret};
 use crate::classify::NODE_LOST;
 use crate::context::Context;
-use crate::decide::{Decision, JobRef, Notice, PodRef, Trouble};
+use crate::decide::{Decision, JobRef, Notice, PodRef};
 use crate::metrics::Reason;
 use crate::observe::is_owned;
-use jiff::{SignedDuration, Timestamp};
+use jiff::Timestamp;
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{ConfigMap, ObjectReference, Pod, Secret};
@@ -121,10 +121,7 @@ pub async fn apply(job: &RLHFJob, decision: &Decision, ctx: &Context) -> Result<
 /// Keeps why a stage's children could not be made for the next pass, which tells it in status.
 fn refused(job: &RLHFJob, slot: &StageStatus, error: &Error, ctx: &Context) {
     ctx.metrics.failed(Reason::Blocked);
-    let (stage, attempt) = (slot.name.clone(), slot.attempt);
-    let (message, permanent) = (error.to_string(), error.is_permanent());
-    let retry_after = SignedDuration::ZERO;
-    ctx.retries.refused(job, Trouble { stage, attempt, message, permanent, retry_after, is_news: true });
+    ctx.retries.refused(job, slot, error.to_string(), error.is_permanent());
 }
 
 /// Another may lead by now where this process was stopped, or the API server was slow, in the middle of a decision.

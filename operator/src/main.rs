@@ -157,7 +157,7 @@ async fn run(args: Args) -> Result<(), Box<dyn Error>> {
     let (jobs, pods) = watches.children();
     let ctx = Arc::new(Context {
         recorder: Recorder::new(client.clone(), FIELD_MANAGER.into()),
-        client: client.clone(),
+        client,
         jobs,
         pods,
         listed,

@@ -68,13 +68,15 @@ fn is_no_answer(error: &kube::Error) -> bool {
 
 /// An error with what it comes from: that a connection failed, and also why.
 fn whole(error: &dyn std::error::Error) -> String {
-    let sources = std::iter::successors(error.source(), |e| e.source()).map(ToString::to_string);
-    sources.fold(
-        error.to_string(),
-        |text, source| {
-            if text.ends_with(&source) { text } else { format!("{text}: {source}") }
-        },
-    )
+    let (mut text, mut next) = (error.to_string(), error.source());
+    while let Some(source) = next {
+        // Some errors say themselves what they come from.
+        if !text.ends_with(&source.to_string()) {
+            text += &format!(": {source}");
+        }
+        next = source.source();
+    }
+    text
 }
 
 /// Waits until `look`, done again and again, has an answer of the API server's, and returns what it found.

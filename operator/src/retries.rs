@@ -1,9 +1,10 @@
 //! What failed passes leave behind until they succeed: how often in a row a job's passes failed, and what the API
-//! server refused of each stage. It is kept in memory only: an operator that starts anew tries anew. Waits go by a clock that nobody sets.
+//! server refused of each stage. It is kept in memory only: an operator that starts anew tries anew. Waits go by a clock
+//! that nobody sets.
 
 use crate::decide::Trouble;
 use kube::ResourceExt;
-use rlhf_api::job::RLHFJob;
+use rlhf_api::job::{RLHFJob, StageStatus};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -25,7 +26,10 @@ struct Entry {
 struct Refusal {
     /// The job's, since another job may get its name.
     uid: Option<String>,
-    trouble: Trouble,
+    attempt: u32,
+    message: String,
+    permanent: bool,
+    is_news: bool,
     times: u32,
     due: Instant,
 }
@@ -42,25 +46,30 @@ impl Retries {
     /// What the API server last refused of a job: one trouble for each stage that has some.
     pub fn troubles(&self, job: &RLHFJob) -> Vec<Trouble> {
         let all = self.lock();
-        let refusals = all.get(&key(job)).into_iter().flat_map(|entry| entry.refusals.values());
-        let told = |refusal: &Refusal| {
-            let left = refusal.due.saturating_duration_since(Instant::now());
-            Trouble { retry_after: left.try_into().unwrap_or_default(), ..refusal.trouble.clone() }
+        let refusals = all.get(&key(job)).into_iter().flat_map(|entry| &entry.refusals);
+        let trouble = |(stage, refusal): (&String, &Refusal)| Trouble {
+            stage: stage.clone(),
+            attempt: refusal.attempt,
+            message: refusal.message.clone(),
+            retry_after: refusal.due.saturating_duration_since(Instant::now()).try_into().unwrap_or_default(),
+            permanent: refusal.permanent,
+            is_news: refusal.is_news,
         };
-        refusals.filter(|refusal| refusal.uid == job.uid()).map(told).collect()
+        refusals.filter(|(_, refusal)| refusal.uid == job.uid()).map(trouble).collect()
     }
 
-    /// Notes a refusal. The stage's wait for the next try grows; the same words again are no news.
-    pub fn refused(&self, job: &RLHFJob, trouble: Trouble) {
+    /// Notes that objects of the stage's attempt are refused. The wait for the next try grows; the same words again are
+    /// no news.
+    pub fn refused(&self, job: &RLHFJob, slot: &StageStatus, message: String, permanent: bool) {
         let mut all = self.lock();
         let refusals = &mut all.entry(key(job)).or_default().refusals;
-        let before = refusals.get(&trouble.stage).filter(|refusal| refusal.uid == job.uid());
+        let (uid, attempt) = (job.uid(), slot.attempt);
+        let before = refusals.get(&slot.name).filter(|refusal| refusal.uid == uid);
         let times = before.map_or(0, |refusal| refusal.times) + 1;
         let due = Instant::now() + doubled(AFTER_REFUSAL, times);
-        let said = |old: &Trouble| old.attempt == trouble.attempt && old.message == trouble.message;
-        let is_news = before.is_none_or(|refusal| refusal.trouble.is_news || !said(&refusal.trouble));
-        let trouble = Trouble { is_news, ..trouble };
-        refusals.insert(trouble.stage.clone(), Refusal { uid: job.uid(), trouble, times, due });
+        let said = |old: &Refusal| old.attempt == attempt && old.message == message;
+        let is_news = before.is_none_or(|old| old.is_news || !said(old));
+        refusals.insert(slot.name.clone(), Refusal { uid, attempt, message, permanent, is_news, times, due });
     }
 
     /// A stage's children were made.
@@ -83,7 +92,7 @@ impl Retries {
         let mut all = self.lock();
         if let Some(entry) = all.get_mut(&key(job)) {
             entry.errors = 0;
-            entry.refusals.values_mut().for_each(|refusal| refusal.trouble.is_news = false);
+            entry.refusals.values_mut().for_each(|refusal| refusal.is_news = false);
             if entry.refusals.is_empty() {
                 all.remove(&key(job));
             }
@@ -108,7 +117,6 @@ fn doubled(first: Duration, times: u32) -> Duration {
 mod tests {
     use super::*;
     use crate::build::tests::job;
-    use jiff::SignedDuration;
 
     #[test]
     fn waits_double_up_to_five_minutes_and_start_anew_after_a_good_pass() {
@@ -119,9 +127,10 @@ mod tests {
         assert_eq!(retries.failed("team", "demo").as_secs(), 1);
     }
 
-    fn trouble(stage: &str) -> Trouble {
-        let (message, retry_after) = ("no".into(), SignedDuration::ZERO);
-        Trouble { stage: stage.into(), attempt: 1, message, retry_after, permanent: false, is_news: true }
+    /// The first attempt of a stage is refused.
+    fn refuse(retries: &Retries, job: &RLHFJob, stage: &str, message: &str, permanent: bool) {
+        let slot = StageStatus { name: stage.into(), attempt: 1, ..StageStatus::default() };
+        retries.refused(job, &slot, message.into(), permanent);
     }
 
     /// Each stage's wait, in seconds.
@@ -133,15 +142,15 @@ mod tests {
     #[test]
     fn a_refusal_outlives_good_passes_until_the_stage_is_made() {
         let (retries, job) = (Retries::default(), job());
-        retries.refused(&job, trouble("tune"));
-        retries.refused(&job, trouble("judge"));
-        retries.refused(&job, trouble("tune"));
+        refuse(&retries, &job, "tune", "no", false);
+        refuse(&retries, &job, "judge", "no", false);
+        refuse(&retries, &job, "tune", "no", false);
         retries.passed(&job);
         assert_eq!(waits(&retries, &job), [("judge".into(), 5.0), ("tune".into(), 10.0)]);
-        retries.refused(&job, trouble("judge"));
+        refuse(&retries, &job, "judge", "no", false);
         let is_news = |stage: &str| retries.troubles(&job).iter().any(|t| t.stage == stage && t.is_news);
         assert!(!is_news("judge"), "it was told, and says the same");
-        retries.refused(&job, Trouble { message: "no more".into(), ..trouble("judge") });
+        refuse(&retries, &job, "judge", "no more", false);
         assert!(is_news("judge"));
         retries.made(&job, "judge");
         retries.passed(&job);
@@ -154,12 +163,12 @@ mod tests {
     #[test]
     fn a_job_inherits_nothing_from_one_that_had_its_name() {
         let (retries, first) = (Retries::default(), job());
-        retries.refused(&first, Trouble { permanent: true, ..trouble("prepare") });
-        retries.refused(&first, trouble("prepare"));
+        refuse(&retries, &first, "prepare", "no", true);
+        refuse(&retries, &first, "prepare", "no", false);
         let mut second = first.clone();
         second.metadata.uid = Some("another".into());
         assert!(waits(&retries, &second).is_empty());
-        retries.refused(&second, trouble("prepare"));
+        refuse(&retries, &second, "prepare", "no", false);
         assert_eq!(waits(&retries, &second), [("prepare".into(), 5.0)]);
         retries.forget("team", "demo");
         assert!(retries.lock().is_empty());

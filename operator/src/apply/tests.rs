@@ -3,7 +3,7 @@
 use super::*;
 use crate::build::{self, Task, tests};
 use crate::children::Children;
-use crate::decide::{Event, Observed, decide};
+use crate::decide::{Event, Observed, Trouble, decide};
 use crate::lease::Leadership;
 use crate::listed::Listed;
 use crate::metrics::Metrics;
@@ -275,7 +275,8 @@ async fn a_config_of_another_version_is_replaced() {
     let mut old = serde_json::to_value(&two_stages(&job).make[0].config_map).unwrap();
     old["metadata"]["uid"] = json!("old");
     old["data"]["config.json"] = json!("{}");
-    let (ctx, log) = server(vec![("GET configmaps/demo-tune", 200, old)]);
+    let there = ("GET configmaps/demo-tune", 200, old);
+    let (ctx, log) = server(vec![there.clone()]);
     let mut decision = two_stages(&job);
     decision.make.truncate(1);
     apply(&job, &decision, &ctx).await.unwrap();
@@ -285,11 +286,7 @@ async fn a_config_of_another_version_is_replaced() {
     for (code, reason, wanted) in
         [(404, "NotFound", Some(true)), (409, "Conflict", None), (403, "Forbidden", Some(false))]
     {
-        let mut old = serde_json::to_value(&two_stages(&job).make[0].config_map).unwrap();
-        old["data"]["config.json"] = json!("{}");
-        let answers =
-            vec![("GET configmaps/demo-tune", 200, old), ("DELETE configmaps/demo-tune", code, failure(reason, code))];
-        let (ctx, log) = server(answers);
+        let (ctx, log) = server(vec![there.clone(), ("DELETE configmaps/demo-tune", code, failure(reason, code))]);
         let written = apply(&job, &decision, &ctx).await;
         assert!(
             matches!(written, Ok(_) | Err(Error::Stale)) && written.as_ref().ok().copied() == wanted,

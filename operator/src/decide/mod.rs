@@ -381,7 +381,7 @@ impl<'a> Pass<'a> {
                     node.as_deref().unwrap_or("-")
                 );
                 self.decision.lost.push(PodRef { name: pod.name.clone(), uid: pod.uid.clone(), node });
-                self.tell(Event::PodLost, note, Some(names::attempt(&self.job.name_any(), stage, pod.attempt)));
+                self.tell(Event::PodLost, note, Some(self.attempt(stage, pod.attempt)));
             }
         }
     }
@@ -397,6 +397,11 @@ impl<'a> Pass<'a> {
             refused: None,
         };
         self.observed.stages.get(stage).unwrap_or(NOTHING)
+    }
+
+    /// The name of an attempt's Job.
+    fn attempt(&self, stage: &str, number: u32) -> String {
+        names::attempt(&self.job.name_any(), stage, number)
     }
 
     fn tell(&mut self, event: Event, note: String, about: Option<String>) {

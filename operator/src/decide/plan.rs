@@ -6,7 +6,6 @@
 
 use super::{Defeat, Event, Pass};
 use crate::classify::Reason;
-use kube::ResourceExt;
 use memory_plan::{Fixed, Machines, Named, Stage as StageShape, Task, Verdict};
 use rlhf_api::job::RLHFJobStatus;
 use rlhf_api::job::{Compute, PlanSource, Stage, StagePhase, StagePlan, StageStatus};
@@ -83,7 +82,7 @@ impl<'a> Pass<'a> {
         let verdict = Verdict::new(plan, &question.machines);
         if let Err(e) = memory_plan::fastest(&[verdict], &question.machines) {
             let note = format!("stage {} is started as its strategy says, but may run out of memory: {e}", stage.name);
-            self.tell(Event::MayNotFit, note, Some(names::attempt(&self.job.name_any(), &stage.name, 1)));
+            self.tell(Event::MayNotFit, note, Some(self.attempt(&stage.name, 1)));
         }
         Ok(Some(question.answer(&verdict, PlanSource::Spec)))
     }

@@ -379,7 +379,7 @@ impl Pass<'_> {
     }
 
     pub(super) fn about(&self, slot: &StageStatus) -> Option<String> {
-        Some(names::attempt(&self.job.name_any(), &slot.name, slot.attempt))
+        Some(self.attempt(&slot.name, slot.attempt))
     }
 }
 

@@ -55,6 +55,18 @@ fn waits(reason: &str, text: &str) -> PodState {
     PodState::Waiting(Some(Wait { reason: reason.into(), text: text.into() }))
 }
 
+/// The first attempt of a stage is refused, which is news, and tried again after so many seconds.
+fn trouble(stage: &str, message: &str, seconds: i64) -> Trouble {
+    Trouble {
+        stage: stage.into(),
+        attempt: 1,
+        message: message.into(),
+        retry_after: SignedDuration::from_secs(seconds),
+        permanent: false,
+        is_news: true,
+    }
+}
+
 /// A job on its way, driven by what is seen.
 struct Case {
     job: RLHFJob,
@@ -656,14 +668,7 @@ fn children_that_are_newer_than_the_status_mean_that_the_status_is_old() {
 fn case_39_a_refusal_is_told_once_and_tried_again_later() {
     let mut case = Case::new();
     case.pass();
-    let trouble = Trouble {
-        stage: "prepare".into(),
-        attempt: 1,
-        message: "Job demo-prepare-1 exists and belongs to somebody else".into(),
-        retry_after: SignedDuration::from_secs(5),
-        permanent: false,
-        is_news: true,
-    };
+    let trouble = trouble("prepare", "Job demo-prepare-1 exists and belongs to somebody else", 5);
     case.observed.troubles = vec![trouble.clone()];
     case.pass();
     let message = "prepare, attempt 1: Job demo-prepare-1 exists and belongs to somebody else";
@@ -683,21 +688,14 @@ fn case_39_a_refusal_is_told_once_and_tried_again_later() {
 #[test]
 fn two_stages_that_are_refused_wait_each_for_itself() {
     let mut case = Case::prepared();
-    let trouble = |stage: &str, seconds| Trouble {
-        stage: stage.into(),
-        attempt: 1,
-        message: format!("Job demo-{stage}-1 is refused"),
-        retry_after: SignedDuration::from_secs(seconds),
-        permanent: false,
-        is_news: true,
-    };
-    case.observed.troubles = vec![trouble("tune", 5), trouble("judge", 10)];
+    let refused = |stage, seconds| trouble(stage, &format!("Job demo-{stage}-1 is refused"), seconds);
+    case.observed.troubles = vec![refused("tune", 5), refused("judge", 10)];
     case.pass();
     let message = "tune, attempt 1: Job demo-tune-1 is refused; judge, attempt 1: Job demo-judge-1 is refused";
     assert_eq!((case.status().message.as_deref(), case.events()), (Some(message), vec!["Blocked", "Blocked"]));
     assert_eq!((case.made().len(), case.last.requeue), (0, Some(SignedDuration::from_secs(5))));
     case.assert_quiet();
-    case.observed.troubles = vec![trouble("tune", 0), trouble("judge", 5)];
+    case.observed.troubles = vec![refused("tune", 0), refused("judge", 5)];
     case.pass();
     assert_eq!(case.made(), ["demo-tune-1"]);
     assert!(case.events().is_empty(), "what stands in the message was told");
@@ -712,21 +710,14 @@ fn two_stages_that_are_refused_wait_each_for_itself() {
 #[test]
 fn long_refusals_are_cut_so_that_each_is_told() {
     let mut case = Case::prepared();
-    let trouble = |stage: &str, is_news| Trouble {
-        stage: stage.into(),
-        attempt: 1,
-        message: "policy ".repeat(200),
-        retry_after: SignedDuration::from_secs(5),
-        permanent: false,
-        is_news,
-    };
-    case.observed.troubles = vec![trouble("tune", true), trouble("judge", true)];
+    let refused = |stage| trouble(stage, &"policy ".repeat(200), 5);
+    case.observed.troubles = vec![refused("tune"), refused("judge")];
     case.pass();
     let message = case.status().message.clone().unwrap();
     assert!(message.contains("tune, attempt 1: policy") && message.contains("judge, attempt 1: policy"), "{message}");
     assert_eq!(case.events(), ["Blocked", "Blocked"]);
     assert_eq!(case.last.notices[1].about.as_deref(), Some("demo-judge-1"));
-    case.observed.troubles = vec![trouble("judge", false)];
+    case.observed.troubles = vec![Trouble { is_news: false, ..refused("judge") }];
     case.pass();
     assert!(!case.events().contains(&"Blocked"), "that there is more room for it is no news");
 }
@@ -852,14 +843,7 @@ fn case_5_children_that_are_refused_are_a_condition_and_a_failure_at_the_deadlin
     let mut case = Case::new();
     case.pass();
     let message = "Job demo-prepare-1 is refused by the API server: admission webhook \"w\" denied the request";
-    case.observed.troubles = vec![Trouble {
-        stage: "prepare".into(),
-        attempt: 1,
-        message: message.into(),
-        retry_after: SignedDuration::from_secs(5),
-        permanent: false,
-        is_news: true,
-    }];
+    case.observed.troubles = vec![trouble("prepare", message, 5)];
     case.pass();
     assert_eq!(case.condition("Waiting"), Some(("True", "Refused")));
     case.assert_quiet();
