@@ -89,7 +89,7 @@ impl<T: Named> JsonSchema for Choice<T> {
 /// rounding). Of those that are `auto` the operator takes for each stage the fastest that fits into the memory of its
 /// devices and pods, and refuses the job before any device is taken where none does.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct StrategySpec {
     /// How parameters, gradients and optimizer state are spread over the ranks: `ddp` (each rank has all), `zero1`
     /// (optimizer state is spread; ZeRO, Rajbhandari 2020), `zero2` (gradients too), `zero3` (parameters too), or `auto`.
@@ -106,6 +106,37 @@ pub struct StrategySpec {
     /// The number format that models compute in. It is never chosen, as it changes what is computed.
     #[serde(default)]
     pub precision: Precision,
+}
+
+/// How a stage's models are placed, in so far as it is not how every stage's are: each setting that is written goes before the
+/// job's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct StrategyOverride {
+    /// How parameters, gradients and optimizer state are spread over the ranks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sharding: Option<Choice<Sharding>>,
+    /// What lives in host memory and comes to the device only while it is used.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub offload: Option<Choice<Offload>>,
+    /// What is kept of the forward pass for the backward pass.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub recompute: Option<Choice<Recompute>>,
+    /// The number format that models compute in.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub precision: Option<Precision>,
+}
+
+impl StrategyOverride {
+    /// This over the job's.
+    pub fn over(self, job: &StrategySpec) -> StrategySpec {
+        StrategySpec {
+            sharding: self.sharding.unwrap_or(job.sharding),
+            offload: self.offload.unwrap_or(job.offload),
+            recompute: self.recompute.unwrap_or(job.recompute),
+            precision: self.precision.unwrap_or(job.precision),
+        }
+    }
 }
 
 impl StrategySpec {
@@ -140,5 +171,9 @@ mod tests {
         let wrong = serde_json::from_value::<StrategySpec>(json!({"offload": "all"})).unwrap_err().to_string();
         assert!(wrong.contains("`all`") && wrong.contains("`optimizer`"), "{wrong}");
         assert_eq!(StrategySpec::default().fixed(), Some(Strategy::default()));
+        let own: StrategyOverride =
+            serde_json::from_value(json!({"offload": "parameters", "precision": "bf16"})).unwrap();
+        let both = json!({"sharding": "auto", "offload": "parameters", "recompute": "none", "precision": "bf16"});
+        assert_eq!(serde_json::to_value(own.over(&spec)).unwrap(), both);
     }
 }

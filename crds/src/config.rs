@@ -3,8 +3,11 @@
 //! Settings that are the same for every attempt of a stage travel in an immutable ConfigMap, mounted as
 //! [`CONFIG_FILE`]; what differs by pod or attempt travels in the environment variables of [`mod@env`].
 
-use crate::stage::{CheckpointPolicy, StageKind, Strategy, VOLUME_SCHEME};
+use crate::reference::VOLUME_SCHEME;
+use crate::stage::{CheckpointPolicy, StageKind, Strategy};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
 /// Where the config is mounted in prepare and trainer pods.
 pub const CONFIG_DIR: &str = "/etc/rlhf";
@@ -52,31 +55,52 @@ pub mod env {
         LOG_FORMAT,
         PROGRESS_KEY,
     ];
+
+    /// What a user may set, as a regular expression over the whole name: settings of the libraries that train, and proxies.
+    /// What makes a loader or a library run a file that the variable names is not among them.
+    pub const ALLOWED: &str = concat!(
+        "^((NCCL|GLOO|UCX|FI|OMP|KMP|GOMP|MKL|DNNL|ONEDNN|OPENBLAS|TOKENIZERS)_[A-Z0-9_]+|RDMAV_(FORK|HUGEPAGES)_SAFE",
+        "|TORCH_(NCCL|CPP_LOG|SHOW)_[A-Z0-9_]+|CUDA_(VISIBLE_DEVICES|DEVICE_ORDER|DEVICE_MAX_CONNECTIONS|LAUNCH_BLOCKING)",
+        "|PYTORCH_(CUDA_)?ALLOC_CONF|NVIDIA_(VISIBLE_DEVICES|DRIVER_CAPABILITIES)|RUST_(LOG|BACKTRACE|LIB_BACKTRACE)",
+        "|HTTPS?_PROXY|NO_PROXY|ALL_PROXY|https?_proxy|no_proxy|all_proxy|TZ|LANG|LC_ALL|(NODE|POD)_(NAME|IP))$"
+    );
+
+    /// Those of them that name a file or folder of code.
+    pub const LOADING: &str = "^(NCCL_CONF_FILE|UCX_(MODULE|CONFIG)[A-Z0-9_]*|OMP_TOOL[A-Z0-9_]*|[A-Z0-9_]+_PATH)$";
+
+    /// Those that name a library, which may be one of the image's.
+    pub const PLUGIN: &str = "^[A-Z0-9_]+_PLUGIN$";
 }
 
 /// The job to which a pod belongs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct JobRef {
     /// Namespace of the RLHFJob.
     pub namespace: String,
     /// Name of the RLHFJob.
     pub name: String,
-    /// UID of the RLHFJob: checkpoints of a deleted job with the same name are not resumed from.
+    /// UID of the RLHFJob.
     pub uid: String,
 }
 
 /// Paths below the mounted volume, without a leading slash.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct StagePaths {
     /// The job's pretrained model: its tokenizer is every stage's tokenizer.
     pub base_model: String,
     /// The model from which the stage starts (the base model or an earlier stage's output).
     pub start_model: String,
-    /// The reward model of a PPO stage.
+    /// The policy near which a PPO stage keeps its actor.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub reward_model: Option<String>,
+    pub reference_model: Option<String>,
+    /// The reward model from which a PPO stage's critic starts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub critic_model: Option<String>,
+    /// The reward models of a PPO stage, by the names of its rewards.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub reward_models: BTreeMap<String, String>,
     /// Where the stage's model is written, in Hugging Face layout.
     pub output: String,
     /// Where the stage's checkpoints are written.
@@ -85,7 +109,7 @@ pub struct StagePaths {
 
 /// Everything that a stage's trainer needs to know and that is the same in all of its pods and attempts.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct StageConfig {
     /// The job to which the stage belongs.
     pub job: JobRef,
@@ -100,6 +124,9 @@ pub struct StageConfig {
     /// When checkpoints are written.
     #[serde(default)]
     pub checkpoint: CheckpointPolicy,
+    /// Which of them stay once the stage has succeeded.
+    #[serde(default)]
+    pub keep_checkpoints: KeepCheckpoints,
     /// Seeds every random choice.
     pub seed: u64,
     /// Where things are on the volume.
@@ -108,14 +135,27 @@ pub struct StageConfig {
     pub collective_timeout_seconds: u32,
 }
 
+/// What stays of a stage's checkpoints, with their optimizer state, once its model is written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum KeepCheckpoints {
+    /// Nothing: they are kept while the stage runs.
+    #[default]
+    Running,
+    /// The last ones.
+    Always,
+}
+
 /// What the prepare pod checks: every stage of the job, before any device is taken.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct PrepareConfig {
     /// The job.
     pub job: JobRef,
     /// Its stages, in the manifest's order.
     pub stages: Vec<StageConfig>,
+    /// The folders below the volume of the models that exist before the job, the job's model first, each once.
+    #[serde(default)]
+    pub models: Vec<String>,
 }
 
 /// The path below the volume that a `volume://` location names, or `None` where it is not one.

@@ -10,10 +10,12 @@
 
 pub mod choice;
 pub mod config;
+pub mod decimal;
 #[cfg(feature = "crd")]
 pub mod job;
 pub mod model;
 #[cfg(feature = "crd")]
 pub mod names;
+pub mod reference;
 pub mod report;
 pub mod stage;

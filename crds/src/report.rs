@@ -3,6 +3,13 @@
 //! While it runs, rank 0 serves a [`Progress`] document at `GET /progress`. When it ends, each pod's last
 //! word is a [`TerminationMessage`] and an [`ExitCode`]; together they decide whether the operator goes on,
 //! starts another attempt, or gives up.
+//!
+//! A pod runs what its author likes, so what it says is a claim: [`Progress::parse`] and [`TerminationMessage::parse`] bound
+//! every number and text of it where it enters.
+
+mod bounds;
+
+pub use bounds::{MAX_DOCUMENT_BYTES, Unbelievable};
 
 use crate::model::ModelSpec;
 use schemars::JsonSchema;
@@ -174,8 +181,9 @@ pub struct Output {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Prepared {
-    /// The shape of the job's model, from which all of its models are made.
-    pub model: ModelSpec,
+    /// The shapes of the models that exist before the job, in the order in which prepare was told of them: the job's model is
+    /// the first.
+    pub models: Vec<ModelSpec>,
     /// The stages' datasets, in the spec's order.
     pub datasets: Vec<DatasetShape>,
 }

@@ -4,18 +4,14 @@
 //! there is no translation in which a field could be lost. Defaults are those of the field's reference
 //! implementations; where they differ, the doc comment names the one taken.
 
+use crate::decimal;
+use crate::reference::{ModelRef, Named, Produces, VOLUME_URI_PATTERN};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// A location on the job's volume: `volume://` and a relative path whose parts do not start with a dot.
-pub const VOLUME_URI_PATTERN: &str = r"^volume://[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*$";
-
-/// The prefix of every location on the job's volume.
-pub const VOLUME_SCHEME: &str = "volume://";
-
 /// A file of records, and which part of it is held out.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct Dataset {
     /// A JSON Lines file on the job's volume, as `volume://path/to/file.jsonl`.
     #[schemars(regex(pattern = VOLUME_URI_PATTERN), length(max = 512))]
@@ -25,6 +21,7 @@ pub struct Dataset {
     /// every rank and after every restart.
     #[serde(default = "default_eval_fraction")]
     #[schemars(range(min = 0.0, max = 0.5))]
+    #[serde(deserialize_with = "decimal::read")]
     pub eval_fraction: f64,
 }
 
@@ -63,10 +60,11 @@ pub enum Schedule {
 
 /// AdamW (Loshchilov and Hutter 2019) with a schedule and global-norm clipping.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct Optimizer {
     /// The peak learning rate.
     #[schemars(range(min = 0.0, max = 1.0))]
+    #[serde(deserialize_with = "decimal::read")]
     pub learning_rate: f64,
     /// The schedule after warm-up.
     #[serde(default)]
@@ -74,26 +72,32 @@ pub struct Optimizer {
     /// Share of all steps in which the learning rate rises linearly from zero.
     #[serde(default)]
     #[schemars(range(min = 0.0, max = 1.0))]
+    #[serde(deserialize_with = "decimal::read")]
     pub warmup_ratio: f64,
     /// Decoupled weight decay, applied to matrices and never to biases and norms.
     #[serde(default)]
     #[schemars(range(min = 0.0, max = 1.0))]
+    #[serde(deserialize_with = "decimal::read")]
     pub weight_decay: f64,
     /// Decay rate of the first moment.
     #[serde(default = "default_beta1")]
     #[schemars(range(min = 0.0, max = 0.9999999))]
+    #[serde(deserialize_with = "decimal::read")]
     pub beta1: f64,
     /// Decay rate of the second moment.
     #[serde(default = "default_beta2")]
     #[schemars(range(min = 0.0, max = 0.9999999))]
+    #[serde(deserialize_with = "decimal::read")]
     pub beta2: f64,
     /// Added to the root of the bias-corrected second moment. 1e-5 as in Ziegler 2019.
     #[serde(default = "default_epsilon")]
     #[schemars(range(min = 1e-12, max = 0.1))]
+    #[serde(deserialize_with = "decimal::read")]
     pub epsilon: f64,
     /// Gradients are scaled down to this global L2 norm.
     #[serde(default = "default_max_grad_norm")]
-    #[schemars(range(min = 1e-6))]
+    #[schemars(range(min = 1e-6, max = 1e6))]
+    #[serde(deserialize_with = "decimal::read")]
     pub max_grad_norm: f64,
 }
 
@@ -112,7 +116,7 @@ fn default_max_grad_norm() -> f64 {
 
 /// How samples become batches.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct Batch {
     /// Samples in one optimizer step, over all ranks.
     #[schemars(range(min = 1, max = 1_048_576))]
@@ -158,7 +162,7 @@ impl Linear {
 /// `alpha / rank * x A^T B^T`, of which A and B are trained. The head of a reward model and of a critic (with the norm
 /// before it) is trained whole. The stage's model is written merged, and its adapters beside it in the layout of PEFT.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct Lora {
     /// Rows of A and columns of B.
     #[serde(default = "default_lora_rank")]
@@ -166,12 +170,13 @@ pub struct Lora {
     pub rank: u32,
     /// The adapters' output is scaled by this over the rank. By default twice the rank, so that another rank needs no other
     /// learning rate. (PEFT's default is 8 for every rank.)
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "decimal::read_some")]
     #[schemars(range(min = 1e-6, max = 1e6))]
     pub alpha: Option<f64>,
     /// Share of the adapters' inputs that is dropped in training. PPO compares probabilities of one policy and takes none.
     #[serde(default)]
     #[schemars(range(min = 0.0, max = 0.9))]
+    #[serde(deserialize_with = "decimal::read")]
     pub dropout: f64,
     /// The linears of each block that get adapters; by default all.
     #[serde(default = "default_lora_targets")]
@@ -198,10 +203,13 @@ impl Lora {
     }
 }
 
-/// Supervised fine-tuning of the job's model.
+/// Supervised fine-tuning of a policy.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct Sft {
+    /// The model from which it starts; without it, the job's model.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start: Option<ModelRef>,
     /// The records to learn from.
     pub dataset: Dataset,
     /// How the records are written.
@@ -212,7 +220,7 @@ pub struct Sft {
     pub epochs: u32,
     /// Stops after this many steps although epochs are left.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = 1_000_000_000))]
     pub max_steps: Option<u32>,
     /// How samples become batches.
     pub batch: Batch,
@@ -231,12 +239,11 @@ pub struct Sft {
 
 /// Training of a reward model from preferences (InstructGPT, section 3.4).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct RewardModel {
-    /// The `sft` stage whose model is the backbone; without it, the job's model is.
+    /// The policy whose model is the backbone; without it, the job's model is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(min = 1, max = 20))]
-    pub from: Option<String>,
+    pub start: Option<ModelRef>,
     /// Preferences: `{"prompt", "chosen", "rejected"}`, or whole dialogues `{"chosen", "rejected"}` whose
     /// common beginning is the prompt, or rankings `{"prompt", "ranked": [best, …, worst]}`.
     pub dataset: Dataset,
@@ -245,7 +252,7 @@ pub struct RewardModel {
     pub epochs: u32,
     /// Stops after this many steps although epochs are left.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = 1_000_000_000))]
     pub max_steps: Option<u32>,
     /// How records (a pair or a ranking each) become batches.
     pub batch: Batch,
@@ -255,6 +262,7 @@ pub struct RewardModel {
     /// Weight of `(score_chosen + score_rejected)^2`, which keeps scores near zero (Eisenstein 2023).
     #[serde(default)]
     #[schemars(range(min = 0.0, max = 10.0))]
+    #[serde(deserialize_with = "decimal::read")]
     pub centering_coefficient: f64,
     /// Trains adapters in place of the whole model.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -279,21 +287,22 @@ pub enum KlEstimator {
 
 /// The penalty that keeps the actor near the reference.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct Kl {
     /// The (first) coefficient beta of the per-token penalty.
     #[schemars(range(min = 0.0, max = 100.0))]
+    #[serde(deserialize_with = "decimal::read")]
     pub coefficient: f64,
     /// The estimator.
     #[serde(default)]
     pub estimator: KlEstimator,
     /// With a target (nats a response) the coefficient is adapted towards it, as in Ziegler 2019.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 1e-6))]
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "decimal::read_some")]
+    #[schemars(range(min = 1e-6, max = 1e6))]
     pub target: Option<f64>,
     /// Samples over which the adaptive coefficient reacts.
     #[serde(default = "default_kl_horizon")]
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = 1_000_000_000))]
     pub horizon: u32,
 }
 
@@ -303,18 +312,21 @@ fn default_kl_horizon() -> u32 {
 
 /// The law from which responses are drawn.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct Sampling {
     /// Logits are divided by this in rollout and wherever log-probabilities are taken.
     #[serde(default = "default_one")]
     #[schemars(range(min = 0.01, max = 10.0))]
+    #[serde(deserialize_with = "decimal::read")]
     pub temperature: f64,
     /// Draw from the smallest set of tokens whose probability reaches this (1: all).
     #[serde(default = "default_one")]
     #[schemars(range(min = 0.01, max = 1.0))]
+    #[serde(deserialize_with = "decimal::read")]
     pub top_p: f64,
     /// Draw from this many most likely tokens (0: all).
     #[serde(default)]
+    #[schemars(range(min = 0, max = 10_000_000))]
     pub top_k: u32,
 }
 
@@ -328,22 +340,100 @@ fn default_one() -> f64 {
     1.0
 }
 
+/// One of the things that score an answer: a name, a weight, and exactly one of the members that say how.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[schemars(extend("x-kubernetes-validations" = reward_member()))]
+#[serde(rename_all = "camelCase")]
+pub struct Reward {
+    /// Unique in the stage; its figures are told under it.
+    #[schemars(length(min = 1, max = 40), regex(pattern = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"))]
+    pub name: String,
+    /// What its score is multiplied by.
+    #[serde(default = "default_one", deserialize_with = "decimal::read")]
+    #[schemars(range(min = -1e6, max = 1e6))]
+    pub weight: f64,
+    /// A reward model scores the answer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<ModelRef>,
+}
+
+fn reward_member() -> serde_json::Value {
+    serde_json::json!([{
+        "rule": "has(self.model)",
+        "message": "a reward has exactly one of the members that say how it scores: write model",
+    }])
+}
+
+/// How advantages are estimated: exactly one member.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[schemars(extend("x-kubernetes-validations" = advantage_member()))]
+#[serde(rename_all = "camelCase")]
+pub struct Advantage {
+    /// Generalised advantage estimation with a critic (Schulman 2016).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gae: Option<Gae>,
+}
+
+fn advantage_member() -> serde_json::Value {
+    serde_json::json!([{
+        "rule": "has(self.gae)",
+        "message": "advantage has exactly one of the members that say how it is estimated: write gae, or leave out advantage",
+    }])
+}
+
+impl Default for Advantage {
+    fn default() -> Self {
+        Self { gae: Some(Gae::default()) }
+    }
+}
+
+impl Advantage {
+    /// The settings of generalised advantage estimation, which is the default.
+    pub fn gae(&self) -> Gae {
+        self.gae.unwrap_or_default()
+    }
+}
+
+/// Generalised advantage estimation (Schulman 2016).
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Gae {
+    /// Between the temporal difference of one step (0) and the whole return (1).
+    #[serde(default = "default_lambda", deserialize_with = "decimal::read")]
+    #[schemars(range(min = 0.0, max = 1.0))]
+    pub lambda: f64,
+}
+
+impl Default for Gae {
+    fn default() -> Self {
+        Self { lambda: default_lambda() }
+    }
+}
+
 /// Proximal policy optimisation of the actor against the reward model (Schulman 2017; Ziegler 2019;
 /// Huang 2024, "The N+ implementation details of RLHF with PPO").
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct Ppo {
-    /// The `sft` stage whose model is actor and reference; without it, the job's model is.
+    /// The policy that is trained, the actor; without it, the job's model is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(min = 1, max = 20))]
-    pub actor: Option<String>,
-    /// The `rewardModel` stage whose model gives the reward and initialises the critic.
-    #[schemars(length(min = 1, max = 20))]
-    pub reward: String,
+    pub start: Option<ModelRef>,
+    /// The policy near which the penalty on the KL divergence keeps the actor; without it, the actor's start.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reference: Option<ModelRef>,
+    /// The reward model from which the critic starts; without it, the first of `rewards` that is a model.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub critic: Option<ModelRef>,
+    /// What scores an answer: the sum of these, each times its weight.
+    #[schemars(length(min = 1, max = 8), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
+    pub rewards: Vec<Reward>,
+    /// How advantages are estimated.
+    #[serde(default)]
+    pub advantage: Advantage,
     /// Records `{"prompt"}`.
     pub prompts: Dataset,
     /// Rollouts, each followed by `epochs` passes of learning over it.
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = 1_000_000_000))]
     pub iterations: u32,
     /// Responses in one rollout, over all ranks.
     #[schemars(range(min = 1, max = 1_048_576))]
@@ -369,33 +459,34 @@ pub struct Ppo {
     /// Discount of later rewards.
     #[serde(default = "default_one")]
     #[schemars(range(min = 0.0, max = 1.0))]
+    #[serde(deserialize_with = "decimal::read")]
     pub gamma: f64,
-    /// Lambda of generalised advantage estimation (Schulman 2016).
-    #[serde(default = "default_lambda")]
-    #[schemars(range(min = 0.0, max = 1.0))]
-    pub lambda: f64,
     /// Clip range of the probability ratio.
     #[serde(default = "default_clip")]
     #[schemars(range(min = 0.0, max = 10.0))]
+    #[serde(deserialize_with = "decimal::read")]
     pub clip_ratio: f64,
     /// Clip range of the value's change.
     #[serde(default = "default_clip")]
-    #[schemars(range(min = 0.0))]
+    #[schemars(range(min = 0.0, max = 1e6))]
+    #[serde(deserialize_with = "decimal::read")]
     pub clip_value: f64,
     /// Scores are clipped to plus or minus this.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 0.0))]
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "decimal::read_some")]
+    #[schemars(range(min = 0.0, max = 1e6))]
     pub clip_reward: Option<f64>,
     /// Score given in place of the reward model's to a response without an end-of-sequence token.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "decimal::read_some")]
+    #[schemars(range(min = -1e6, max = 1e6))]
     pub missing_eos_penalty: Option<f64>,
     /// Weight of the entropy bonus.
     #[serde(default)]
     #[schemars(range(min = 0.0, max = 10.0))]
+    #[serde(deserialize_with = "decimal::read")]
     pub entropy_coefficient: f64,
     /// Ends the passes over a rollout once the approximate KL to the rollout's policy passes this (nats a token).
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 0.0))]
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "decimal::read_some")]
+    #[schemars(range(min = 0.0, max = 1e6))]
     pub target_kl: Option<f64>,
     /// Trains adapters of actor and critic in place of the whole models; the reference is then the actor without its
     /// adapters, and costs no memory. The critic goes on with the reward model's adapters where that has some.
@@ -408,6 +499,7 @@ pub struct Ppo {
     /// Held-out prompts are answered and scored before the first iteration, after the last, and
     /// every so many between (0: not between).
     #[serde(default)]
+    #[schemars(range(min = 0, max = 1_000_000_000))]
     pub eval_every_iterations: u32,
 }
 
@@ -421,7 +513,7 @@ fn default_clip() -> f64 {
     0.2
 }
 
-/// What a stage does: exactly one of the three.
+/// What a stage does: exactly one of these.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum StageKind {
@@ -434,13 +526,26 @@ pub enum StageKind {
 }
 
 impl StageKind {
-    /// The field under which the kind stands in a manifest; also the value of the kind label.
-    pub fn name(&self) -> &'static str {
+    /// The field under which each kind stands in a manifest, and what such a stage puts out.
+    pub const ALL: [(&'static str, Produces); 3] =
+        [("sft", Produces::Policy), ("rewardModel", Produces::RewardModel), ("ppo", Produces::Policy)];
+
+    fn entry(&self) -> (&'static str, Produces) {
         match self {
-            StageKind::Sft(_) => "sft",
-            StageKind::RewardModel(_) => "rewardModel",
-            StageKind::Ppo(_) => "ppo",
+            StageKind::Sft(_) => Self::ALL[0],
+            StageKind::RewardModel(_) => Self::ALL[1],
+            StageKind::Ppo(_) => Self::ALL[2],
         }
+    }
+
+    /// The field under which the kind stands in a manifest.
+    pub fn name(&self) -> &'static str {
+        self.entry().0
+    }
+
+    /// What such a stage puts out.
+    pub fn produces(&self) -> Produces {
+        self.entry().1
     }
 
     /// The adapters that it trains, where it does.
@@ -450,6 +555,45 @@ impl StageKind {
             StageKind::RewardModel(s) => s.lora.as_ref(),
             StageKind::Ppo(s) => s.lora.as_ref(),
         }
+    }
+
+    /// The model from which it starts, where it is not the job's.
+    pub fn start(&self) -> Option<&ModelRef> {
+        match self {
+            StageKind::Sft(s) => s.start.as_ref(),
+            StageKind::RewardModel(s) => s.start.as_ref(),
+            StageKind::Ppo(s) => s.start.as_ref(),
+        }
+    }
+
+    /// The file that it learns from, and its field.
+    pub fn dataset(&self) -> (&'static str, &Dataset) {
+        match self {
+            StageKind::Sft(s) => ("dataset", &s.dataset),
+            StageKind::RewardModel(s) => ("dataset", &s.dataset),
+            StageKind::Ppo(s) => ("prompts", &s.prompts),
+        }
+    }
+
+    /// Every model that it names, with its field and what it has to be.
+    pub fn models(&self) -> Vec<Named<'_>> {
+        let named = |field: String, model, must_be| Named { field: format!("{}.{field}", self.name()), model, must_be };
+        let mut all: Vec<_> = self.start().map(|m| named("start".into(), m, Produces::Policy)).into_iter().collect();
+        if let StageKind::Ppo(s) = self {
+            all.extend(s.reference.as_ref().map(|m| named("reference".into(), m, Produces::Policy)));
+            all.extend(s.critic.as_ref().map(|m| named("critic".into(), m, Produces::RewardModel)));
+            let rewards =
+                s.rewards.iter().filter_map(|r| Some((format!("rewards[{}].model", r.name), r.model.as_ref()?)));
+            all.extend(rewards.map(|(field, model)| named(field, model, Produces::RewardModel)));
+        }
+        all
+    }
+}
+
+impl Ppo {
+    /// The reward model from which the critic starts.
+    pub fn critic_start(&self) -> Option<&ModelRef> {
+        self.critic.as_ref().or_else(|| self.rewards.iter().find_map(|r| r.model.as_ref()))
     }
 }
 
@@ -508,7 +652,7 @@ pub enum Precision {
 /// How a model is placed and run. These settings change memory and speed, never what is learnt (beyond a number format's
 /// rounding).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct Strategy {
     /// How parameters, gradients and optimizer state are spread over the ranks.
     #[serde(default)]
@@ -526,11 +670,11 @@ pub struct Strategy {
 
 /// When a checkpoint is written and how many are kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct CheckpointPolicy {
     /// Steps between two checkpoints (PPO: iterations). One is also written at the end and on SIGTERM.
     #[serde(default = "default_checkpoint_every")]
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = 1_000_000_000))]
     pub every_steps: u32,
     /// Checkpoints kept; older ones are deleted.
     #[serde(default = "default_checkpoint_keep")]

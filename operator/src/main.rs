@@ -9,7 +9,7 @@ use futures::future::BoxFuture;
 use kube::Client;
 use kube::runtime::events::Recorder;
 use rlhf_api::names::FIELD_MANAGER;
-use rlhf_operator::build::{NetworkRules, Settings};
+use rlhf_operator::build::{Allowances, NetworkRules, Settings};
 use rlhf_operator::context::Context;
 use rlhf_operator::controller::Watches;
 use rlhf_operator::http::{Served, serve};
@@ -168,6 +168,9 @@ async fn run(args: Args) -> Result<(), Box<dyn Error>> {
             keys,
             network: args.network_policy,
             gang_scheduling: args.gang_scheduling,
+            allow: Allowances::default(),
+            omit_user_ids: false,
+            image_pull_secrets: vec![],
         },
         metrics,
         progress: ProgressReader::new()?,

@@ -57,8 +57,15 @@ impl Reason {
     }
 }
 
-const PHASES: [Phase; 6] =
-    [Phase::Pending, Phase::Preparing, Phase::Running, Phase::Suspended, Phase::Succeeded, Phase::Failed];
+const PHASES: [Phase; 7] = [
+    Phase::Pending,
+    Phase::Preparing,
+    Phase::Waiting,
+    Phase::Running,
+    Phase::Suspended,
+    Phase::Succeeded,
+    Phase::Failed,
+];
 
 /// A pass that is under way, until it is dropped.
 pub struct UnderWay {
@@ -285,7 +292,7 @@ mod tests {
             name: "tune".into(),
             phase: StagePhase::Running,
             attempt: 5,
-            restarts: 1,
+            restarts: rlhf_api::job::Restarts { total: 1, ..Default::default() },
             disruptions: 3,
             progress,
             ..Default::default()

@@ -1,7 +1,7 @@
 //! The jobs that tests apply: the example with smaller counts and fewer stages. Whatever else the example says, the
 //! tests run too.
 
-use rlhf_api::stage::VOLUME_SCHEME;
+use rlhf_api::reference::VOLUME_SCHEME;
 use serde_json::{Value, json};
 
 /// The example's name.

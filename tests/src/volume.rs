@@ -1,7 +1,6 @@
 //! A job's volume as the node sees it: a folder of this machine, filled before the job starts and read afterwards.
 
 use crate::tools::cache;
-use kube::ResourceExt;
 use rlhf_api::job::RLHFJob;
 use rlhf_api::names;
 use safetensors::SafeTensors;
@@ -101,8 +100,7 @@ impl Volume {
 
     /// The steps of a stage's checkpoints that are there, in order.
     pub fn checkpoints(&self, job: &RLHFJob, stage: &str) -> Vec<u64> {
-        let (name, uid) = (job.name_any(), job.uid().expect("a stored job has a UID"));
-        let dir = self.0.join(names::checkpoints_dir(&name, &uid, stage));
+        let dir = self.0.join(names::checkpoints_dir(&job.run_dir(), stage));
         let entries = fs::read_dir(dir).into_iter().flatten().filter_map(Result::ok);
         let names = entries.filter_map(|e| e.file_name().into_string().ok());
         let mut steps: Vec<u64> = names.filter_map(|n| n.strip_prefix("step-")?.parse().ok()).collect();
@@ -118,7 +116,7 @@ impl Volume {
     }
 
     fn stage_dir(&self, job: &RLHFJob, stage: &str) -> PathBuf {
-        self.0.join(names::job_dir(&job.name_any(), &job.uid().expect("a stored job has a UID"))).join(stage)
+        self.0.join(job.run_dir()).join(stage)
     }
 }
 

@@ -18,8 +18,8 @@ const PROBE: &str = ".rlhf-probe";
 /// What was found of a job's model and datasets.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PrepareReport {
-    /// The model's shape.
-    pub model: ModelSpec,
+    /// The shapes of the models that exist before the job, in the config's order.
+    pub models: Vec<ModelSpec>,
     /// One for each stage, in the job's order.
     pub stages: Vec<StageReport>,
 }
@@ -33,7 +33,7 @@ impl PrepareReport {
             longest_tokens: bounded(report.dataset.longest_tokens),
             sequences: bounded(report.dataset.sequences),
         };
-        Prepared { model: self.model.clone(), datasets: self.stages.iter().map(shape).collect() }
+        Prepared { models: self.models.clone(), datasets: self.stages.iter().map(shape).collect() }
     }
 }
 
@@ -64,7 +64,15 @@ pub fn run(config: &PrepareConfig, volume: &Path) -> Result<PrepareReport> {
         check_targets(stage, &model)?;
     }
     let stages = config.stages.iter().map(|stage| check_dataset(stage, volume, &tokenizer)).collect::<Result<_>>()?;
-    Ok(PrepareReport { model: model.spec, stages })
+    let other = |path: &String| {
+        if volume.join(path) == model_dir { Ok(model.spec.clone()) } else { shape_of(&volume.join(path)) }
+    };
+    let models = config.models.iter().map(other).collect::<Result<_>>()?;
+    Ok(PrepareReport { models, stages })
+}
+
+fn shape_of(dir: &Path) -> Result<ModelSpec> {
+    Ok(Source::open(dir)?.spec)
 }
 
 /// The folders in which a stage makes its folders.

@@ -144,7 +144,7 @@ fn a_run_on_other_data_does_not_resume() {
 fn a_language_model_is_no_reward_model() {
     let volume = Volume::new("gpt2");
     let mut launch = ppo();
-    launch.config["paths"]["rewardModel"] = json!("models/base");
+    launch.config["paths"]["rewardModels"] = json!({"liked": "models/base"});
     let end = volume.run(&launch);
     assert_eq!(end.code, Some(65), "{}", end.log);
     assert!(end.message["message"].as_str().unwrap().contains("score.weight"), "{}", end.message);

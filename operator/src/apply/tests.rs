@@ -151,7 +151,7 @@ async fn a_later_attempt_takes_the_groups_of_earlier_ones_away() {
     apply(&job, &decision, &ctx).await.unwrap();
     let seen = lines(&log);
     let groups: Vec<_> = seen.iter().filter(|l| l.contains("podgroups")).collect();
-    assert_eq!(groups, ["DELETE podgroups", "GET podgroups/demo-tune-2", "POST podgroups"]);
+    assert_eq!(groups, ["DELETE podgroups", "GET podgroups/demo-tune-prgzn-2", "POST podgroups"]);
     let query = log.lock().unwrap().iter().find(|s| s.line == "DELETE podgroups").unwrap().query.clone();
     let selector = "rlhf.dev%2Fjob-uid%3D0123456789-abc%2Crlhf.dev%2Fstage%3Dtune%2Crlhf.dev%2Fattempt%21%3D2";
     assert!(query.contains(selector), "{query}");
@@ -176,16 +176,16 @@ async fn case_18_and_40_a_pass_that_changes_nothing_asks_nothing() {
 
 #[tokio::test]
 async fn case_30_somebody_elses_object_is_left_alone_and_named_and_other_stages_go_on() {
-    let foreign = json!({"metadata": {"name": "demo-tune", "ownerReferences": [
+    let foreign = json!({"metadata": {"name": "demo-tune-prgzn", "ownerReferences": [
         {"apiVersion": "v1", "kind": "Team", "name": "other", "uid": "another", "controller": true}]}});
-    let (ctx, log) = server(vec![("GET services/demo-tune", 200, foreign)]);
+    let (ctx, log) = server(vec![("GET services/demo-tune-prgzn", 200, foreign)]);
     let job = started();
     assert!(!apply(&job, &two_stages(&job), &ctx).await.unwrap());
     let [Trouble { stage, message, permanent: false, .. }] = &ctx.retries.troubles(&job)[..] else {
         panic!("{:?}", ctx.retries.troubles(&job))
     };
     assert_eq!(stage, "tune");
-    assert!(message.starts_with("Service demo-tune exists and belongs to Team other"), "{message}");
+    assert!(message.starts_with("Service demo-tune-prgzn exists and belongs to Team other"), "{message}");
     let writes: Vec<_> = lines(&log).into_iter().filter(|l| !l.starts_with("GET")).collect();
     assert_eq!(
         writes,
@@ -209,12 +209,12 @@ async fn case_30_somebody_elses_object_is_left_alone_and_named_and_other_stages_
 async fn what_is_there_before_a_stages_first_attempt_is_looked_at() {
     let (job, decision) = first();
     for (owner, foreign) in [("0123456789-abc", false), ("another", true)] {
-        let there = json!({"metadata": {"name": "demo-prepare-1", "ownerReferences": [
+        let there = json!({"metadata": {"name": "demo-prepare-mfgjn-1", "ownerReferences": [
             {"apiVersion": "rlhf.dev/v1alpha1", "kind": "RLHFJob", "name": "demo", "uid": owner, "controller": true}]}});
         let taken = failure("AlreadyExists", 409);
-        let (ctx, log) = server(vec![("POST jobs", 409, taken), ("GET jobs/demo-prepare-1", 200, there)]);
+        let (ctx, log) = server(vec![("POST jobs", 409, taken), ("GET jobs/demo-prepare-mfgjn-1", 200, there)]);
         assert_eq!(apply(&job, &decision, &ctx).await.unwrap(), !foreign);
-        assert_eq!(lines(&log)[4..], ["POST jobs", "GET jobs/demo-prepare-1"]);
+        assert_eq!(lines(&log)[4..], ["POST jobs", "GET jobs/demo-prepare-mfgjn-1"]);
     }
 }
 
@@ -275,18 +275,22 @@ async fn a_config_of_another_version_is_replaced() {
     let mut old = serde_json::to_value(&two_stages(&job).make[0].config_map).unwrap();
     old["metadata"]["uid"] = json!("old");
     old["data"]["config.json"] = json!("{}");
-    let there = ("GET configmaps/demo-tune", 200, old);
+    let there = ("GET configmaps/demo-tune-prgzn-dqpqb", 200, old);
     let (ctx, log) = server(vec![there.clone()]);
     let mut decision = two_stages(&job);
     decision.make.truncate(1);
     apply(&job, &decision, &ctx).await.unwrap();
     let of_config: Vec<_> = lines(&log).into_iter().filter(|l| l.contains("configmaps")).collect();
-    assert_eq!(of_config, ["GET configmaps/demo-tune", "DELETE configmaps/demo-tune", "POST configmaps"]);
-    assert_eq!(body(&log, "DELETE configmaps/demo-tune")["preconditions"]["uid"], "old");
+    assert_eq!(
+        of_config,
+        ["GET configmaps/demo-tune-prgzn-dqpqb", "DELETE configmaps/demo-tune-prgzn-dqpqb", "POST configmaps"]
+    );
+    assert_eq!(body(&log, "DELETE configmaps/demo-tune-prgzn-dqpqb")["preconditions"]["uid"], "old");
     for (code, reason, wanted) in
         [(404, "NotFound", Some(true)), (409, "Conflict", None), (403, "Forbidden", Some(false))]
     {
-        let (ctx, log) = server(vec![there.clone(), ("DELETE configmaps/demo-tune", code, failure(reason, code))]);
+        let (ctx, log) =
+            server(vec![there.clone(), ("DELETE configmaps/demo-tune-prgzn-dqpqb", code, failure(reason, code))]);
         let written = apply(&job, &decision, &ctx).await;
         assert!(
             matches!(written, Ok(_) | Err(Error::Stale)) && written.as_ref().ok().copied() == wanted,
@@ -319,9 +323,9 @@ async fn a_network_policy_of_other_settings_is_changed_and_one_of_the_same_is_no
     let same = old.clone();
     old["spec"]["ingress"] = json!([{}]);
     for (there, patched) in [(old, true), (same, false)] {
-        let (ctx, log) = server(vec![("GET networkpolicies/demo-trainers", 200, there)]);
+        let (ctx, log) = server(vec![("GET networkpolicies/demo-trainers-qz4zp", 200, there)]);
         apply(&job, &one_stage(&job), &ctx).await.unwrap();
-        let patch = "PATCH networkpolicies/demo-trainers";
+        let patch = "PATCH networkpolicies/demo-trainers-qz4zp";
         assert_eq!(lines(&log).iter().any(|l| l == patch), patched);
         if patched {
             let patch = body(&log, patch);

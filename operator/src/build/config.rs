@@ -2,18 +2,15 @@
 //!
 //! The config is the same for every attempt of a stage, so one immutable ConfigMap serves them all.
 
-use super::{Task, labels, metadata};
+use super::{Settings, Task, allowed, labels, metadata};
 use k8s_openapi::api::core::v1::ConfigMap;
 use kube::ResourceExt;
 use rlhf_api::config::{CONFIG_FILE, JobRef, PrepareConfig, StageConfig, StagePaths, volume_path};
-use rlhf_api::job::{RLHFJob, Stage};
+use rlhf_api::job::{RLHFJob, Stage, out_of_range};
 use rlhf_api::names;
+use rlhf_api::reference::ModelRef;
 use rlhf_api::stage::StageKind;
 use serde::Serialize;
-
-/// A rank that waits longer for its peers gives them up as lost. Well above the slowest thing that one rank does
-/// alone (writing a checkpoint to a network volume), and no more than a few minutes of idle devices.
-pub(crate) const COLLECTIVE_TIMEOUT_SECONDS: u32 = 300;
 
 /// A spec that admission should have refused.
 #[derive(Debug, thiserror::Error)]
@@ -21,6 +18,30 @@ pub enum SpecError {
     /// No kind or several.
     #[error("spec.stages[{0}] must have exactly one of sft, rewardModel and ppo")]
     Kind(String),
+    /// A reference to a stage that is none, or not before this one, or puts out something else.
+    #[error("spec.stages[{stage}].{field} must be {must_be}: an earlier stage that puts that out, or a source")]
+    Reference {
+        /// The stage that has the reference.
+        stage: String,
+        /// The field.
+        field: String,
+        /// What it has to be.
+        must_be: &'static str,
+    },
+    /// A number that is out of its bounds.
+    #[error("{0}")]
+    Range(String),
+    /// Adapters with dropout where probabilities of one policy are compared.
+    #[error("spec.stages[{0}].ppo.lora.dropout must be 0: PPO compares probabilities of one policy; leave it out")]
+    Dropout(String),
+    /// Something that the operator's chart does not allow.
+    #[error("{field} is not allowed on this cluster; leave it out, or have the operator's chart set {switch}")]
+    NotAllowed {
+        /// The field's path.
+        field: String,
+        /// The chart's switch.
+        switch: &'static str,
+    },
     /// Not a `volume://` location.
     #[error(
         "{field} `{value}` is not a location on the volume; write volume://path, without parts that begin with a dot"
@@ -41,8 +62,15 @@ pub enum SpecError {
     },
 }
 
-/// Whether configs can be made of a spec.
-pub fn check(job: &RLHFJob) -> Result<(), SpecError> {
+/// Whether attempts can be made of a spec, as far as it can be told without the API server.
+///
+/// # Errors
+/// It says what admission should have refused, or could not see.
+pub fn check(job: &RLHFJob, settings: &Settings) -> Result<(), SpecError> {
+    if let Some(number) = out_of_range(job) {
+        return Err(SpecError::Range(number));
+    }
+    Task::all(job).try_for_each(|task| allowed(job, task, settings))?;
     prepare_config(job).map(|_| ())
 }
 
@@ -51,7 +79,7 @@ pub(super) fn build(job: &RLHFJob, task: Task<'_>) -> Result<ConfigMap, SpecErro
         Task::Prepare => json(task.name(), &prepare_config(job)?),
         Task::Stage(stage) => json(task.name(), &stage_config(job, stage)?),
     }?;
-    let name = names::stage(&job.name_any(), task.name());
+    let name = names::config_map(&job.name_any(), &job.uid().unwrap_or_default(), task.name(), &text);
     Ok(ConfigMap {
         metadata: metadata(job, name, labels(job, task)),
         immutable: Some(true),
@@ -66,7 +94,7 @@ fn json(stage: &str, config: &impl Serialize) -> Result<String, SpecError> {
 
 fn prepare_config(job: &RLHFJob) -> Result<PrepareConfig, SpecError> {
     let stages = job.spec.stages.iter().map(|s| stage_config(job, s)).collect::<Result<_, _>>()?;
-    Ok(PrepareConfig { job: job_ref(job), stages })
+    Ok(PrepareConfig { job: job_ref(job), stages, models: existing_models(job) })
 }
 
 fn job_ref(job: &RLHFJob) -> JobRef {
@@ -75,7 +103,13 @@ fn job_ref(job: &RLHFJob) -> JobRef {
 
 fn stage_config(job: &RLHFJob, stage: &Stage) -> Result<StageConfig, SpecError> {
     let kind = stage.kind().ok_or_else(|| SpecError::Kind(stage.name.clone()))?;
-    check_data(stage, &kind)?;
+    let dataset = kind.dataset();
+    location(format!("spec.stages[{}].{}.{}.source", stage.name, kind.name(), dataset.0), &dataset.1.source)?;
+    if let StageKind::Ppo(ppo) = &kind
+        && ppo.lora.as_ref().is_some_and(|lora| lora.dropout != 0.0)
+    {
+        return Err(SpecError::Dropout(stage.name.clone()));
+    }
     Ok(StageConfig {
         job: job_ref(job),
         stage: stage.name.clone(),
@@ -83,38 +117,71 @@ fn stage_config(job: &RLHFJob, stage: &Stage) -> Result<StageConfig, SpecError> 
         kind,
         strategy: None,
         checkpoint: stage.checkpoint,
+        keep_checkpoints: job.spec.storage.keep_checkpoints,
         seed: stage.seed.into(),
-        collective_timeout_seconds: COLLECTIVE_TIMEOUT_SECONDS,
+        collective_timeout_seconds: job.compute(stage).collective_timeout_seconds,
     })
-}
-
-fn check_data(stage: &Stage, kind: &StageKind) -> Result<(), SpecError> {
-    let (field, dataset) = match kind {
-        StageKind::Sft(s) => ("sft.dataset", &s.dataset),
-        StageKind::RewardModel(s) => ("rewardModel.dataset", &s.dataset),
-        StageKind::Ppo(s) => ("ppo.prompts", &s.prompts),
-    };
-    location(format!("spec.stages[{}].{field}.source", stage.name), &dataset.source).map(|_| ())
 }
 
 fn location(field: String, value: &str) -> Result<String, SpecError> {
     volume_path(value).map(str::to_owned).ok_or_else(|| SpecError::Location { field, value: value.into() })
 }
 
+/// Where a stage finds its models and writes its own.
 fn paths(job: &RLHFJob, stage: &Stage, kind: &StageKind) -> Result<StagePaths, SpecError> {
-    let (name, uid) = (job.name_any(), job.uid().unwrap_or_default());
-    let base_model = location("spec.model.source".into(), &job.spec.model.source)?;
-    let output_of = |stage: &String| names::model_dir(&name, &uid, stage);
-    let (start, reward) = match kind {
-        StageKind::Sft(_) => (None, None),
-        StageKind::RewardModel(s) => (s.from.as_ref(), None),
-        StageKind::Ppo(s) => (s.actor.as_ref(), Some(&s.reward)),
+    check_references(job, stage, kind)?;
+    let at = |field: &str, model: &ModelRef| {
+        let written = model.source.clone().unwrap_or_default();
+        job.model_path(model).ok_or_else(|| SpecError::Location { field: field.into(), value: written })
     };
-    Ok(StagePaths {
-        start_model: start.map(output_of).unwrap_or_else(|| base_model.clone()),
-        base_model,
-        reward_model: reward.map(output_of),
-        output: output_of(&stage.name),
-        checkpoints: names::checkpoints_dir(&name, &uid, &stage.name),
-    })
+    let base = &job.spec.model;
+    let mut paths = StagePaths {
+        base_model: at("spec.model.source", base)?,
+        start_model: at("start", kind.start().unwrap_or(base))?,
+        reference_model: None,
+        critic_model: None,
+        reward_models: Default::default(),
+        output: names::model_dir(&job.run_dir(), &stage.name),
+        checkpoints: names::checkpoints_dir(&job.run_dir(), &stage.name),
+    };
+    if let StageKind::Ppo(ppo) = kind {
+        let reference = ppo.reference.as_ref().or(ppo.start.as_ref()).unwrap_or(base);
+        paths.reference_model = Some(at("ppo.reference", reference)?);
+        paths.critic_model = ppo.critic_start().map(|model| at("ppo.critic", model)).transpose()?;
+        let models = ppo.rewards.iter().filter_map(|r| Some((r.name.clone(), r.model.as_ref()?)));
+        let models = models.map(|(name, model)| at("ppo.rewards[].model", model).map(|path| (name, path)));
+        paths.reward_models = models.collect::<Result<_, _>>()?;
+    }
+    Ok(paths)
+}
+
+fn check_references(job: &RLHFJob, stage: &Stage, kind: &StageKind) -> Result<(), SpecError> {
+    let earlier = job.spec.stages.iter().take_while(|s| s.name != stage.name);
+    let outputs: Vec<_> = earlier.filter_map(|s| Some((s.name.as_str(), s.kind()?.produces()))).collect();
+    for named in kind.models() {
+        let fits = match (&named.model.stage, &named.model.source) {
+            (Some(name), None) => outputs.contains(&(name.as_str(), named.must_be)),
+            (None, Some(source)) => volume_path(source).is_some(),
+            _ => false,
+        };
+        if !fits {
+            let (stage, must_be) = (stage.name.clone(), named.must_be.words());
+            return Err(SpecError::Reference { stage, field: named.field, must_be });
+        }
+    }
+    Ok(())
+}
+
+/// The models that exist before the job, each once, the job's own first.
+pub(crate) fn existing_models(job: &RLHFJob) -> Vec<String> {
+    let kinds: Vec<_> = job.spec.stages.iter().filter_map(Stage::kind).collect();
+    let named =
+        kinds.iter().flat_map(StageKind::models).filter_map(|named| named.model.volume_path().map(str::to_owned));
+    let mut models: Vec<String> = Vec::new();
+    for path in job.spec.model.volume_path().map(str::to_owned).into_iter().chain(named) {
+        if !models.contains(&path) {
+            models.push(path);
+        }
+    }
+    models
 }

@@ -7,23 +7,27 @@
 //! A Job that goes into a queue is made suspended, and whoever keeps the queue lets it run, and stops it, and may change
 //! its pod template meanwhile; the operator never writes to a Job that is made.
 
-use super::{Attempt, Settings, Task, attempt_labels, metadata, pod};
+use super::{Attempt, Settings, Task, attempt_labels, attempt_name, metadata, pod, user_labels};
 use k8s_openapi::api::batch::v1::{Job, JobSpec};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::ResourceExt;
 use rlhf_api::job::RLHFJob;
 use rlhf_api::names;
 use std::collections::BTreeMap;
 
-pub(super) fn build(job: &RLHFJob, task: Task<'_>, attempt: Attempt, settings: &Settings) -> Job {
+pub(super) fn build(job: &RLHFJob, task: Task<'_>, attempt: Attempt, config: &str, settings: &Settings) -> Job {
     let compute = task.compute(job);
     let pods = i32::try_from(compute.nodes).ok();
     let own = attempt_labels(job, task, attempt);
     // Only the Job is queued, as a whole: pods with these labels would be queued one by one.
     let queue = queue_labels(job);
     let queued = queue.contains_key(names::LABEL_QUEUE);
-    let labels = own.clone().into_iter().chain(queue).collect();
+    let given = &compute.pod_template;
+    let labels = user_labels(given).into_iter().chain(own.clone()).chain(queue).collect();
+    let metadata = metadata(job, attempt_name(job, task, attempt.number), labels);
+    let annotations = (!given.annotations.is_empty()).then(|| given.annotations.clone());
     Job {
-        metadata: metadata(job, names::attempt(&job.name_any(), task.name(), attempt.number), labels),
+        metadata: ObjectMeta { annotations, ..metadata },
         spec: Some(JobSpec {
             completion_mode: Some("Indexed".into()),
             completions: pods,
@@ -31,7 +35,7 @@ pub(super) fn build(job: &RLHFJob, task: Task<'_>, attempt: Attempt, settings: &
             backoff_limit: Some(0),
             pod_replacement_policy: Some("Failed".into()),
             suspend: Some(queued),
-            template: pod::build(job, task, attempt, &compute, own, settings),
+            template: pod::build(job, task, attempt, &compute, own, config, settings),
             ..Default::default()
         }),
         ..Default::default()

@@ -1,33 +1,34 @@
 //! Pure builders: from a job's spec to the objects of one attempt.
 //!
 //! Nothing here reads, writes or knows the time. Every object carries the labels by which it is found again and
-//! an owner reference by which it is deleted with its job. Names come from [`rlhf_api::names`] and fit, because
-//! admission bounds what they are made of.
+//! an owner reference by which it is deleted with its job. Names come from [`rlhf_api::names`].
 
+mod allowances;
 mod config;
 mod job;
 mod network_policy;
 mod pod;
 mod pod_group;
+mod prepare;
 mod secret;
 mod service;
 
-pub(crate) use config::COLLECTIVE_TIMEOUT_SECONDS;
+pub use allowances::Allowances;
 pub use config::SpecError;
 pub use config::check;
+pub(crate) use config::existing_models;
 pub use network_policy::{Egress, NetworkRules};
-pub(crate) use pod::GRACE_SECONDS;
 pub use secret::KeySecret;
 
 use crate::keys::ProgressKeys;
+use allowances::allowed;
 use k8s_openapi::api::batch::v1::Job;
-use k8s_openapi::api::core::v1::{ConfigMap, ResourceRequirements, Service};
+use k8s_openapi::api::core::v1::{ConfigMap, Service};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::scheduling::v1beta1::PodGroup;
-use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
 use kube::{Resource, ResourceExt};
-use rlhf_api::job::{Compute, RLHFJob, Stage};
+use rlhf_api::job::{Compute, PodTemplate, RLHFJob, Stage};
 use rlhf_api::names;
 use rlhf_api::stage::Strategy;
 use std::collections::BTreeMap;
@@ -47,6 +48,12 @@ pub struct Settings {
     pub network: Option<NetworkRules>,
     /// Whether the scheduler gives nodes to all pods of a stage or to none.
     pub gang_scheduling: bool,
+    /// What a job's pod template may have.
+    pub allow: Allowances,
+    /// Whether pods name no users and groups, which the cluster gives them then, as OpenShift does.
+    pub omit_user_ids: bool,
+    /// Secrets by which every trainer's image is pulled, in each job's own namespace.
+    pub image_pull_secrets: Vec<String>,
 }
 
 /// What an attempt runs: the check of model and data, or a stage.
@@ -75,12 +82,8 @@ impl<'a> Task<'a> {
     /// Where it runs.
     fn compute(self, job: &RLHFJob) -> Compute {
         match self {
-            Task::Prepare => Compute {
-                resources: prepare_resources(),
-                pod_template: job.spec.compute.pod_template.clone(),
-                ..Compute::default()
-            },
-            Task::Stage(stage) => job.compute(stage).clone(),
+            Task::Prepare => prepare::compute(job),
+            Task::Stage(stage) => job.compute(stage),
         }
     }
 }
@@ -92,13 +95,6 @@ pub struct Attempt {
     pub number: u32,
     /// How a stage's ranks place models.
     pub strategy: Strategy,
-}
-
-/// Prepare streams files and keeps no tensors, so it asks for little; without a limit, since a tokenizer may
-/// pass any small one.
-fn prepare_resources() -> ResourceRequirements {
-    let requests = [("cpu", "250m"), ("memory", "256Mi")].map(|(k, v)| (k.to_string(), Quantity(v.into())));
-    ResourceRequirements { requests: Some(requests.into()), ..Default::default() }
 }
 
 /// The objects of one attempt, in the order in which they are made.
@@ -128,15 +124,16 @@ pub struct Children {
 /// The spec says what admission should have refused.
 pub fn children(job: &RLHFJob, task: Task<'_>, attempt: Attempt, settings: &Settings) -> Result<Children, SpecError> {
     let service = matches!(task, Task::Stage(_)).then(|| service::build(job, task));
+    let config_map = config::build(job, task)?;
     Ok(Children {
         stage: task.name().to_owned(),
         first: never_made(job, task),
         network_policy: settings.network.as_ref().map(|rules| network_policy::build(job, rules)),
         secret: matches!(task, Task::Stage(_)).then(|| secret::build(job, &settings.keys)),
-        config_map: config::build(job, task)?,
         service,
         pod_group: pod_group::build(job, task, attempt, settings),
-        job: job::build(job, task, attempt, settings),
+        job: job::build(job, task, attempt, &config_map.name_any(), settings),
+        config_map,
     })
 }
 
@@ -167,6 +164,20 @@ fn job_labels(job: &RLHFJob) -> BTreeMap<String, String> {
     ]
     .map(|(k, v)| (k.to_owned(), v))
     .into()
+}
+
+/// What a pod template says of labels, in so far as they are not the operator's own.
+fn user_labels(template: &PodTemplate) -> BTreeMap<String, String> {
+    let own = |key: &str| key.starts_with(names::LABEL_PREFIX) || key == names::LABEL_MANAGED_BY;
+    template.labels.iter().filter(|(k, _)| !own(k)).map(|(k, v)| (k.clone(), v.clone())).collect()
+}
+
+fn child_name(job: &RLHFJob, task: Task<'_>) -> String {
+    names::stage(&job.name_any(), &job.uid().unwrap_or_default(), task.name())
+}
+
+fn attempt_name(job: &RLHFJob, task: Task<'_>, attempt: u32) -> String {
+    names::attempt(&job.name_any(), &job.uid().unwrap_or_default(), task.name(), attempt)
 }
 
 fn metadata(job: &RLHFJob, name: String, labels: BTreeMap<String, String>) -> ObjectMeta {
@@ -209,6 +220,9 @@ pub(crate) mod tests {
             keys: ProgressKeys::new([7; 32]),
             network: Some(rules("All")),
             gang_scheduling: true,
+            allow: Allowances::default(),
+            omit_user_ids: false,
+            image_pull_secrets: vec![],
         }
     }
 
@@ -238,7 +252,7 @@ pub(crate) mod tests {
                     {"name": "tune", "sft": supervised},
                     {"name": "judge", "rewardModel": supervised},
                     {"name": "act", "seed": 7, "ppo": {
-                        "actor": "tune", "reward": "judge", "prompts": {"source": "volume://data/p.jsonl"},
+                        "start": {"stage": "tune"}, "rewards": [{"name": "liked", "model": {"stage": "judge"}}], "prompts": {"source": "volume://data/p.jsonl"},
                         "iterations": 2, "rolloutBatchSize": 8, "batch": batch, "maxPromptLength": 8, "maxNewTokens": 8,
                         "kl": {"coefficient": 0.1}, "actorOptimizer": optimizer, "criticOptimizer": optimizer}},
                 ],
@@ -246,6 +260,9 @@ pub(crate) mod tests {
         }))
         .unwrap()
     }
+
+    /// The name of what belongs to the stage `tune`.
+    const TUNE: &str = "demo-tune-prgzn";
 
     fn with_compute(compute: Value) -> RLHFJob {
         let mut job = job();
@@ -294,7 +311,7 @@ pub(crate) mod tests {
     fn an_attempt_is_an_indexed_job_that_never_restarts_a_pod() {
         let children = build(&job(), 1, 3);
         let spec = children.job.spec.as_ref().unwrap();
-        assert_eq!(children.job.metadata.name.as_deref(), Some("demo-tune-3"));
+        assert_eq!(children.job.metadata.name, Some(format!("{TUNE}-3")));
         assert_eq!((spec.completions, spec.parallelism, spec.backoff_limit), (Some(2), Some(2), Some(0)));
         assert_eq!(spec.completion_mode.as_deref(), Some("Indexed"));
         assert_eq!(spec.pod_replacement_policy.as_deref(), Some("Failed"));
@@ -308,7 +325,7 @@ pub(crate) mod tests {
         for attempt in [1, 2] {
             let children = build(&job(), 1, attempt);
             let group = children.pod_group.as_ref().unwrap();
-            let name = format!("demo-tune-{attempt}");
+            let name = format!("{TUNE}-{attempt}");
             assert_eq!(group.metadata.name.as_ref(), Some(&name));
             assert_eq!(group.spec.scheduling_policy.gang.as_ref().unwrap().min_count, 2);
             assert!(group.spec.disruption_mode.as_ref().unwrap().all.is_some());
@@ -378,14 +395,20 @@ pub(crate) mod tests {
         let volumes: BTreeMap<_, _> =
             pod(&children).volumes.unwrap().into_iter().map(|v| (v.name.clone(), v)).collect();
         assert_eq!(volumes[&mounts["/data"]].persistent_volume_claim.as_ref().unwrap().claim_name, "claim");
-        assert_eq!(volumes[&mounts["/etc/rlhf"]].config_map.as_ref().unwrap().name, "demo-tune");
+        assert_eq!(
+            volumes[&mounts["/etc/rlhf"]].config_map.as_ref().unwrap().name,
+            children.config_map.metadata.name.clone().unwrap()
+        );
         assert_eq!(volumes[&mounts["/dev/shm"]].empty_dir.as_ref().unwrap().medium.as_deref(), Some("Memory"));
     }
 
     #[test]
     fn the_environment_leads_every_rank_to_rank_0_of_its_own_attempt() {
         let children = build(&job(), 1, 2);
-        assert_eq!(env_value(&children, env::MASTER_ADDR).as_deref(), Some("demo-tune-2-0.demo-tune.team.svc"));
+        assert_eq!(
+            env_value(&children, env::MASTER_ADDR).as_deref(),
+            Some("demo-tune-prgzn-2-0.demo-tune-prgzn.team.svc")
+        );
         assert_eq!(env_value(&children, env::MASTER_PORT).as_deref(), Some("29500"));
         assert_eq!(env_value(&children, env::NNODES).as_deref(), Some("2"));
         assert_eq!(env_value(&children, env::NPROC_PER_NODE).as_deref(), Some("2"));
@@ -400,7 +423,7 @@ pub(crate) mod tests {
         let rank = container(&children).env.unwrap().into_iter().find(|e| e.name == env::NODE_RANK).unwrap();
         let path = rank.value_from.unwrap().field_ref.unwrap().field_path;
         assert_eq!(path, format!("metadata.annotations['{INDEX_KEY}']"));
-        assert_eq!(pod(&children).subdomain.as_deref(), Some("demo-tune"));
+        assert_eq!(pod(&children).subdomain.as_deref(), Some(TUNE));
         let set: Vec<_> = container(&children).env.unwrap().into_iter().map(|e| e.name).collect();
         assert_eq!(set.len(), env::RESERVED.len(), "each of the contract's variables, once: {set:?}");
     }
@@ -434,14 +457,14 @@ pub(crate) mod tests {
     fn case_46_the_network_lets_in_the_gang_everywhere_and_readers_at_the_workers_ports() {
         let own = json!({"matchLabels": {"app.kubernetes.io/managed-by": "rlhf-operator", "rlhf.dev/job": "demo", "rlhf.dev/job-uid": "0123456789-abc"}});
         let spec = policy(&job(), rules("All"));
-        assert_eq!((&spec["podSelector"], &spec["policyTypes"]), (&own, &json!(["Ingress"])));
+        assert_eq!((&spec["podSelector"], &spec["policyTypes"]), (&own, &json!(["Ingress", "Egress"])));
         assert_eq!(spec["ingress"][0], json!({"from": [{"podSelector": own}]}));
         assert_eq!(spec["ingress"][1]["ports"], json!([{"protocol": "TCP", "port": 9400, "endPort": 9401}]));
         let readers = spec["ingress"][1]["from"].as_array().unwrap();
         let names = readers.iter().map(|r| &r["podSelector"]["matchLabels"]["app.kubernetes.io/name"]);
         assert_eq!(names.collect::<Vec<_>>(), ["rlhf-operator", "prometheus"]);
         assert_eq!(spec["ingress"].as_array().unwrap().len(), 2);
-        assert!(spec.get("egress").is_none());
+        assert_eq!(spec["egress"], json!([{}]), "to everybody, also where another policy denies all");
         for index in 0..4 {
             let labels = build(&job(), index, 3).job.spec.unwrap().template.metadata.unwrap().labels.unwrap();
             let wanted: BTreeMap<String, String> = serde_json::from_value(own["matchLabels"].clone()).unwrap();
@@ -454,10 +477,8 @@ pub(crate) mod tests {
         let spec = policy(&job(), NetworkRules { operator: vec![], prometheus: vec![], ..rules("Restricted") });
         assert_eq!(spec["policyTypes"], json!(["Ingress", "Egress"]));
         assert_eq!(spec["egress"][0]["to"][0]["podSelector"], spec["podSelector"]);
-        assert_eq!(
-            spec["egress"][1],
-            json!({"ports": [{"protocol": "UDP", "port": 53}, {"protocol": "TCP", "port": 53}]})
-        );
+        let dns = [53, 5353].map(|port| ["UDP", "TCP"].map(|protocol| json!({"protocol": protocol, "port": port})));
+        assert_eq!(spec["egress"][1], json!({"ports": dns.concat()}));
         assert_eq!((spec["egress"].as_array().unwrap().len(), spec["ingress"].as_array().unwrap().len()), (2, 1));
         let without = Settings { network: None, ..settings() };
         assert!(children(&job(), Task::Prepare, FIRST, &without).unwrap().network_policy.is_none());
@@ -467,7 +488,7 @@ pub(crate) mod tests {
     fn the_service_names_this_jobs_first_pod_before_it_is_ready() {
         let service = build(&job(), 1, 1).service.unwrap();
         let spec = service.spec.unwrap();
-        assert_eq!(service.metadata.name.as_deref(), Some("demo-tune"));
+        assert_eq!(service.metadata.name.as_deref(), Some(TUNE));
         assert_eq!((spec.cluster_ip.as_deref(), spec.publish_not_ready_addresses), (Some("None"), Some(true)));
         assert_eq!(spec.ports.unwrap()[0].port, 29500);
         let mut selector = spec.selector.unwrap();
@@ -530,7 +551,9 @@ pub(crate) mod tests {
             (Some("high"), Some("nvidia"))
         );
         assert_eq!(env_value(&children, "NCCL_DEBUG").as_deref(), Some("INFO"));
-        assert_eq!(env_value(&children, env::MASTER_ADDR).as_deref(), Some("demo-tune-1-0.demo-tune.team.svc"));
+        assert_eq!(env_value(&children, env::MASTER_ADDR), Some(format!("{TUNE}-1-0.{TUNE}.team.svc")));
+        let (labels, annotations) = (children.job.metadata.labels.unwrap(), children.job.metadata.annotations.unwrap());
+        assert_eq!((labels["team"].as_str(), annotations["note"].as_str()), ("a", "x"));
     }
 
     #[test]
@@ -544,7 +567,9 @@ pub(crate) mod tests {
         assert_eq!(tune.paths.output, "jobs/demo-01234567/tune/model");
         assert_eq!(judge.paths.start_model, "models/base");
         assert_eq!(act.paths.start_model, tune.paths.output);
-        assert_eq!(act.paths.reward_model.as_ref(), Some(&judge.paths.output));
+        assert_eq!(act.paths.reward_models, [("liked".to_owned(), judge.paths.output.clone())].into());
+        assert_eq!(act.paths.critic_model, Some(judge.paths.output));
+        assert_eq!(act.paths.reference_model, Some(tune.paths.output.clone()));
         assert_eq!(act.paths.base_model, "models/base");
         assert_eq!(act.paths.checkpoints, "jobs/demo-01234567/act/checkpoints");
         assert_eq!((tune.seed, act.seed), (42, 7));
@@ -562,19 +587,71 @@ pub(crate) mod tests {
     #[test]
     fn case_1_and_2_names_fit_for_the_longest_names_that_admission_lets_through() {
         let mut job = job();
-        for stage_length in [1, 7, 20] {
-            job.metadata.name = Some("j".repeat(names::MAX_JOB_AND_STAGE - stage_length));
-            job.spec.stages = vec![Stage { name: "s".repeat(stage_length), ..job.spec.stages[0].clone() }];
-            job.spec.compute.nodes = 1024;
-            for index in 0..2 {
-                let c = build(&job, index, 901);
-                let name = c.job.metadata.name.unwrap();
-                assert!(format!("{name}-1023").len() <= 63, "host name of {name}");
-                assert!(c.config_map.metadata.name.unwrap().len() <= 63);
-                let labels = c.job.metadata.labels.unwrap();
-                assert!(labels.values().all(|v| v.len() <= 63), "{labels:?}");
-            }
+        job.metadata.name = Some("j".repeat(63));
+        job.spec.stages = vec![Stage { name: "s".repeat(40), ..job.spec.stages[0].clone() }];
+        job.spec.compute.nodes = 1024;
+        for index in 0..2 {
+            let c = build(&job, index, 901);
+            let name = c.job.metadata.name.unwrap();
+            assert!(format!("{name}-1023").len() <= 63, "host name of {name}");
+            assert!(c.config_map.metadata.name.unwrap().len() <= 63);
+            let labels = c.job.metadata.labels.unwrap();
+            assert!(labels.values().all(|v| v.len() <= 63), "{labels:?}");
         }
+    }
+
+    #[test]
+    fn stages_of_two_jobs_whose_names_look_alike_have_children_apart() {
+        let named = |job_name: &str, uid: &str, stage: &str| {
+            let mut job = job();
+            (job.metadata.name, job.metadata.uid) = (Some(job_name.into()), Some(uid.into()));
+            job.spec.stages = vec![Stage { name: stage.into(), ..job.spec.stages[0].clone() }];
+            let c = build(&job, 1, 1);
+            [c.job.metadata.name, c.config_map.metadata.name, c.service.unwrap().metadata.name].map(Option::unwrap)
+        };
+        let (one, other) = (named("demo", "a", "x-sft"), named("demo-x", "b", "sft"));
+        assert!(one.iter().all(|name| !other.contains(name)), "{one:?} {other:?}");
+    }
+
+    #[test]
+    fn another_config_has_another_name() {
+        let mut changed = job();
+        changed.spec.stages[0].checkpoint.every_steps += 1;
+        let name = |job: &RLHFJob| build(job, 1, 1).config_map.metadata.name;
+        assert_ne!(name(&job()), name(&changed));
+        assert_eq!(name(&job()), name(&job()));
+    }
+
+    #[test]
+    fn what_the_chart_has_to_allow_is_refused_by_the_switchs_name() {
+        let account = with_compute(json!({"podTemplate": {"serviceAccountName": "trainer"}}));
+        let message = check(&account, &settings()).unwrap_err().to_string();
+        assert!(
+            message.contains("serviceAccountName") && message.contains("trainer.allow.serviceAccountName"),
+            "{message}"
+        );
+        let volumes =
+            with_compute(json!({"podTemplate": {"volumes": [{"name": "x", "emptyDir": {}}], "ipcLock": true}}));
+        let all = Allowances { service_accounts: true, volumes: true, ipc_lock: true };
+        for job in [account, volumes] {
+            assert!(check(&job, &settings()).is_err());
+            assert!(check(&job, &Settings { allow: all, ..settings() }).is_ok());
+        }
+    }
+
+    #[test]
+    fn references_that_do_not_fit_are_errors_that_name_the_field() {
+        let mut later = job();
+        later.spec.stages.swap(0, 2);
+        let message = check(&later, &settings()).unwrap_err().to_string();
+        assert!(message.starts_with("spec.stages[act].ppo.start must be a policy"), "{message}");
+        let mut dropout = job();
+        let lora = serde_json::from_value(json!({"dropout": 0.1})).unwrap();
+        dropout.spec.stages[2].ppo.as_mut().unwrap().lora = Some(lora);
+        assert!(check(&dropout, &settings()).unwrap_err().to_string().contains("dropout must be 0"));
+        let mut range = job();
+        range.spec.stages[0].sft.as_mut().unwrap().optimizer.learning_rate = 2.0;
+        assert!(check(&range, &settings()).unwrap_err().to_string().contains("learningRate is 2"));
     }
 
     #[test]
@@ -582,13 +659,13 @@ pub(crate) mod tests {
         let mut no_kind = job();
         no_kind.spec.stages[0].sft = None;
         assert_eq!(
-            check(&no_kind).unwrap_err().to_string(),
+            check(&no_kind, &settings()).unwrap_err().to_string(),
             "spec.stages[tune] must have exactly one of sft, rewardModel and ppo"
         );
         let mut bad_path = job();
-        bad_path.spec.model.source = "hf://a/b".into();
-        let message = check(&bad_path).unwrap_err().to_string();
+        bad_path.spec.model.source = Some("hf://a/b".into());
+        let message = check(&bad_path, &settings()).unwrap_err().to_string();
         assert!(message.starts_with("spec.model.source `hf://a/b` is not a location on the volume"), "{message}");
-        assert!(check(&job()).is_ok());
+        assert!(check(&job(), &settings()).is_ok());
     }
 }

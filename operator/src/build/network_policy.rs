@@ -27,6 +27,13 @@ pub struct NetworkRules {
     pub prometheus: Vec<NetworkPolicyPeer>,
     /// Whom trainer pods reach.
     pub egress: Egress,
+    /// The ports on which the cluster's DNS answers: of its Service, and of its pods, which is what some networks look at.
+    #[serde(default = "dns_ports")]
+    pub dns_ports: Vec<u16>,
+}
+
+fn dns_ports() -> Vec<u16> {
+    vec![53, 5353]
 }
 
 /// Whom trainer pods reach.
@@ -47,21 +54,26 @@ pub(super) fn build(job: &RLHFJob, rules: &NetworkRules) -> NetworkPolicy {
     if !readers.is_empty() {
         ingress.push(NetworkPolicyIngressRule { from: Some(readers), ports: Some(vec![worker_ports(job)]) });
     }
+    let dns = || rules.dns_ports.iter().flat_map(|dns| ["UDP", "TCP"].map(|protocol| port(protocol, *dns))).collect();
+    // Written out, since another policy of the namespace may deny what no policy lets through.
     let egress = match rules.egress {
-        Egress::All => None,
-        Egress::Restricted => Some(vec![
+        Egress::All => vec![NetworkPolicyEgressRule::default()],
+        Egress::Restricted => vec![
             NetworkPolicyEgressRule { to: Some(own), ..Default::default() },
-            NetworkPolicyEgressRule { ports: Some(["UDP", "TCP"].map(|p| port(p, 53)).into()), ..Default::default() },
-        ]),
+            NetworkPolicyEgressRule { ports: Some(dns()), ..Default::default() },
+        ],
     };
-    let policy_types = ["Ingress"].into_iter().chain(egress.is_some().then_some("Egress"));
     NetworkPolicy {
-        metadata: metadata(job, names::network_policy(&job.name_any()), job_labels(job)),
+        metadata: metadata(
+            job,
+            names::network_policy(&job.name_any(), &job.uid().unwrap_or_default()),
+            job_labels(job),
+        ),
         spec: Some(NetworkPolicySpec {
             pod_selector: Some(gang),
-            policy_types: Some(policy_types.map(String::from).collect()),
+            policy_types: Some(["Ingress", "Egress"].map(String::from).into()),
             ingress: Some(ingress),
-            egress,
+            egress: Some(egress),
         }),
     }
 }

@@ -3,14 +3,12 @@
 //! Without it two gangs that both have a part of their pods placed wait for each other for ever, and hold the devices
 //! of the pods that are placed. It is of use only where the cluster's scheduler knows groups, so it is off by default.
 
-use super::{Attempt, Settings, Task, attempt_labels, metadata};
+use super::{Attempt, Settings, Task, attempt_labels, attempt_name, metadata};
 use k8s_openapi::api::core::v1::PodSchedulingGroup;
 use k8s_openapi::api::scheduling::v1beta1::{
     AllDisruptionMode, DisruptionMode, GangSchedulingPolicy, PodGroup, PodGroupSchedulingPolicy, PodGroupSpec,
 };
-use kube::ResourceExt;
 use rlhf_api::job::{Compute, RLHFJob};
-use rlhf_api::names;
 
 /// The group that an attempt has, if any.
 pub(super) fn build(job: &RLHFJob, task: Task<'_>, attempt: Attempt, settings: &Settings) -> Option<PodGroup> {
@@ -51,5 +49,5 @@ pub(super) fn membership(
 /// earlier one's gang.
 fn gang(job: &RLHFJob, task: Task<'_>, attempt: Attempt, compute: &Compute, settings: &Settings) -> Option<String> {
     let is_gang = settings.gang_scheduling && compute.nodes > 1;
-    is_gang.then(|| names::attempt(&job.name_any(), task.name(), attempt.number))
+    is_gang.then(|| attempt_name(job, task, attempt.number))
 }

@@ -6,20 +6,18 @@
 //! It publishes a pod that is not ready, since ranks look for each other before any of them could be. It selects by
 //! the job's UID too, so that pods left by an earlier job of the same name never answer.
 
-use super::{Task, labels, metadata};
+use super::{Task, child_name, labels, metadata};
 use crate::view::INDEX_KEY;
 use k8s_openapi::api::core::v1::{Service, ServicePort, ServiceSpec};
-use kube::ResourceExt;
 use rlhf_api::config::RENDEZVOUS_PORT;
 use rlhf_api::job::RLHFJob;
-use rlhf_api::names;
 
 pub(super) fn build(job: &RLHFJob, task: Task<'_>) -> Service {
     let own = labels(job, task);
     let mut selector = own.clone();
     selector.insert(INDEX_KEY.into(), "0".into());
     Service {
-        metadata: metadata(job, names::stage(&job.name_any(), task.name()), own),
+        metadata: metadata(job, child_name(job, task), own),
         spec: Some(ServiceSpec {
             cluster_ip: Some("None".into()),
             publish_not_ready_addresses: Some(true),

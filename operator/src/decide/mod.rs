@@ -32,8 +32,7 @@ pub const PROGRESS_PERIOD: SignedDuration = SignedDuration::from_secs(10);
 
 /// A pod that has not ended so long after the grace of its deletion is taken for lost with its node. With the grace it is
 /// the time after which ranks give up peers that do not answer.
-pub const LOST_AFTER: SignedDuration =
-    SignedDuration::from_secs(build::COLLECTIVE_TIMEOUT_SECONDS as i64 - build::GRACE_SECONDS);
+pub const LOST_AFTER: SignedDuration = SignedDuration::from_secs(180);
 
 /// So far the clocks of operators that work one after the other may differ.
 const CLOCK_SKEW: SignedDuration = SignedDuration::from_secs(60);
@@ -268,7 +267,7 @@ impl<'a> Pass<'a> {
     fn advance(&mut self, before: &RLHFJobStatus, status: &mut RLHFJobStatus) {
         self.lay_out(status);
         self.correct_times(status);
-        if let Err(error) = build::check(self.job) {
+        if let Err(error) = build::check(self.job, self.settings) {
             self.defeat = Some(Defeat { reason: "InvalidSpec", message: error.to_string() });
         }
         for slot in slots(status) {
@@ -401,7 +400,7 @@ impl<'a> Pass<'a> {
 
     /// The name of an attempt's Job.
     fn attempt(&self, stage: &str, number: u32) -> String {
-        names::attempt(&self.job.name_any(), stage, number)
+        names::attempt(&self.job.name_any(), &self.job.uid().unwrap_or_default(), stage, number)
     }
 
     fn tell(&mut self, event: Event, note: String, about: Option<String>) {
@@ -437,7 +436,7 @@ fn slots(status: &mut RLHFJobStatus) -> impl Iterator<Item = &mut StageStatus> {
 fn is_ready(status: &RLHFJobStatus, task: Task<'_>) -> bool {
     let Task::Stage(stage) = task else { return true };
     let done = |s: &StageStatus| s.phase == StagePhase::Succeeded;
-    let needs = RLHFJob::needs(stage);
+    let needs = stage.needs();
     status.prepare.as_ref().is_some_and(done)
         && needs.iter().all(|need| status.stages.iter().any(|s| s.name == *need && done(s)))
 }

@@ -5,11 +5,14 @@
 //! that takes less, within what the spec leaves open. The arithmetic is [`memory_plan`]'s, and so the trainer's own.
 
 use super::{Defeat, Event, Pass};
+use crate::build;
 use crate::classify::Reason;
 use memory_plan::{Fixed, Machines, Named, Stage as StageShape, Task, Verdict};
 use rlhf_api::job::RLHFJobStatus;
 use rlhf_api::job::{Compute, PlanSource, Stage, StagePhase, StagePlan, StageStatus};
+use rlhf_api::model::ModelSpec;
 use rlhf_api::names;
+use rlhf_api::reference::ModelRef;
 use rlhf_api::report::{ExitCode, Prepared};
 use rlhf_api::stage::{Lora, Ppo, StageKind, Strategy};
 
@@ -59,14 +62,14 @@ impl<'a> Pass<'a> {
         }
     }
 
-    fn stage(&self, name: &str) -> Option<&'a Stage> {
+    pub(super) fn stage(&self, name: &str) -> Option<&'a Stage> {
         self.job.spec.stages.iter().find(|s| s.name == name)
     }
 
     /// The strategy of a stage's first attempt; `None` where nothing is to be chosen and too little is known to tell what it
     /// takes.
     fn plan(&mut self, stage: &Stage, prepared: &Prepared, known: Option<u64>) -> Result<Option<StagePlan>, String> {
-        let spec = &self.job.spec.strategy;
+        let spec = self.job.strategy(stage);
         let Some(question) = self.question(stage, prepared, known) else {
             let unknown =
                 format!("stage {}: prepare told nothing of its data, so no strategy can be chosen", stage.name);
@@ -92,14 +95,14 @@ impl<'a> Pass<'a> {
         let has_devices = compute.devices_per_node > 0;
         let written = compute.device_memory.as_deref().and_then(memory_plan::parse_bytes);
         let device_memory = written.or(known).filter(|_| has_devices);
-        let host_memory = host_memory(compute);
+        let host_memory = host_memory(&compute);
         let machines = Machines {
             nodes: compute.nodes,
             devices: compute.workers_per_node(),
             device_memory: has_devices.then_some(device_memory.unwrap_or(u64::MAX)),
             host_memory: host_memory.unwrap_or(u64::MAX),
         };
-        let spec = &self.job.spec.strategy;
+        let spec = self.job.strategy(stage);
         let fixed = Fixed {
             precision: spec.precision,
             sharding: spec.sharding.fixed(),
@@ -113,8 +116,8 @@ impl<'a> Pass<'a> {
     /// After an attempt that ran out of memory: the plan of the next, or why there is none. `None` where memory is not
     /// the matter, or the spec leaves nothing open.
     pub(super) fn more_frugal(&self, slot: &StageStatus, reason: Reason) -> Option<Result<StagePlan, String>> {
-        let before = slot.plan.filter(|_| self.job.spec.strategy.has_auto())?;
         let stage = self.stage(&slot.name)?;
+        let before = slot.plan.filter(|_| self.job.strategy(stage).has_auto())?;
         let prepared = self.job.status.as_ref()?.prepared.as_ref()?;
         let question = self.question(stage, prepared, before.device_memory_bytes)?;
         let on_cpu = question.machines.device_memory.is_none();
@@ -133,12 +136,19 @@ impl<'a> Pass<'a> {
         })
     }
 
-    /// The largest micro-batch that a rank can meet. All models of a job have the shape of its one model.
+    /// The shape of a model: that of the model which existed before the job, of which it is made.
+    fn shape(&self, model: &ModelRef, prepared: &Prepared) -> Option<ModelSpec> {
+        let path = self.job.origin(model)?.volume_path()?;
+        let index = build::existing_models(self.job).iter().position(|p| p == path)?;
+        prepared.models.get(index).cloned()
+    }
+
+    /// The largest micro-batch that a rank can meet.
     fn task(&self, stage: &Stage, prepared: &Prepared, world_size: u32) -> Option<Task> {
         let data = prepared.datasets.iter().find(|d| d.stage == stage.name)?;
-        let model = prepared.model.clone();
-        let share = |size: u32| size.div_ceil(world_size);
         let kind = stage.kind()?;
+        let model = self.shape(kind.start().unwrap_or(&self.job.spec.model), prepared)?;
+        let share = |size: u32| size.div_ceil(world_size);
         let (shape, rows, time) = match &kind {
             StageKind::Sft(s) => {
                 let rows = s.batch.micro_size.min(share(s.batch.global_size));
@@ -151,7 +161,7 @@ impl<'a> Pass<'a> {
             }
             StageKind::Ppo(s) => {
                 let shape = StageShape::Ppo {
-                    reward: model.clone(),
+                    reward: self.shape(s.critic_start()?, prepared)?,
                     reward_lora: self.shared_lora(s),
                     rollout_rows: share(s.rollout_batch_size),
                     new_tokens: s.max_new_tokens,
@@ -166,8 +176,9 @@ impl<'a> Pass<'a> {
     /// The adapters of the reward model, where it was trained by some from the actor's start: their models then share a
     /// backbone.
     fn shared_lora(&self, ppo: &Ppo) -> Option<Lora> {
-        let reward = self.stage(&ppo.reward)?.reward_model.as_ref()?;
-        reward.lora.clone().filter(|_| reward.from == ppo.actor)
+        let reward = ppo.rewards.first()?.model.as_ref()?.stage.as_ref()?;
+        let reward = self.stage(reward)?.reward_model.as_ref()?;
+        reward.lora.clone().filter(|_| reward.start == ppo.start)
     }
 }
 

@@ -7,7 +7,6 @@ use crate::build::{self, Attempt, Task};
 use crate::classify::{Reason, bounded, cause, vanished};
 use crate::view::{JobState, JobView, PodState, PodView, StageView, Wait};
 use jiff::SignedDuration;
-use kube::ResourceExt;
 use memory_plan::Named;
 use rlhf_api::job::{Failure, StagePhase, StageStatus};
 use rlhf_api::names;
@@ -238,7 +237,10 @@ impl Pass<'_> {
     }
 
     fn succeed(&mut self, slot: &mut StageStatus, view: &StageView) {
-        if slot.name == names::PREPARE && self.job.spec.strategy.has_auto() && self.prepared(slot.attempt).is_none() {
+        if slot.name == names::PREPARE
+            && self.job.spec.stages.iter().any(|s| self.job.strategy(s).has_auto())
+            && self.prepared(slot.attempt).is_none()
+        {
             return self.lose(slot, view, "its last word, with which strategies are chosen, was lost");
         }
         let word = view.pods_of(slot.attempt).find(|p| p.index == 0).and_then(|p| p.ended()?.word.as_ref());
@@ -263,7 +265,7 @@ impl Pass<'_> {
 
     /// Where the trainer wrote the model, for an attempt whose first pod was deleted before its last word was read.
     fn place_of_output(&self, slot: &StageStatus) -> Output {
-        let path = names::model_dir(&self.job.name_any(), &self.job.uid().unwrap_or_default(), &slot.name);
+        let path = names::model_dir(&self.job.run_dir(), &slot.name);
         Output { path, metrics: Default::default() }
     }
 
@@ -289,8 +291,9 @@ impl Pass<'_> {
         }
         match outcome {
             Outcome::Restarted => {
-                slot.restarts += 1;
-                slot.not_before = Some(self.now + backoff(slot.restarts));
+                slot.restarts.since_progress += 1;
+                slot.restarts.total += 1;
+                slot.not_before = Some(self.now + backoff(slot.restarts.since_progress));
             }
             Outcome::Disrupted => slot.disruptions += 1,
             Outcome::Failed | Outcome::Succeeded => {}
@@ -313,7 +316,9 @@ impl Pass<'_> {
         match reason.verdict() {
             Verdict::Fail | Verdict::Success => Outcome::Failed,
             Verdict::RetryOnce if slot.bugs > 0 => Outcome::Failed,
-            Verdict::RetryOnce | Verdict::Retry if slot.restarts >= policy.max_restarts => Outcome::Failed,
+            Verdict::RetryOnce | Verdict::Retry if slot.restarts.since_progress >= policy.max_restarts => {
+                Outcome::Failed
+            }
             Verdict::RetryOnce | Verdict::Retry => Outcome::Restarted,
             Verdict::Disruption if slot.disruptions >= policy.max_disruptions => Outcome::Failed,
             Verdict::Disruption => Outcome::Disrupted,
@@ -323,7 +328,7 @@ impl Pass<'_> {
     fn give_up(&mut self, slot: &StageStatus, reason: Reason, said: &str) {
         let policy = &self.job.spec.failure_policy;
         let (reason, why) = match reason.verdict() {
-            Verdict::Retry if slot.restarts >= policy.max_restarts => {
+            Verdict::Retry if slot.restarts.since_progress >= policy.max_restarts => {
                 ("RestartsExhausted", format!("; failurePolicy.maxRestarts is {}", policy.max_restarts))
             }
             Verdict::Disruption => {
@@ -367,7 +372,8 @@ impl Pass<'_> {
         if let Some(trouble) = self.observed.trouble(slot).filter(|t| t.retry_after > SignedDuration::ZERO) {
             return self.decision.look_again(trouble.retry_after);
         }
-        let strategy = strategy_of(slot, self.job.spec.strategy.fixed());
+        let spec = self.stage(&slot.name).and_then(|stage| self.job.strategy(stage).fixed());
+        let strategy = strategy_of(slot, spec);
         let attempt = Attempt { number: slot.attempt, strategy };
         match build::children(self.job, task, attempt, self.settings) {
             Ok(children) => {

@@ -24,7 +24,7 @@ impl Pass<'_> {
             status.message = self.message(status);
             self.tell_troubles(before, status);
         }
-        status.restarts = slots(status).map(|s| s.restarts).sum();
+        status.restarts = slots(status).map(|s| s.restarts.total).sum();
         let active: Vec<_> = slots(status).filter(|s| is_active(s)).map(|s| (s.name.clone(), progress(s))).collect();
         let (stages, steps): (Vec<_>, Vec<_>) = active.into_iter().unzip();
         status.stage = some_joined(&stages);
@@ -61,8 +61,8 @@ impl Pass<'_> {
         status.message = Some(message.to_owned());
         self.stop_active_time(status);
         self.decision.requeue = None;
-        use names::{CONDITION_QUOTA_EXCEEDED, CONDITION_STALLED, CONDITION_SUSPENDED, CONDITION_WAITING};
-        for passing in [CONDITION_SUSPENDED, CONDITION_WAITING, CONDITION_QUOTA_EXCEEDED, CONDITION_STALLED] {
+        use names::{CONDITION_ATTEMPT_STALLED, CONDITION_QUOTA_EXCEEDED, CONDITION_SUSPENDED, CONDITION_WAITING};
+        for passing in [CONDITION_SUSPENDED, CONDITION_WAITING, CONDITION_QUOTA_EXCEEDED, CONDITION_ATTEMPT_STALLED] {
             self.unset_condition(status, passing, "Finished", "the job has finished");
         }
         self.set_condition(status, condition, true, reason, message);
@@ -151,9 +151,9 @@ impl Pass<'_> {
         });
         match stalled {
             Some(message) => {
-                self.set_condition(status, names::CONDITION_STALLED, true, Reason::Stalled.as_str(), &message);
+                self.set_condition(status, names::CONDITION_ATTEMPT_STALLED, true, Reason::Stalled.as_str(), &message);
             }
-            None => self.unset_condition(status, names::CONDITION_STALLED, "Advanced", "the stage goes on"),
+            None => self.unset_condition(status, names::CONDITION_ATTEMPT_STALLED, "Advanced", "the stage goes on"),
         }
     }
 

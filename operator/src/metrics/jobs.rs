@@ -77,7 +77,7 @@ const FAMILIES: [Family; 9] = [
         help: "Attempts at the stage that followed a failure, as status has it.",
         labels: STAGE,
         is_counter: true,
-        series: |job, put| of_stages(job, put, |slot| f64::from(slot.restarts)),
+        series: |job, put| of_stages(job, put, |slot| f64::from(slot.restarts.total)),
     },
     Family {
         name: "rlhf_operator_stage_disruptions_total",
@@ -107,6 +107,7 @@ pub(super) const fn phase(phase: Phase) -> &'static str {
     match phase {
         Phase::Pending => "Pending",
         Phase::Preparing => "Preparing",
+        Phase::Waiting => "Waiting",
         Phase::Running => "Running",
         Phase::Suspended => "Suspended",
         Phase::Succeeded => "Succeeded",

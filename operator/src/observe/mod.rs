@@ -85,7 +85,7 @@ pub fn is_owned(object: &impl Resource, job: &RLHFJob) -> bool {
 }
 
 async fn job_now(job: &RLHFJob, slot: &StageStatus, ctx: &Context) -> Result<Option<JobView>, Error> {
-    let name = names::attempt(&job.name_any(), &slot.name, slot.attempt);
+    let name = names::attempt(&job.name_any(), &job.uid().unwrap_or_default(), &slot.name, slot.attempt);
     let api: Api<Job> = ctx.api(job);
     let found = ctx.metrics.api("get", api.get_opt(&name).await).map_err(|e| failed(format!("Job {name}"), e))?;
     Ok(found.filter(|j| is_owned(j, job)).and_then(|j| JobView::parse(&j)))

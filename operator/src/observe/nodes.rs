@@ -24,7 +24,7 @@ pub async fn device_memory(
     ctx: &Context,
 ) -> Result<BTreeMap<String, u64>, Error> {
     let asked = unplanned(job, stages).map(|(stage, compute)| async move {
-        let least = least_on_nodes(compute, ctx).await?;
+        let least = least_on_nodes(&compute, ctx).await?;
         Ok(least.map(|bytes| (stage.to_owned(), bytes)))
     });
     let found = try_join_all(asked).await?;
@@ -32,10 +32,7 @@ pub async fn device_memory(
 }
 
 /// The stages that wait for this, once prepare is done.
-fn unplanned<'a>(
-    job: &'a RLHFJob,
-    stages: &BTreeMap<String, StageView>,
-) -> impl Iterator<Item = (&'a str, &'a Compute)> {
+fn unplanned<'a>(job: &'a RLHFJob, stages: &BTreeMap<String, StageView>) -> impl Iterator<Item = (&'a str, Compute)> {
     let status = job.status.as_ref();
     let slot = status.and_then(|s| s.prepare.as_ref());
     let view = stages.get(names::PREPARE);
@@ -46,7 +43,7 @@ fn unplanned<'a>(
     let unplanned =
         move |name: &str| status.is_none_or(|s| s.stages.iter().all(|s| s.name != name || s.plan.is_none()));
     let over = status.is_some_and(|s| s.phase.is_terminal());
-    let wanted = done && !over && job.spec.strategy.has_auto();
+    let wanted = done && !over && job.spec.stages.iter().any(|stage| job.strategy(stage).has_auto());
     let stages = job.spec.stages.iter().filter(move |stage| wanted && unplanned(&stage.name));
     let computes = stages.map(|s| (s.name.as_str(), job.compute(s)));
     computes.filter(|(_, compute)| compute.devices_per_node > 0 && compute.device_memory.is_none())

@@ -90,7 +90,7 @@ fn status_is_complete(job: &RLHFJob) {
     for (name, wanted) in figures {
         let stage = stage(job, name);
         assert_eq!(
-            (stage.phase, stage.attempt, stage.restarts, stage.disruptions),
+            (stage.phase, stage.attempt, stage.restarts.total, stage.disruptions),
             (StagePhase::Succeeded, 1, 0, 0),
             "{name}"
         );

@@ -84,7 +84,7 @@ fn a_gang_with_room_for_a_part_of_it_takes_nothing() {
 
         scene.patch(NAME, json!({"spec": {"suspend": true}})).await;
         let done = scene.await_phase(SECOND, Phase::Succeeded, 180).await;
-        assert_eq!((stage(&done, "sft").attempt, stage(&done, "sft").restarts), (1, 0));
+        assert_eq!((stage(&done, "sft").attempt, stage(&done, "sft").restarts.total), (1, 0));
         scene.patch(NAME, json!({"spec": {"suspend": false}})).await;
         scene.await_stage(NAME, "sft", StagePhase::Running, 120).await;
         assert_eq!(placed(&scene.pods(&first, "sft", 2).await), 2, "the same attempt goes on as the same gang");

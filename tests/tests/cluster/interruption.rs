@@ -55,7 +55,7 @@ fn a_worker_killed_in_the_middle_of_ppo_is_resumed_and_counted() {
 
         let job = success(scene).await;
         let ppo = stage(&job, "ppo");
-        assert_eq!((ppo.attempt, ppo.restarts, ppo.disruptions), (2, 1, 0));
+        assert_eq!((ppo.attempt, ppo.restarts.total, ppo.disruptions), (2, 1, 0));
         assert_eq!(job.status.as_ref().map(|s| s.restarts), Some(1));
         let checkpoint = scene.resumed_at(&job, "ppo", 2).await;
         assert!(
@@ -87,7 +87,7 @@ fn a_deleted_pod_is_a_disruption_and_its_last_step_is_not_lost() {
 
         let job = success(scene).await;
         let sft = stage(&job, "sft");
-        assert_eq!((sft.attempt, sft.restarts, sft.disruptions), (2, 0, 1));
+        assert_eq!((sft.attempt, sft.restarts.total, sft.disruptions), (2, 0, 1));
         assert_eq!(scene.resumed_at(&job, "sft", 2).await, checkpoint);
         let steps = scene.volume.steps(&job, "sft");
         assert_eq!(of_attempt(&steps, 1), range(1, checkpoint), "the checkpoint is of the last step");
@@ -117,7 +117,7 @@ fn the_operator_killed_in_the_middle_changes_nothing() {
         let job_done = success(scene).await;
         for name in ["prepare", "sft", "reward"] {
             let stage = stage(&job_done, name);
-            assert_eq!((stage.attempt, stage.restarts, stage.disruptions), (1, 0, 0), "{name}");
+            assert_eq!((stage.attempt, stage.restarts.total, stage.disruptions), (1, 0, 0), "{name}");
         }
         let after = scene.attempts().await;
         let names: Vec<_> = after.iter().map(|(name, _)| name.as_str()).collect();
@@ -151,7 +151,7 @@ fn a_suspended_job_has_no_pods_and_goes_on_from_its_checkpoint() {
         scene.await_job(NAME, "the resumed job", 60, |j| is(j, Phase::Running)).await;
         let job = success(scene).await;
         let sft = stage(&job, "sft");
-        assert_eq!((sft.restarts, sft.disruptions), (0, 0), "suspending is neither");
+        assert_eq!((sft.restarts.total, sft.disruptions), (0, 0), "suspending is neither");
         assert_eq!(scene.resumed_at(&job, "sft", sft.attempt).await, stopped);
         let steps: Vec<_> = scene.volume.steps(&job, "sft").iter().map(|s| s.step).collect();
         assert_eq!(steps, range(1, SFT_STEPS), "no step was lost or made twice");

@@ -107,6 +107,6 @@ fn case_38_a_quota_that_lets_in_part_of_a_gang_is_told() {
         for kind in ["QuotaExceeded", "Waiting"] {
             assert_eq!(condition(&job, kind).map(|(status, _, _)| status).as_deref(), Some("False"), "{kind}");
         }
-        assert_eq!(stage(&job, "sft").restarts, 0);
+        assert_eq!(stage(&job, "sft").restarts.total, 0);
     });
 }

@@ -187,7 +187,7 @@ fn case_9_19_22_and_29_edits_and_deletions_do_no_harm() {
             })
             .await;
         let sft = stage(&again, "sft");
-        assert_eq!((sft.restarts, sft.disruptions), (0, 1));
+        assert_eq!((sft.restarts.total, sft.disruptions), (0, 1));
         assert_eq!(sft.last_failure.map(|f| f.reason).as_deref(), Some("PodDeleted"));
         let leader = leader(scene).await.expect("an operator leads").name_any();
         let log = kubectl(&["logs", &leader, "--namespace", SYSTEM]).await.good();

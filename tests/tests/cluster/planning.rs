@@ -32,7 +32,7 @@ fn a_chosen_strategy_makes_way_for_one_that_takes_less_memory() {
         assert!(first.device_bytes > 0 && first.device_bytes < 2 << 30, "{first:?}");
 
         starve_worker(&scene.pods(&job, "sft", 1).await[0]);
-        let again = |j: &RLHFJob| stage(j, "sft").restarts == 1;
+        let again = |j: &RLHFJob| stage(j, "sft").restarts.total == 1;
         let told = stage(&scene.await_job(NAME, "a restart", 60, again).await, "sft");
         assert_eq!(told.last_failure.map(|f| f.reason).as_deref(), Some("OOMKilled"));
         let second = told.plan.expect("the stage is planned");

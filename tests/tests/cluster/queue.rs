@@ -49,7 +49,7 @@ async fn success(scene: &Scene) -> RLHFJob {
     let job = scene.await_phase(NAME, Phase::Succeeded, 180).await;
     for name in ["prepare", "sft"] {
         let slot = stage(&job, name);
-        assert_eq!((slot.attempt, slot.restarts, slot.disruptions), (1, 0, 0), "{name}: a queue is neither");
+        assert_eq!((slot.attempt, slot.restarts.total, slot.disruptions), (1, 0, 0), "{name}: a queue is neither");
         assert_eq!(slot.last_failure, None, "{name}");
     }
     job

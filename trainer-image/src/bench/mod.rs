@@ -134,7 +134,7 @@ pub fn run(options: &Options) -> Result<Option<Figures>> {
 fn context(options: &Options) -> Result<Context> {
     let environment = Environment::from_process()?;
     let settings: Ppo = serde_json::from_value(json!({
-        "reward": "reward", "prompts": {"source": "volume://none"}, "iterations": options.rounds + 1,
+        "rewards": [{"name": "reward", "model": {"stage": "reward"}}], "prompts": {"source": "volume://none"}, "iterations": options.rounds + 1,
         "rolloutBatchSize": options.batch, "batch": {"globalSize": options.batch, "microSize": options.micro},
         "epochs": 3, "maxPromptLength": options.prompt_tokens, "maxNewTokens": options.new_tokens,
         "sampling": {"topK": 50}, "kl": {"coefficient": 0.1},

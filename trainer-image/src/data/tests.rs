@@ -26,7 +26,7 @@ fn reward(max_length: u32, eval: f64) -> RewardModel {
 fn ppo(max_prompt_length: u32, eval: f64) -> Ppo {
     let optimizer = json!({"learningRate": 0.1});
     serde_json::from_value(json!({
-        "reward": "r", "prompts": dataset(eval), "iterations": 1, "rolloutBatchSize": 1, "batch": {"globalSize": 1}, "maxPromptLength": max_prompt_length,
+        "rewards": [{"name": "liked", "model": {"stage": "r"}}], "prompts": dataset(eval), "iterations": 1, "rolloutBatchSize": 1, "batch": {"globalSize": 1}, "maxPromptLength": max_prompt_length,
         "maxNewTokens": 1, "kl": {"coefficient": 0.1}, "actorOptimizer": optimizer, "criticOptimizer": optimizer
     }))
     .unwrap()

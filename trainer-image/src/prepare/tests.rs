@@ -43,7 +43,7 @@ fn stages() -> [Value; 3] {
     let dataset = |name: &str| json!({"source": format!("volume://{name}.jsonl"), "evalFraction": 0.5});
     let supervised = |name: &str| json!({"dataset": dataset(name), "epochs": 1, "batch": {"globalSize": 8}, "maxLength": POSITIONS, "optimizer": optimizer});
     let ppo = json!({
-        "reward": "reward", "prompts": dataset("ppo"), "iterations": 1, "rolloutBatchSize": 8, "batch": {"globalSize": 8}, "maxPromptLength": POSITIONS - 4,
+        "rewards": [{"name": "liked", "model": {"stage": "reward"}}], "prompts": dataset("ppo"), "iterations": 1, "rolloutBatchSize": 8, "batch": {"globalSize": 8}, "maxPromptLength": POSITIONS - 4,
         "maxNewTokens": 4, "kl": {"coefficient": 0.1}, "actorOptimizer": optimizer, "criticOptimizer": optimizer
     });
     let stage = |name: &str, kind: Value| {
@@ -61,7 +61,7 @@ fn stages() -> [Value; 3] {
 fn prepare(volume: &Path, change: impl FnOnce(&mut [Value; 3])) -> Result<PrepareReport> {
     let mut stages = stages();
     change(&mut stages);
-    let config = json!({"job": {"namespace": "n", "name": "j", "uid": "u"}, "stages": stages});
+    let config = json!({"job": {"namespace": "n", "name": "j", "uid": "u"}, "stages": stages, "models": ["models/m"]});
     run(&serde_json::from_value(config).unwrap(), volume)
 }
 
@@ -76,7 +76,7 @@ fn a_good_job_is_reported_stage_by_stage_and_leaves_only_its_folders() {
         .collect();
     assert_eq!(figures, [("sft", 3, 3, 9), ("reward", 3, 3, 18), ("ppo", 3, 3, 3)]);
     let prepared = report.prepared();
-    assert_eq!((prepared.model.vocab, prepared.model.layers), (VOCAB as i64, 1));
+    assert_eq!((prepared.models[0].vocab, prepared.models[0].layers), (VOCAB as i64, 1));
     let shapes: Vec<_> = prepared.datasets.iter().map(|d| (d.stage.as_str(), d.longest_tokens, d.sequences)).collect();
     assert_eq!(shapes, [("sft", 3, 1), ("reward", 3, 2), ("ppo", 1, 1)]);
     for stage in ["sft", "reward", "ppo"] {
@@ -196,6 +196,7 @@ fn a_volume_that_cannot_be_written_is_named() {
     let no_stages = PrepareConfig {
         job: serde_json::from_value(json!({"namespace": "n", "name": "j", "uid": "u"})).unwrap(),
         stages: vec![],
+        models: vec![],
     };
     check(&run(&no_stages, volume.path()).unwrap_err(), 64, &["no stages"]);
 }

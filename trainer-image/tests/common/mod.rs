@@ -375,7 +375,8 @@ fn optimizer(learning_rate: f64) -> Value {
 fn stage(name: &str, kind: Value, start: &str, reward: Option<&str>) -> Launch {
     let mut paths = json!({"baseModel": "models/base", "startModel": start, "output": format!("jobs/j/{name}/model"), "checkpoints": format!("jobs/j/{name}/checkpoints")});
     if let Some(reward) = reward {
-        paths["rewardModel"] = json!(reward);
+        paths["rewardModels"] = json!({"liked": reward});
+        paths["criticModel"] = json!(reward);
     }
     let config = json!({
         "job": {"namespace": "n", "name": "j", "uid": "u"}, "stage": name, "kind": kind, "seed": 7, "paths": paths,
@@ -405,7 +406,7 @@ pub fn reward() -> Launch {
 /// PPO of the base model against the `reward` stage's model: five iterations of four optimizer steps.
 pub fn ppo() -> Launch {
     let settings = json!({
-        "reward": "reward", "prompts": {"source": "volume://data/prompts.jsonl", "evalFraction": 0.1}, "iterations": 5, "rolloutBatchSize": 12,
+        "rewards": [{"name": "liked", "model": {"stage": "reward"}}], "prompts": {"source": "volume://data/prompts.jsonl", "evalFraction": 0.1}, "iterations": 5, "rolloutBatchSize": 12,
         "batch": {"globalSize": 6, "microSize": 6}, "epochs": 2, "maxPromptLength": 4, "maxNewTokens": 7, "kl": {"coefficient": 0.05, "target": 1.0},
         "actorOptimizer": optimizer(1e-3), "criticOptimizer": optimizer(1e-3),
     });

@@ -32,7 +32,7 @@ fn gpus(memory: &str) -> Value {
 pub(in crate::decide) fn word_of_prepare(longest_tokens: u32) -> TerminationMessage {
     let dataset = |stage: &str, sequences| DatasetShape { stage: stage.into(), longest_tokens, sequences };
     let datasets = vec![dataset("tune", 1), dataset("judge", 2), dataset("act", 1)];
-    let prepared = Prepared { model: memory_plan::preset("s").unwrap(), datasets };
+    let prepared = Prepared { models: vec![memory_plan::preset("s").unwrap()], datasets };
     TerminationMessage {
         code: 0,
         reason: "Done".into(),
@@ -67,7 +67,7 @@ fn every_stage_is_planned_once_prepare_is_done_and_its_ranks_are_told() {
         assert_eq!((plan.device_memory_bytes, plan.host_memory_bytes), (Some(80 << 30), Some(64 << 30)));
         assert!(plan.device_bytes > 1 << 30 && plan.device_bytes < 80 << 30, "{plan:?}");
     }
-    assert_eq!(case.made(), ["demo-tune-1", "demo-judge-1"]);
+    assert_eq!(case.made(), ["demo-tune-prgzn-1", "demo-judge-xmzgs-1"]);
     let told: rlhf_api::stage::Strategy = serde_json::from_str(&env_of(&case, 0)).unwrap();
     assert_eq!(told, case.slot("tune").plan.unwrap().strategy);
     case.assert_quiet();
@@ -155,7 +155,7 @@ fn an_attempt_out_of_device_memory_is_followed_by_one_that_takes_less_until_noth
         }
         let after = case.slot("tune").clone();
         assert!(need(&after) < need(&before), "{after:?}");
-        assert_eq!((after.plan.unwrap().source, after.restarts), (PlanSource::MoreFrugal, attempt));
+        assert_eq!((after.plan.unwrap().source, after.restarts.total), (PlanSource::MoreFrugal, attempt));
         let said = &case.last.notices.iter().find(|n| n.event == Event::AttemptFailed).unwrap().note;
         assert!(said.contains("; the next attempt takes "), "{said}");
         case.now += SignedDuration::from_secs(400);
@@ -194,7 +194,7 @@ fn a_written_strategy_is_tried_again_as_it_is() {
     case.see("tune", 1, JobState::Failed, &[ended(71, None), ended(75, None)]);
     case.pass();
     let slot = case.slot("tune");
-    assert_eq!((slot.phase, slot.restarts), (StagePhase::Pending, 1));
+    assert_eq!((slot.phase, slot.restarts.total), (StagePhase::Pending, 1));
     assert_eq!(slot.plan.unwrap().strategy.recompute, Recompute::Block);
 }
 
@@ -210,5 +210,5 @@ fn prepare_runs_again_where_its_last_word_is_needed_and_lost() {
     case.see("prepare", 1, JobState::Complete, &[]);
     case.pass();
     assert_eq!((case.slot("prepare").phase, case.slot("tune").plan), (StagePhase::Succeeded, None));
-    assert_eq!(case.made(), ["demo-tune-1", "demo-judge-1"]);
+    assert_eq!(case.made(), ["demo-tune-prgzn-1", "demo-judge-xmzgs-1"]);
 }

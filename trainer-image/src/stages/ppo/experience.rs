@@ -60,7 +60,7 @@ pub(super) fn mean(experience: &[Experience], of: impl Fn(&Experience) -> f64) -
 pub(super) fn estimate_advantages(experience: &mut [Experience], settings: &Ppo, kl_coefficient: f64) {
     for e in experience.iter_mut() {
         let rewards = token_rewards(e.score, &e.kl, kl_coefficient);
-        e.advantages = gae(&rewards, &e.values, settings.gamma, settings.lambda);
+        e.advantages = gae(&rewards, &e.values, settings.gamma, settings.advantage.gae().lambda);
         e.returns = e.advantages.iter().zip(&e.values).map(|(a, v)| a + v).collect();
         e.value_errors = e.advantages.clone();
     }

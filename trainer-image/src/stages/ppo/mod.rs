@@ -89,12 +89,9 @@ fn warn_of_cuts(settings: &Ppo) {
 
 impl Models {
     fn load(context: &Context, actor: &Source, lora: Option<&Lora>) -> Result<Self> {
-        let reward_path = context
-            .config
-            .paths
-            .reward_model
-            .as_ref()
-            .ok_or_else(|| Error::config("paths.rewardModel is missing: a PPO stage needs a reward model"))?;
+        let reward_path = context.config.paths.reward_models.values().next();
+        let reward_path = reward_path
+            .ok_or_else(|| Error::config("paths.rewardModels is missing: a PPO stage needs a reward model"))?;
         let reward = Source::open(&context.path(reward_path))?;
         let score = reward.score.unwrap_or(ScoreNormalisation { mean: 0.0, std: 1.0 });
         if reward.spec.vocab != actor.spec.vocab {

@@ -1,0 +1,131 @@
+//! Where prepare runs: on CPU, with limits, and not on the nodes that the stages' devices need.
+
+use k8s_openapi::api::core::v1::ResourceRequirements;
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
+use rlhf_api::job::{Compute, PodTemplate, RLHFJob};
+use std::collections::BTreeMap;
+
+/// What prepare asks for: it streams files and keeps no tensors.
+const REQUESTS: [(&str, &str); 2] = [("cpu", "250m"), ("memory", "256Mi")];
+/// The resources that every node has. Others are those of devices.
+const OF_EVERY_NODE: [&str; 3] = ["cpu", "memory", "ephemeral-storage"];
+/// Nothing has to be saved.
+const GRACE_SECONDS: u32 = 30;
+
+pub(super) fn compute(job: &RLHFJob) -> Compute {
+    let own = &job.spec.prepare;
+    let of_stages = job.spec.compute.pod_template.clone();
+    let inherited = PodTemplate {
+        node_selector: BTreeMap::new(),
+        affinity: None,
+        topology_spread_constraints: vec![],
+        runtime_class_name: None,
+        resource_claims: vec![],
+        ipc_lock: false,
+        ..of_stages
+    };
+    Compute {
+        resources: resources(&own.resources, &job.spec.compute.resources),
+        pod_template: own.pod_template.over(&inherited),
+        grace_period_seconds: GRACE_SECONDS,
+        ..Compute::default()
+    }
+}
+
+/// Limits are by default those of the stages, so that a quota or a range that wants limits is met where stages meet it.
+fn resources(own: &ResourceRequirements, stages: &ResourceRequirements) -> ResourceRequirements {
+    let mut limits: BTreeMap<_, _> = stages.limits.clone().unwrap_or_default();
+    limits.retain(|name, _| OF_EVERY_NODE.contains(&name.as_str()));
+    limits.extend(own.limits.clone().unwrap_or_default());
+    let mut requests: BTreeMap<_, _> = REQUESTS.map(|(name, amount)| (name.to_owned(), Quantity(amount.into()))).into();
+    for (name, request) in &mut requests {
+        if let Some(limit) = limits.get(name).filter(|limit| amount(limit) < amount(request)) {
+            *request = limit.clone();
+        }
+    }
+    requests.extend(own.requests.clone().unwrap_or_default());
+    ResourceRequirements {
+        requests: Some(requests),
+        limits: (!limits.is_empty()).then_some(limits),
+        ..Default::default()
+    }
+}
+
+/// An amount as a number, to be compared with another of the same resource. What is no amount the API server refuses.
+fn amount(quantity: &Quantity) -> f64 {
+    const SUFFIXES: [(&str, f64); 15] = [
+        ("Ki", 1024.0),
+        ("Mi", 1048576.0),
+        ("Gi", 1073741824.0),
+        ("Ti", 1099511627776.0),
+        ("Pi", 1125899906842624.0),
+        ("Ei", 1152921504606846976.0),
+        ("n", 1e-9),
+        ("u", 1e-6),
+        ("m", 1e-3),
+        ("k", 1e3),
+        ("M", 1e6),
+        ("G", 1e9),
+        ("T", 1e12),
+        ("P", 1e15),
+        ("E", 1e18),
+    ];
+    let text = quantity.0.as_str();
+    let scaled =
+        SUFFIXES.iter().find_map(|(suffix, scale)| Some(text.strip_suffix(suffix)?.parse::<f64>().ok()? * scale));
+    scaled.or_else(|| text.parse().ok()).unwrap_or(f64::INFINITY)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::build::tests::job;
+    use serde_json::{Value, json};
+
+    fn with(prepare: Value, compute: Value) -> Compute {
+        let mut job = job();
+        job.spec.prepare = serde_json::from_value(prepare).unwrap();
+        job.spec.compute = serde_json::from_value(compute).unwrap();
+        super::compute(&job)
+    }
+
+    fn sides(compute: Compute) -> (Value, Value) {
+        (json!(compute.resources.requests), json!(compute.resources.limits))
+    }
+
+    #[test]
+    fn limits_are_those_of_the_stages_and_requests_no_more_than_these() {
+        let limits = json!({"cpu": "0.1", "memory": "64Gi", "rdma/hca": "1"});
+        let (requests, limits) = sides(with(json!({}), json!({"resources": {"limits": limits}})));
+        assert_eq!(requests, json!({"cpu": "0.1", "memory": "256Mi"}));
+        assert_eq!(limits, json!({"cpu": "0.1", "memory": "64Gi"}));
+        let own = json!({"resources": {"requests": {"cpu": "2"}, "limits": {"memory": "1Gi"}}});
+        let (requests, limits) = sides(with(own, json!({"resources": {"limits": {"memory": "64Gi"}}})));
+        assert_eq!((requests, limits), (json!({"cpu": "2", "memory": "256Mi"}), json!({"memory": "1Gi"})));
+        assert_eq!(sides(with(json!({}), json!({}))).1, Value::Null);
+    }
+
+    #[test]
+    fn prepare_goes_to_any_node_unless_it_says_where() {
+        let stages = json!({"nodes": 4, "devicesPerNode": 8, "podTemplate": {
+            "nodeSelector": {"gpu": "yes"}, "runtimeClassName": "nvidia", "ipcLock": true, "tolerations": [{"key": "gpu"}], "labels": {"a": "b"}}});
+        let compute = with(json!({"podTemplate": {"nodeSelector": {"cpu": "yes"}}}), stages.clone());
+        assert_eq!((compute.nodes, compute.devices_per_node), (1, 0));
+        let template = compute.pod_template;
+        assert_eq!(template.node_selector, [("cpu".to_owned(), "yes".to_owned())].into());
+        assert!(
+            template.runtime_class_name.is_none()
+                && !template.ipc_lock
+                && template.tolerations.len() == 1
+                && template.labels.len() == 1
+        );
+        assert!(with(json!({}), stages).pod_template.node_selector.is_empty());
+    }
+
+    #[test]
+    fn amounts_of_either_kind_are_compared() {
+        let sorted = ["100n", "250m", "0.5", "1", "1k", "1Ki", "1M", "1Mi", "1e7", "2Gi"];
+        let amounts: Vec<_> = sorted.iter().map(|text| amount(&Quantity((*text).into()))).collect();
+        assert!(amounts.is_sorted(), "{amounts:?}");
+    }
+}
