@@ -32,6 +32,9 @@ use kube::{CustomResource, KubeSchema, ResourceExt};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+/// Most stages of a job.
+pub const MAX_STAGES: usize = 16;
+
 /// A run of reinforcement learning from human feedback: a graph of stages on one volume.
 #[derive(CustomResource, Clone, Debug, PartialEq, Serialize, Deserialize, KubeSchema)]
 #[kube(
@@ -84,7 +87,7 @@ pub struct RLHFJobSpec {
     #[serde(default)]
     pub strategy: StrategySpec,
     /// The stages. An edge is a reference to an earlier stage by name; stages without an edge between them run side by side.
-    #[schemars(length(min = 1, max = 16))]
+    #[schemars(length(min = 1, max = MAX_STAGES))]
     #[x_kube(
         merge_strategy = ListMerge::Map(vec!["name".into()]),
         validation = rules::references("sft.start", Produces::Policy),

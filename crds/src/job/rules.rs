@@ -1,5 +1,6 @@
 //! The admission rules that speak of more than one field, in CEL.
 
+use super::MAX_STAGES;
 use crate::reference::Produces;
 use crate::stage::StageKind;
 use kube::core::Rule;
@@ -44,7 +45,8 @@ pub(super) fn changes_while_suspended() -> Rule {
 
 /// Stages stay as they were, and where they were.
 pub(super) fn same_stages() -> Rule {
-    Rule::new("self.map(s, s.name) == oldSelf.map(s, s.name)").message(
+    let same = every("self[i].name == oldSelf[i].name");
+    Rule::new(format!("size(self) == size(oldSelf) && {same}")).message(
         "stages cannot come, go or change places once the job exists; delete the job and create it again (with the same storage.runPath it goes on from its checkpoints)",
     )
 }
@@ -71,40 +73,59 @@ pub(super) fn model_is_a_source() -> Rule {
     Rule::new("!has(self.stage)").message("spec.model exists before the stages; write its source")
 }
 
-/// Wherever stage `s` has the reference, it names an earlier stage with that output. Earlier keeps the graph free of circles,
+/// Wherever a stage has the reference, it names an earlier stage with that output. Earlier keeps the graph free of circles,
 /// whatever kinds there are.
 pub(super) fn references(field: &str, output: Produces) -> Rule {
-    let (kind, member) = field.split_once('.').unwrap_or((field, "start"));
-    let present = format!("has(s.{kind}) && has(s.{kind}.{member}) && has(s.{kind}.{member}.stage)");
-    let fits = fits(&format!("s.{kind}.{member}.stage"), output);
-    Rule::new(format!("self.all(s, !({present}) || {fits})")).message(unfit(&format!("{field}.stage"), output).as_str())
+    let member = format!("self[i].{field}");
+    let mut path = String::from("self[i]");
+    let mut parts: Vec<_> = field
+        .split('.')
+        .map(|part| {
+            path = format!("{path}.{part}");
+            format!("has({path})")
+        })
+        .collect();
+    parts.push(format!("has({member}.stage)"));
+    let fits = earlier(&format!("{member}.stage"), &puts_out(output));
+    Rule::new(every(&format!("!({}) || {fits}", parts.join(" && "))))
+        .message(unfit(&format!("{field}.stage"), output).as_str())
 }
 
 /// As [`references`], for the models among a stage's rewards.
 pub(super) fn reward_references() -> Rule {
     let output = Produces::RewardModel;
-    let fits = fits("r.model.stage", output);
-    Rule::new(format!(
-        "self.all(s, !has(s.ppo) || s.ppo.rewards.all(r, !(has(r.model) && has(r.model.stage)) || {fits}))"
-    ))
-    .message(unfit("ppo.rewards[].model.stage", output).as_str())
+    let fits = earlier("r.model.stage", &puts_out(output));
+    let of_rewards = format!("self[i].ppo.rewards.all(r, !has(r.model) || !has(r.model.stage) || {fits})");
+    Rule::new(every(&format!("!has(self[i].ppo) || {of_rewards}")))
+        .message(unfit("ppo.rewards[].model.stage", output).as_str())
 }
 
 /// An order without a model leads to earlier stages, too.
 pub(super) fn dependencies() -> Rule {
-    Rule::new(format!("self.all(s, !has(s.dependsOn) || s.dependsOn.all(d, {}))", earlier("d")))
+    let of_names = format!("self[i].dependsOn.all(d, {})", earlier("d", "true"));
+    Rule::new(every(&format!("!has(self[i].dependsOn) || {of_names}")))
         .message("dependsOn names no earlier stage of this job; name stages that stand before this one")
 }
 
-fn earlier(name: &str) -> String {
-    let names = "self.map(o, o.name)";
-    format!("{name} in {names} && {names}.indexOf({name}) < {names}.indexOf(s.name)")
+/// The places that stages can have. CEL counts a list's places by no other means of which it can bound the cost.
+fn places() -> String {
+    let all: Vec<_> = (0..MAX_STAGES).map(|place| place.to_string()).collect();
+    format!("[{}]", all.join(","))
 }
 
-fn fits(name: &str, output: Produces) -> String {
+/// `rule` holds of every stage, which it calls `self[i]`.
+fn every(rule: &str) -> String {
+    format!("{}.all(i, i >= size(self) || ({rule}))", places())
+}
+
+/// There is a stage of this name before stage `i`, of which `rule` holds under the name `self[j]`.
+fn earlier(name: &str, rule: &str) -> String {
+    format!("{}.exists(j, j < i && self[j].name == {name} && ({rule}))", places())
+}
+
+fn puts_out(output: Produces) -> String {
     let kinds = StageKind::ALL.iter().filter(|(_, produces)| *produces == output);
-    let one_of = kinds.map(|(field, _)| format!("has(o.{field})")).collect::<Vec<_>>().join(" || ");
-    format!("({} && self.exists(o, o.name == {name} && ({one_of})))", earlier(name))
+    kinds.map(|(field, _)| format!("has(self[j].{field})")).collect::<Vec<_>>().join(" || ")
 }
 
 fn unfit(field: &str, output: Produces) -> String {

@@ -16,6 +16,7 @@ pub fn crd() -> CustomResourceDefinition {
         if let Some(spec) = schema.properties.as_mut().and_then(|p| p.get_mut("spec")) {
             visit(spec, &mut decimals);
             visit(spec, &mut short_of_words);
+            visit(spec, &mut bounded_env);
         }
     }
     crd
@@ -50,6 +51,19 @@ fn short_of_words(schema: &mut JSONSchemaProps) {
     let fields = schema.properties.iter_mut().flatten().filter(|(name, _)| OF_KUBERNETES.contains(&name.as_str()));
     for (_, field) in fields {
         children(field).into_iter().for_each(|child| visit(child, &mut |s| s.description = None));
+    }
+}
+
+/// Bounds environment variables, without which the API server cannot bound the cost of the rules that speak of them.
+fn bounded_env(schema: &mut JSONSchemaProps) {
+    let env = schema.properties.as_mut().and_then(|p| p.get_mut("env"));
+    let Some(JSONSchemaPropsOrArray::Schema(variable)) = env.and_then(|env| env.items.as_mut()) else { return };
+    for (name, field) in variable.properties.iter_mut().flatten() {
+        match name.as_str() {
+            "name" => field.max_length = Some(64),
+            "value" => field.max_length = Some(4096),
+            _ => {}
+        }
     }
 }
 

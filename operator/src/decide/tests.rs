@@ -694,7 +694,8 @@ fn case_39_a_refusal_is_told_once_and_tried_again_later() {
 #[test]
 fn two_stages_that_are_refused_wait_each_for_itself() {
     let mut case = Case::prepared();
-    let refused = |stage, seconds| trouble(stage, &format!("Job {} is refused", names::attempt("demo", UID, stage, 1)), seconds);
+    let refused =
+        |stage, seconds| trouble(stage, &format!("Job {} is refused", names::attempt("demo", UID, stage, 1)), seconds);
     case.observed.troubles = vec![refused("tune", 5), refused("judge", 10)];
     case.pass();
     let message =
