@@ -160,7 +160,7 @@ fn resources_over(own: &ResourceRequirements, job: &ResourceRequirements) -> Res
     ResourceRequirements {
         requests: merged(&own.requests, &job.requests),
         limits: merged(&own.limits, &job.limits),
-        ..job.clone()
+        claims: own.claims.clone().or_else(|| job.claims.clone()),
     }
 }
 
@@ -216,8 +216,7 @@ fn extended_resource() -> Rule {
         .message("deviceResource must be an extended resource's name, such as nvidia.com/gpu or amd.com/gpu")
 }
 
-/// Requests and limits, without the claims that would need fields of the pod. The pattern is the one of
-/// Kubernetes' own schema tools.
+/// Requests, limits and claims. The pattern is the one of Kubernetes' own schema tools, without amounts below zero.
 pub(super) fn resources_schema(_: &mut SchemaGenerator) -> Schema {
     let amounts = |description: &str| {
         json_schema!({
@@ -236,6 +235,19 @@ pub(super) fn resources_schema(_: &mut SchemaGenerator) -> Schema {
         "properties": {
             "requests": amounts("What is set aside for the container; by default as much as its limits."),
             "limits": amounts("The most that the container may use."),
+            "claims": {
+                "description": "Which of podTemplate.resourceClaims the container gets; by default all of them.",
+                "type": "array",
+                "maxItems": 16,
+                "items": {
+                    "type": "object",
+                    "required": ["name"],
+                    "properties": {
+                        "name": {"type": "string", "minLength": 1, "maxLength": 63},
+                        "request": {"type": "string", "maxLength": 63},
+                    },
+                },
+            },
         },
     })
 }

@@ -614,6 +614,67 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn a_pod_template_reaches_the_pod() {
+        let all = Allowances { service_accounts: true, volumes: true, ipc_lock: true };
+        let job = with_compute(json!({"nodes": 2, "gracePeriodSeconds": 900, "podTemplate": {
+            "schedulerName": "volcano", "serviceAccountName": "trainer", "ipcLock": true,
+            "imagePullSecrets": [{"name": "own"}], "resourceClaims": [{"name": "imex", "resourceClaimName": "imex"}],
+            "affinity": {"nodeAffinity": {}}, "topologySpreadConstraints": [{"maxSkew": 1, "topologyKey": "zone", "whenUnsatisfiable": "DoNotSchedule"}],
+            "securityContext": {"runAsUser": 1000, "supplementalGroups": [7]},
+            "volumes": [{"name": "scratch", "emptyDir": {}}], "volumeMounts": [{"name": "scratch", "mountPath": "/scratch"}]}}));
+        let settings = Settings { allow: all, image_pull_secrets: vec!["chart".into()], ..settings() };
+        let children = children(&job, Task::all(&job).nth(1).unwrap(), FIRST, &settings).unwrap();
+        let (pod, container) = (pod(&children), container(&children));
+        assert_eq!(
+            (pod.scheduler_name.as_deref(), pod.service_account_name.as_deref()),
+            (Some("volcano"), Some("trainer"))
+        );
+        assert_eq!(
+            (pod.automount_service_account_token, pod.termination_grace_period_seconds),
+            (Some(false), Some(900))
+        );
+        let secrets: Vec<_> = pod.image_pull_secrets.unwrap().into_iter().map(|s| s.name).collect();
+        assert_eq!(secrets, ["chart", "own"]);
+        assert_eq!(container.resources.unwrap().claims.unwrap()[0].name, pod.resource_claims.unwrap()[0].name);
+        let affinity = pod.affinity.unwrap();
+        assert!(affinity.node_affinity.is_some() && affinity.pod_anti_affinity.is_some(), "a gang's own is added");
+        assert_eq!(pod.topology_spread_constraints.unwrap().len(), 1);
+        let user = pod.security_context.unwrap();
+        assert_eq!(
+            (user.run_as_user, user.run_as_group, user.supplemental_groups),
+            (Some(1000), Some(65532), Some(vec![7]))
+        );
+        assert!(pod.volumes.unwrap().iter().any(|v| v.name == "scratch"));
+        assert!(container.volume_mounts.unwrap().iter().any(|m| m.mount_path == "/scratch"));
+        assert_eq!(container.security_context.unwrap().capabilities.unwrap().add, Some(vec!["IPC_LOCK".to_owned()]));
+    }
+
+    #[test]
+    fn where_the_cluster_gives_users_pods_name_none() {
+        let settings = Settings { omit_user_ids: true, ..settings() };
+        let children = children(&job(), Task::all(&job()).nth(1).unwrap(), FIRST, &settings).unwrap();
+        let user = pod(&children).security_context.unwrap();
+        assert_eq!((user.run_as_user, user.run_as_group, user.fs_group), (None, None, None));
+        assert_eq!(user.run_as_non_root, Some(true));
+    }
+
+    #[test]
+    fn a_job_that_runs_keeps_the_image_that_it_started_with() {
+        let mut job = job();
+        let images = rlhf_api::job::Images { trainer: "docker.io/rlhf/trainer@sha256:0".into() };
+        job.status = Some(rlhf_api::job::RLHFJobStatus { images: Some(images), ..Default::default() });
+        assert_eq!(container(&build(&job, 1, 1)).image.as_deref(), Some("docker.io/rlhf/trainer@sha256:0"));
+    }
+
+    #[test]
+    fn kubelets_ask_trainers_whether_they_live() {
+        let container = container(&build(&job(), 1, 1));
+        for probe in [container.startup_probe.unwrap(), container.liveness_probe.unwrap()] {
+            assert_eq!(probe.http_get.unwrap().path.as_deref(), Some("/healthz"));
+        }
+    }
+
+    #[test]
     fn another_config_has_another_name() {
         let mut changed = job();
         changed.spec.stages[0].checkpoint.every_steps += 1;

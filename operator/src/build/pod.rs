@@ -199,8 +199,9 @@ fn ports(compute: &Compute) -> Vec<ContainerPort> {
 
 fn resources(compute: &Compute) -> ResourceRequirements {
     let mut all = compute.resources.clone();
-    let claims = compute.pod_template.resource_claims.iter();
-    all.claims = some(claims.map(|claim| ResourceClaim { name: claim.name.clone(), ..Default::default() }).collect());
+    let given = compute.pod_template.resource_claims.iter();
+    let every = given.map(|claim| ResourceClaim { name: claim.name.clone(), ..Default::default() });
+    all.claims = all.claims.or_else(|| some(every.collect()));
     if compute.devices_per_node > 0 {
         let count = Quantity(compute.devices_per_node.to_string());
         for side in [&mut all.requests, &mut all.limits] {

@@ -32,7 +32,7 @@ pub(super) fn compute(job: &RLHFJob) -> Compute {
     }
 }
 
-/// Limits are by default those of the stages, so that a quota or a range that wants limits is met where stages meet it.
+/// Without claims of devices. Limits are by default those of the stages, so that a quota or a range that wants limits is met where stages meet it.
 fn resources(own: &ResourceRequirements, stages: &ResourceRequirements) -> ResourceRequirements {
     let mut limits: BTreeMap<_, _> = stages.limits.clone().unwrap_or_default();
     limits.retain(|name, _| OF_EVERY_NODE.contains(&name.as_str()));
