@@ -49,6 +49,8 @@ pub enum StagePhase {
     Succeeded,
     /// Given up. Final.
     Failed,
+    /// Stopped, or never begun, because the job failed elsewhere. Final.
+    Stopped,
 }
 
 /// What is known about the job.
@@ -168,7 +170,15 @@ pub struct StageStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<String>", extend("format" = "date-time"))]
     pub not_before: Option<Timestamp>,
-    /// Since when the current attempt's pods are to start; absent once all run.
+    /// When the current attempt was given its number.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>", extend("format" = "date-time"))]
+    pub attempt_start: Option<Timestamp>,
+    /// Since when the current attempt waits for what others have to give: nodes, a quota, a permission, its turn in a queue.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>", extend("format" = "date-time"))]
+    pub pending_since: Option<Timestamp>,
+    /// Since when the current attempt's pods are to start and could; absent once all run.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<String>", extend("format" = "date-time"))]
     pub starting_since: Option<Timestamp>,

@@ -123,6 +123,7 @@ const fn stage_phase(phase: StagePhase) -> &'static str {
         StagePhase::Running => "Running",
         StagePhase::Succeeded => "Succeeded",
         StagePhase::Failed => "Failed",
+        StagePhase::Stopped => "Stopped",
     }
 }
 
