@@ -3,13 +3,15 @@
 //! A pod is asked at most once a period, whether it answers or not; between two questions the last answer stands.
 //! So passes that come for other reasons neither flood the trainer nor change the status. What trainers tell is written to
 //! the API server, so where many run the period is longer, and all of them together cause so many writes a second on average.
-//! One that does not answer is asked half as often: it holds up a pass, and many such would hold up all.
+//! One that does not answer is asked half as often: it holds up a pass, and many such would hold up all. Where most do not,
+//! it is not they: something lies between the operator and them, which is said once.
 //! Pods are not trusted: an answer is bounded in time and size. Trainers in turn answer only who has the key of their job.
 
 use crate::decide::PROGRESS_PERIOD;
 use rlhf_api::config::HTTP_PORT;
 use rlhf_api::report::Progress;
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -25,6 +27,11 @@ const MAX_METRICS: usize = 64;
 const MAX_TEXT_BYTES: usize = 512;
 /// A pod that is not asked for so long after it was due is forgotten. Longer than any pause after failed passes.
 const FORGOTTEN_AFTER: Duration = Duration::from_secs(600);
+
+/// A trainer that has not answered for so long counts as silent.
+const SILENT_AFTER: Duration = Duration::from_secs(60);
+/// Fewer than so many silent trainers say nothing about the operator.
+const FEWEST: usize = 3;
 
 /// What is remembered of a pod.
 #[derive(Clone)]
@@ -62,6 +69,24 @@ pub struct ProgressReader {
     client: reqwest::Client,
     port: u16,
     answers: Mutex<Answers>,
+    /// Whether it has been said that most trainers are silent, and they still are.
+    is_cut_off: AtomicBool,
+}
+
+/// How many trainers are asked, and how many of those have not answered for a while.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Trainers {
+    /// Trainers that are asked.
+    pub asked: usize,
+    /// Those that have been asked in vain for a minute.
+    pub silent: usize,
+}
+
+impl Trainers {
+    /// Whether most are silent, so that it is the operator that cannot reach them.
+    pub fn says_cut_off(self) -> bool {
+        self.silent >= FEWEST && 2 * self.silent > self.asked
+    }
 }
 
 /// An answer that was not used.
@@ -95,6 +120,10 @@ impl Asked {
         self.at.elapsed() < self.period + PROGRESS_PERIOD.unsigned_abs()
     }
 
+    fn is_silent(&self) -> bool {
+        self.silent_since.is_some_and(|since| self.at.duration_since(since) >= SILENT_AFTER)
+    }
+
     fn heard(&self) -> Heard {
         Heard {
             progress: self.answer.clone(),
@@ -103,6 +132,14 @@ impl Asked {
             ask_again: self.period.saturating_sub(self.at.elapsed()),
         }
     }
+}
+
+fn count(answers: &Answers) -> Trainers {
+    let live = answers.values().filter(|asked| asked.is_live());
+    live.fold(Trainers::default(), |all, one| Trainers {
+        asked: all.asked + 1,
+        silent: all.silent + usize::from(one.is_silent()),
+    })
 }
 
 /// How often each of so many pods is asked.
@@ -127,7 +164,7 @@ impl ProgressReader {
             .pool_max_idle_per_host(0)
             .redirect(reqwest::redirect::Policy::none())
             .build()?;
-        Ok(Self { client, port, answers: Mutex::default() })
+        Ok(Self { client, port, answers: Mutex::default(), is_cut_off: AtomicBool::new(false) })
     }
 
     /// What the pod last told. It is asked if that is a period old.
@@ -143,7 +180,28 @@ impl ProgressReader {
         answers.retain(|_, asked| asked.at.elapsed() < asked.period + FORGOTTEN_AFTER);
         let asked = Asked::after(last, answer, period(answers.values().filter(|asked| asked.is_live()).count()));
         answers.insert(key, asked.clone());
+        let trainers = count(&answers);
+        drop(answers);
+        self.tell_cut_off(trainers);
         asked.heard()
+    }
+
+    /// How many trainers answer, for the metrics.
+    pub fn trainers(&self) -> Trainers {
+        count(&self.lock())
+    }
+
+    fn tell_cut_off(&self, Trainers { asked, silent }: Trainers) {
+        let is = Trainers { asked, silent }.says_cut_off();
+        match (self.is_cut_off.swap(is, Ordering::Relaxed), is) {
+            (false, true) => tracing::error!(
+                asked,
+                silent,
+                "most trainers do not answer, and nobody is restarted for it; does a NetworkPolicy keep the operator from port {HTTP_PORT} of the trainers' pods?"
+            ),
+            (true, false) => tracing::info!(asked, silent, "most trainers answer again"),
+            _ => {}
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Answers> {
@@ -180,7 +238,7 @@ mod tests {
     use axum::http::{HeaderMap, StatusCode};
     use axum::routing::get;
     use std::sync::Arc;
-    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::atomic::AtomicUsize;
 
     const KEY: &str = "the job's key";
     const PERIOD: Duration = Duration::from_secs(10);
@@ -251,6 +309,27 @@ mod tests {
         assert_eq!(Asked::after(None, None, PERIOD).heard().silent_for, Some(Duration::ZERO));
         let twice = Asked::after(Some(silent.clone()), None, PERIOD).heard();
         assert!(twice.silent_for.is_some_and(|time| time >= Duration::from_millis(20)));
+    }
+
+    #[tokio::test]
+    async fn where_most_trainers_are_silent_it_is_the_operator_and_that_is_noted_once() {
+        let reader = ProgressReader::on_port(1).unwrap();
+        let long_ago = Instant::now().checked_sub(2 * SILENT_AFTER).unwrap();
+        let silent = |i: usize| {
+            let asked = Asked { silent_since: Some(long_ago), ..Asked::after(None, None, PERIOD) };
+            reader.lock().insert(("ns".into(), format!("silent-{i}")), asked);
+        };
+        (0..2).for_each(silent);
+        reader.lock().insert(("ns".into(), "speaks".into()), Asked::after(None, Some(Progress::default()), PERIOD));
+        assert_eq!(reader.trainers(), Trainers { asked: 3, silent: 2 });
+        assert!(!reader.trainers().says_cut_off(), "two may be silent by themselves");
+        (2..4).for_each(silent);
+        assert!(reader.trainers().says_cut_off());
+        reader.read("ns", "another", "127.0.0.1", KEY).await;
+        assert!(reader.is_cut_off.load(Ordering::SeqCst));
+        (0..4).for_each(|i| _ = reader.lock().remove(&("ns".to_owned(), format!("silent-{i}"))));
+        reader.read("ns", "more", "127.0.0.1", KEY).await;
+        assert!(!reader.is_cut_off.load(Ordering::SeqCst));
     }
 
     #[tokio::test]
