@@ -77,7 +77,7 @@ impl Error {
 /// Writes a decision. `Ok(false)` means that all was written but what the API server refused, which the context's
 /// [`Retries`](crate::retries::Retries) know.
 pub async fn apply(job: &RLHFJob, decision: &Decision, ctx: &Context) -> Result<bool, Error> {
-    let Decision { status: _, delete, lost, make, notices, outcomes, expired, requeue: _ } = decision;
+    let Decision { status: _, delete, orphans, lost, make, notices, outcomes, expired, requeue: _ } = decision;
     write_status(job, decision, ctx).await?;
     ctx.metrics.status_written(job, &decision.status);
     for outcome in outcomes {
@@ -90,6 +90,10 @@ pub async fn apply(job: &RLHFJob, decision: &Decision, ctx: &Context) -> Result<
     for child in delete {
         still_leads(ctx)?;
         all_as_seen &= delete_job(job, child, ctx).await?;
+    }
+    for pod in orphans {
+        still_leads(ctx)?;
+        delete_pod(job, pod, DeleteParams::default(), ctx).await?;
     }
     for pod in lost {
         still_leads(ctx)?;
@@ -194,9 +198,15 @@ async fn remove_lost(job: &RLHFJob, pod: &PodRef, ctx: &Context) -> Result<(), E
         Err(kube::Error::Api(s)) if s.is_not_found() || s.is_conflict() => return Ok(()),
         Err(source) => return Err(Error::Api { what: format!("the status of pod {name}"), source }),
     }
+    delete_pod(job, pod, DeleteParams::default().grace_period(0), ctx).await
+}
+
+/// Deletes a pod that no Job stands for, and no other of its name.
+async fn delete_pod(job: &RLHFJob, pod: &PodRef, how: DeleteParams, ctx: &Context) -> Result<(), Error> {
+    let PodRef { name, uid, .. } = pod;
     let only_this = Preconditions { uid: Some(uid.clone()), ..Default::default() };
-    let at_once = DeleteParams::default().grace_period(0).preconditions(only_this);
-    match ctx.metrics.api("delete", api.delete(name, &at_once).await) {
+    let api: Api<Pod> = ctx.api(job);
+    match ctx.metrics.api("delete", api.delete(name, &how.preconditions(only_this)).await) {
         Ok(_) => Ok(()),
         Err(kube::Error::Api(s)) if s.is_not_found() || s.is_conflict() => Ok(()),
         Err(source) => Err(Error::Api { what: format!("the removal of pod {name}"), source }),

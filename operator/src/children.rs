@@ -2,13 +2,12 @@
 //!
 //! A pass finds its job's children without a walk over all those of the cluster, and of each no more is kept than the
 //! rules read: a [`JobView`] or a [`PodView`]. A reflector's store of whole objects, pruned or not, takes several times
-//! that memory.
+//! that memory. What is found here carries the job's label and no more; whose child it is, [`crate::view::stages`] tells.
 
 use crate::view::{JobView, PodView};
 use jiff::SignedDuration;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::Pod;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::runtime::watcher::Event;
 use kube::{Resource, ResourceExt};
 use rlhf_api::names;
@@ -17,44 +16,26 @@ use std::mem::take;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// The one owner that controls an object.
-pub(crate) fn controller(object: &impl Resource) -> Option<&OwnerReference> {
-    object.meta().owner_references.iter().flatten().find(|o| o.controller == Some(true))
-}
-
 /// A kind of child.
 pub trait Child: Resource<DynamicType = ()> {
     /// What the rules read of it.
     type View: Clone;
-    /// The UID of the RLHFJob whose child it is.
-    fn job(&self) -> Option<&str>;
-    /// What the rules read of it, if it is a child.
+    /// What the rules read of it, if it has a child's labels.
     fn view(&self) -> Option<Self::View>;
     /// Notes for how long it has been known that its deletion was asked for.
     fn note_deleting(_: &mut Self::View, _for: Duration) {}
 }
 
-/// A Job carries the UID in its owner reference.
 impl Child for Job {
     type View = JobView;
-
-    fn job(&self) -> Option<&str> {
-        controller(self).map(|o| o.uid.as_str())
-    }
 
     fn view(&self) -> Option<JobView> {
         JobView::parse(self)
     }
 }
 
-/// A pod, whose owner is the Job and may be gone, carries it in a label.
 impl Child for Pod {
     type View = PodView;
-
-    fn job(&self) -> Option<&str> {
-        let is_jobs = controller(self).is_some_and(|o| o.kind == "Job");
-        self.labels().get(names::LABEL_JOB_UID).map(String::as_str).filter(|_| is_jobs)
-    }
 
     fn view(&self) -> Option<PodView> {
         PodView::parse(self)
@@ -96,7 +77,6 @@ struct Known<V> {
 struct Kept<V> {
     job: Arc<str>,
     namespace: String,
-    stage: String,
     /// Since when its deletion is known of.
     deleting_since: Option<Instant>,
     view: V,
@@ -122,15 +102,11 @@ impl<V> Known<V> {
     fn take<K: Child<View = V>>(&mut self, child: &K, deleting_since: Option<Instant>) {
         let Some(uid) = child.uid() else { return };
         self.remove(&uid);
-        let (Some(job), Some(stage), Some(view)) =
-            (child.job(), child.labels().get(names::LABEL_STAGE).cloned(), child.view())
-        else {
-            return;
-        };
-        let (uid, job): (Arc<str>, Arc<str>) = (uid.into(), job.into());
+        let (Some(job), Some(view)) = (child.labels().get(names::LABEL_JOB_UID), child.view()) else { return };
+        let (uid, job): (Arc<str>, Arc<str>) = (uid.into(), job.as_str().into());
         self.families.entry(job.clone()).or_default().push(uid.clone());
         let namespace = child.namespace().unwrap_or_default();
-        self.children.insert(uid, Kept { job, namespace, stage, deleting_since, view });
+        self.children.insert(uid, Kept { job, namespace, deleting_since, view });
     }
 
     /// Since when it is known that the child's deletion was asked for: from now on, if nothing has told of it before.
@@ -173,13 +149,13 @@ impl<K: Child> Children<K> {
         }
     }
 
-    /// A job's children, each with its stage.
-    pub fn of(&self, job: &impl Resource) -> Vec<(String, K::View)> {
+    /// What carries a job's UID in its label.
+    pub fn of(&self, job: &impl Resource) -> Vec<K::View> {
         let (namespace, uid) = (job.meta().namespace.as_deref(), job.meta().uid.as_deref());
         let watched = self.lock();
         let family = watched.known.families.get(uid.unwrap_or_default()).into_iter().flatten();
         let kept = family.filter_map(|child| watched.known.children.get(child));
-        kept.filter(|k| namespace == Some(&k.namespace)).map(|k| (k.stage.clone(), k.view_now::<K>())).collect()
+        kept.filter(|k| namespace == Some(&k.namespace)).map(Kept::view_now::<K>).collect()
     }
 }
 
@@ -203,19 +179,17 @@ mod tests {
 
     fn of_the_job(children: &Children<Pod>) -> Vec<String> {
         let mut names: Vec<_> =
-            children.of(&job()).into_iter().map(|(stage, view)| format!("{stage} {}", view.name)).collect();
+            children.of(&job()).into_iter().map(|view| format!("{} {}", view.stage, view.name)).collect();
         names.sort();
         names
     }
 
     #[test]
-    fn only_a_jobs_own_children_are_its_children() {
+    fn only_what_carries_a_jobs_labels_is_found() {
         let children = Children::<Pod>::default();
         for (name, path, value) in [
             ("of-another-job", "/metadata/labels/rlhf.dev~1job-uid", json!("another")),
             ("of-another-namespace", "/metadata/namespace", json!("other")),
-            ("of-a-replica-set", "/metadata/ownerReferences/0/kind", json!("ReplicaSet")),
-            ("not-controlled", "/metadata/ownerReferences/0/controller", json!(false)),
             ("of-no-attempt", "/metadata/labels/rlhf.dev~1attempt", json!("first")),
         ] {
             children.take(&Event::Apply(pod(name, |p| *p.pointer_mut(path).unwrap() = value.clone())));
@@ -233,7 +207,7 @@ mod tests {
         children.take(&Event::Apply(pod("b", |_| ())));
         children.take(&Event::Apply(pod("a", |p| p["spec"] = json!({"containers": [], "nodeName": "n"}))));
         assert_eq!(of_the_job(&children), ["tune a", "tune b"]);
-        assert!(children.of(&job()).iter().any(|(_, view)| view.node.as_deref() == Some("n")));
+        assert!(children.of(&job()).iter().any(|view| view.node.as_deref() == Some("n")));
         children.take(&Event::Delete(pod("b", |_| ())));
         children.take(&Event::Apply(pod("a", relabelled)));
         assert!(of_the_job(&children).is_empty());
@@ -245,7 +219,7 @@ mod tests {
     #[test]
     fn a_deletion_is_known_from_the_first_word_of_it_on_through_changes_and_new_lists() {
         let children = Children::<Pod>::default();
-        let deleting_for = || children.of(&job())[0].1.deleting_for;
+        let deleting_for = || children.of(&job())[0].deleting_for;
         let deleted = |p: &mut Value| {
             p["metadata"]["deletionTimestamp"] = json!("2020-01-01T00:00:00Z");
         };

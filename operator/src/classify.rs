@@ -11,86 +11,80 @@ use jiff::Timestamp;
 use rlhf_api::job::Failure;
 use rlhf_api::report::{ExitCode, Verdict};
 
-/// Why an attempt ended; its word stands in status, events and metrics.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reason {
-    /// The trainer's own exit code.
-    Exit(ExitCode),
+/// The reasons that are not an exit code's: each with its word, and what the operator does about it.
+macro_rules! reasons {
+    ($($(#[$doc:meta])* $name:ident = $word:expr, $verdict:ident;)*) => {
+        /// Why an attempt ended; its word stands in status, events and metrics.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum Reason {
+            /// The trainer's own exit code.
+            Exit(ExitCode),
+            $($(#[$doc])* $name,)*
+        }
+
+        impl Reason {
+            /// Reasons that are not an exit code's.
+            const OTHERS: &[Reason] = &[$(Reason::$name),*];
+
+            /// The CamelCase word.
+            pub const fn as_str(self) -> &'static str {
+                match self {
+                    Reason::Exit(code) => code.reason(),
+                    $(Reason::$name => $word,)*
+                }
+            }
+
+            /// What the operator does about it.
+            pub const fn verdict(self) -> Verdict {
+                match self {
+                    // An attempt that ended badly although its trainers ended well was failed from outside.
+                    Reason::Exit(ExitCode::Done) => Verdict::Retry,
+                    Reason::Exit(code) => code.verdict(),
+                    $(Reason::$name => Verdict::$verdict,)*
+                }
+            }
+        }
+    };
+}
+
+reasons! {
     /// The container passed its memory limit (host memory).
-    OomKilled,
+    OomKilled = "OOMKilled", Retry;
     /// A signal ended a worker or the container, and nobody had asked for the pod's deletion.
-    Killed,
-    /// The cluster took the pod's place: preemption, drain, eviction.
-    Disrupted,
+    Killed = "Killed", Retry;
+    /// The kubelet evicted the pod for what it used itself: it passed a limit of its own.
+    Evicted = "Evicted", Retry;
+    /// The cluster took the pod's place (preemption, drain, eviction), or its node refused it.
+    Disrupted = "Disrupted", Disruption;
     /// The pod's node is gone, or no longer does what it is told.
-    NodeLost,
+    NodeLost = NODE_LOST, Disruption;
+    /// The node's runtime found the container gone, as after a loss of power.
+    ContainerLost = "ContainerLost", Disruption;
     /// The pod or its Job was deleted by hand, or is gone without a trace.
-    PodDeleted,
+    PodDeleted = "PodDeleted", Disruption;
     /// An exit code that is not in the contract, or a container that could not be run.
-    UnexpectedExit,
+    UnexpectedExit = "UnexpectedExit", Retry;
     /// The attempt was stopped because the job failed elsewhere.
-    Stopped,
+    Stopped = "Stopped", Fail;
     /// The API server refuses the attempt's objects for what the job says.
-    Rejected,
-    /// Not all pods ran in time.
-    StartupDeadline,
+    Rejected = "Rejected", Fail;
+    /// Not all pods ran in time although they had nodes.
+    StartupDeadline = "StartupDeadlineExceeded", Retry;
+    /// Not all pods had nodes, or might be made, in the time that the job allows for it.
+    PendingTimeout = "PendingTimeoutExceeded", Fail;
+    /// Prepare took longer than the job allows.
+    PrepareDeadline = "PrepareDeadlineExceeded", Fail;
     /// The image's name is none, so that no pod will ever start.
-    InvalidImageName,
+    InvalidImageName = "InvalidImageName", Fail;
     /// No step was made for too long.
-    Stalled,
+    Stalled = "Stalled", Retry;
 }
 
 impl Reason {
-    /// Reasons that are not an exit code's.
-    const OTHERS: [Reason; 11] = [
-        Reason::OomKilled,
-        Reason::Killed,
-        Reason::Disrupted,
-        Reason::NodeLost,
-        Reason::PodDeleted,
-        Reason::UnexpectedExit,
-        Reason::Stopped,
-        Reason::Rejected,
-        Reason::StartupDeadline,
-        Reason::InvalidImageName,
-        Reason::Stalled,
-    ];
-
-    /// The CamelCase word.
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Reason::Exit(code) => code.reason(),
-            Reason::OomKilled => "OOMKilled",
-            Reason::Killed => "Killed",
-            Reason::Disrupted => "Disrupted",
-            Reason::NodeLost => NODE_LOST,
-            Reason::PodDeleted => "PodDeleted",
-            Reason::UnexpectedExit => "UnexpectedExit",
-            Reason::Stopped => "Stopped",
-            Reason::Rejected => "Rejected",
-            Reason::StartupDeadline => "StartupDeadlineExceeded",
-            Reason::InvalidImageName => "InvalidImageName",
-            Reason::Stalled => "Stalled",
-        }
-    }
-
     /// The reason with this word; one that a later version wrote reads as unexpected.
     pub fn parse(word: &str) -> Self {
         let codes = ExitCode::ALL.into_iter().map(Reason::Exit);
-        codes.chain(Self::OTHERS).find(|r| r.as_str() == word).unwrap_or(Reason::UnexpectedExit)
-    }
-
-    /// What the operator does about it.
-    pub const fn verdict(self) -> Verdict {
-        match self {
-            // A Job that failed although its pods ended well was failed from outside.
-            Reason::Exit(ExitCode::Done) => Verdict::Retry,
-            Reason::Exit(code) => code.verdict(),
-            Reason::OomKilled | Reason::Killed | Reason::UnexpectedExit => Verdict::Retry,
-            Reason::StartupDeadline | Reason::Stalled => Verdict::Retry,
-            Reason::Disrupted | Reason::NodeLost | Reason::PodDeleted => Verdict::Disruption,
-            Reason::Stopped | Reason::Rejected | Reason::InvalidImageName => Verdict::Fail,
-        }
+        codes.chain(Self::OTHERS.iter().copied()).find(|r| r.as_str() == word).unwrap_or(Reason::UnexpectedExit)
     }
 
     /// How far the reason is from being the cause: lower is nearer.
@@ -119,17 +113,35 @@ pub fn cause<'a>(
     now: Timestamp,
 ) -> Option<Failure> {
     let recorded = recorded.filter(|f| f.attempt == attempt);
-    let bad = pods.filter(|p| p.ended().is_some_and(|e| e.code != Some(0)));
-    let first_end = bad.clone().filter_map(|p| p.ended()?.at).chain(recorded.map(|f| f.at)).min();
-    let seen = bad.filter_map(|pod| {
-        let failure = failure(attempt, pod, pod.ended()?, first_end, now);
-        let reason = Reason::parse(&failure.reason);
-        let told = reason != Reason::PodDeleted && cleaned_up(pod, pod.ended()?);
-        let distance = if told { CLEANED_UP } else { reason.distance() };
-        Some((distance, failure))
-    });
+    let seen = bad_ends(attempt, pods, recorded.map(|f| f.at), now);
     let recorded = recorded.map(|f| (Reason::parse(&f.reason).distance(), f.clone()));
     recorded.into_iter().chain(seen).min_by_key(|(distance, f)| (*distance, f.at)).map(|(_, f)| f)
+}
+
+/// The error of its own by which a pod ended of an attempt that was only told to stop; a stop that goes well is none, nor is
+/// what it does to peers.
+pub fn own_error<'a>(attempt: u32, pods: impl Iterator<Item = &'a PodView> + Clone, now: Timestamp) -> Option<Failure> {
+    let own =
+        |(distance, f): &(u8, Failure)| *distance == 0 && Reason::parse(&f.reason).verdict() != Verdict::Disruption;
+    bad_ends(attempt, pods, None, now).filter(own).map(|(_, f)| f).min_by_key(|f| f.at)
+}
+
+/// The bad ends of an attempt's pods, each with how far it is from being the cause.
+fn bad_ends<'a>(
+    attempt: u32,
+    pods: impl Iterator<Item = &'a PodView> + Clone,
+    recorded_at: Option<Timestamp>,
+    now: Timestamp,
+) -> impl Iterator<Item = (u8, Failure)> {
+    let bad = pods.filter(|p| p.failed());
+    let first_end = bad.clone().filter_map(|p| p.ended()?.at).chain(recorded_at).min();
+    bad.filter_map(move |pod| {
+        let end = pod.ended()?;
+        let failure = failure(attempt, pod, end, first_end, now);
+        let reason = Reason::parse(&failure.reason);
+        let told = reason != Reason::PodDeleted && cleaned_up(pod, end);
+        Some((if told { CLEANED_UP } else { reason.distance() }, failure))
+    })
 }
 
 /// The end of an attempt of which nothing is left to see.
@@ -155,7 +167,7 @@ fn deleted_by_hand(pod: &PodView, first_end: Option<Timestamp>) -> bool {
 /// Whether the pod ended because it was told to.
 fn cleaned_up(pod: &PodView, end: &End) -> bool {
     let told = pod.deletion_requested.is_some_and(|asked| end.at.is_none_or(|at| asked <= at));
-    told && pod.disruption.is_none() && matches!(end.code, Some(143 | 137) | None)
+    told && pod.disruption.is_none() && pod.evicted.is_none() && matches!(end.code, Some(143 | 137) | None)
 }
 
 fn failure(attempt: u32, pod: &PodView, end: &End, first_end: Option<Timestamp>, now: Timestamp) -> Failure {
@@ -180,10 +192,13 @@ fn reason(pod: &PodView, end: &End, first_end: Option<Timestamp>) -> Reason {
         (Some(code), _) if code.verdict() == Verdict::Fail => Reason::Exit(code),
         _ if pod.disruption.as_deref().is_some_and(is_loss_of_node) => Reason::NodeLost,
         _ if pod.disruption.is_some() => Reason::Disrupted,
+        _ if pod.evicted.is_some() => Reason::Evicted,
         _ if end.oom_killed => Reason::OomKilled,
         (Some(ExitCode::Terminated), _) | (_, Some(137) | None) if deleted_by_hand(pod, first_end) => {
             Reason::PodDeleted
         }
+        _ if end.lost => Reason::ContainerLost,
+        _ if end.spoiled_by.is_some() => Reason::UnexpectedExit,
         (Some(code), _) => Reason::Exit(code),
         (None, Some(code)) if signal(code).is_some() => Reason::Killed,
         (None, _) => Reason::UnexpectedExit,
@@ -216,6 +231,14 @@ fn message(pod: &PodView, end: &End, reason: Reason) -> String {
     let text = match (reason, &pod.disruption) {
         (Reason::Disrupted | Reason::NodeLost, Some(why)) => format!("pod {} was disrupted: {why}", pod.name),
         (Reason::PodDeleted, _) => format!("pod {} was deleted", pod.name),
+        (Reason::Evicted, _) => {
+            let why = pod.evicted.as_deref().unwrap_or_default();
+            format!("pod {} was evicted for what it used itself: {why}; raise the limit in compute.resources", pod.name)
+        }
+        (Reason::ContainerLost, _) => {
+            format!("the container of pod {} was lost with what ran it on its node", pod.name)
+        }
+        (Reason::UnexpectedExit, _) if let Some(other) = &end.spoiled_by => format!("pod {}: {other}", pod.name),
         (Reason::OomKilled, _) => {
             format!(
                 "pod {} passed its memory limit; raise compute.resources.limits.memory or lower batch.microSize",
@@ -268,15 +291,20 @@ mod tests {
         PodView {
             name: format!("j-s-1-{index}"),
             uid: format!("u{index}"),
+            owner: None,
+            stage: "s".into(),
             attempt: 1,
             index,
             node: Some(format!("node{index}")),
             ip: None,
+            image_id: None,
+            created: at(0),
             deletion_requested: None,
             grace: SignedDuration::ZERO,
             deleting_for: SignedDuration::ZERO,
             disruption: None,
-            state: PodState::Ended(End { code, oom_killed: false, word: None, text: None, at: Some(at(second)) }),
+            evicted: None,
+            state: PodState::Ended(End { code, at: Some(at(second)), ..End::default() }),
         }
     }
 
@@ -390,10 +418,7 @@ mod tests {
 
     #[test]
     fn the_record_does_not_change_while_nothing_new_is_seen() {
-        let undated = PodView {
-            state: PodState::Ended(End { code: None, oom_killed: false, word: None, text: None, at: None }),
-            ..pod(0, 1, 0)
-        };
+        let undated = PodView { state: PodState::Ended(End::default()), ..pod(0, 1, 0) };
         let first = cause(1, [undated.clone()].iter(), None, at(5)).unwrap();
         assert_eq!(cause(1, [undated].iter(), Some(&first), at(50)), Some(first));
     }
@@ -409,17 +434,9 @@ mod tests {
             (Reason::Exit(ExitCode::Storage), Verdict::Retry),
             (Reason::Exit(ExitCode::PeerLost), Verdict::Retry),
             (Reason::Exit(ExitCode::Terminated), Verdict::Disruption),
-            (Reason::OomKilled, Verdict::Retry),
-            (Reason::Killed, Verdict::Retry),
-            (Reason::UnexpectedExit, Verdict::Retry),
-            (Reason::Disrupted, Verdict::Disruption),
-            (Reason::PodDeleted, Verdict::Disruption),
-            (Reason::NodeLost, Verdict::Disruption),
-            (Reason::StartupDeadline, Verdict::Retry),
-            (Reason::Stalled, Verdict::Retry),
-            (Reason::InvalidImageName, Verdict::Fail),
-            (Reason::Rejected, Verdict::Fail),
         ];
+        let others = Reason::OTHERS.iter().map(|reason| (*reason, reason.verdict()));
+        let table: Vec<_> = table.into_iter().chain(others).collect();
         for (reason, verdict) in table {
             assert_eq!(reason.verdict(), verdict, "{reason:?}");
             assert_eq!(Reason::parse(reason.as_str()), reason);
@@ -451,12 +468,20 @@ mod tests {
     fn told(phase: &str, container: serde_json::Value, rest: serde_json::Value) -> PodView {
         let mut status = rest;
         status["phase"] = phase.into();
+        // One that fails the pod although the trainer has ended well.
+        let spoils = phase == "Failed" && container["terminated"]["exitCode"] == 0;
+        let sidecar = if spoils {
+            serde_json::json!({"terminated": {"exitCode": 1}})
+        } else {
+            serde_json::json!({"running": {}})
+        };
         status["containerStatuses"] = serde_json::json!([
-            {"name": "sidecar", "ready": true, "restartCount": 0, "image": "i", "imageID": "", "state": {"running": {}}},
+            {"name": "sidecar", "ready": true, "restartCount": 0, "image": "i", "imageID": "", "state": sidecar},
             {"name": crate::view::CONTAINER, "ready": false, "restartCount": 0, "image": "i", "imageID": "", "state": container},
         ]);
         let pod = serde_json::json!({
-            "metadata": {"name": "j-s-1-0", "labels": {rlhf_api::names::LABEL_ATTEMPT: "1"},
+            "metadata": {"name": "j-s-1-0",
+                "labels": {rlhf_api::names::LABEL_ATTEMPT: "1", rlhf_api::names::LABEL_STAGE: "s"},
                 "annotations": {crate::view::INDEX_KEY: "0"}},
             "spec": {"containers": [], "nodeName": "node7"},
             "status": status,
@@ -470,6 +495,9 @@ mod tests {
         let ended = |code: i32, reason: &str| json!({"terminated": {"exitCode": code, "reason": reason, "finishedAt": "2026-01-01T00:00:05Z"}});
         let target = |reason: &str| json!({"conditions": [{"type": "DisruptionTarget", "status": "True", "reason": reason, "message": "m"}]});
         let running = json!({"running": {}});
+        let mut evicted_for_pressure = target("TerminationByKubelet");
+        evicted_for_pressure["reason"] = json!("Evicted");
+        evicted_for_pressure["conditions"][0]["message"] = json!("The node was low on resource: memory");
         for (phase, container, rest, reason, words) in [
             ("Failed", ended(137, "OOMKilled"), json!({}), "OOMKilled", "memory limit"),
             ("Failed", ended(137, "Error"), json!({}), "Killed", "SIGKILL"),
@@ -481,9 +509,39 @@ mod tests {
             (
                 "Failed",
                 running.clone(),
-                json!({"reason": "Evicted", "message": "low on disk"}),
+                json!({"reason": "Evicted", "message": "Pod ephemeral local storage usage exceeds the total limit of containers 1Ki. "}),
+                "Evicted",
+                "exceeds the total limit",
+            ),
+            ("Failed", ended(137, "Error"), evicted_for_pressure, "Disrupted", "low on resource"),
+            (
+                "Failed",
+                running.clone(),
+                json!({"reason": "OutOfmemory", "message": "no room"}),
                 "Disrupted",
-                "Evicted: low on disk",
+                "OutOfmemory",
+            ),
+            ("Failed", running.clone(), json!({"reason": "OutOfcpu", "message": "m"}), "Disrupted", "OutOfcpu: m"),
+            ("Failed", running.clone(), json!({"reason": "NodeAffinity", "message": "m"}), "Disrupted", "NodeAffinity"),
+            (
+                "Failed",
+                running.clone(),
+                json!({"reason": "UnexpectedAdmissionError", "message": "devices"}),
+                "Disrupted",
+                "UnexpectedAdmissionError: devices",
+            ),
+            ("Failed", running.clone(), json!({"reason": "NodeShutdown"}), "Disrupted", "NodeShutdown"),
+            ("Failed", ended(137, "Error"), json!({"reason": "Terminated"}), "Disrupted", "Terminated"),
+            ("Failed", running.clone(), json!({"reason": "DeadlineExceeded"}), "UnexpectedExit", "DeadlineExceeded"),
+            ("Failed", ended(255, "Unknown"), json!({}), "ContainerLost", "lost"),
+            ("Failed", ended(255, "Error"), json!({}), "ContainerLost", "lost"),
+            ("Failed", ended(137, "ContainerStatusUnknown"), json!({}), "ContainerLost", "lost"),
+            (
+                "Failed",
+                ended(0, "Completed"),
+                json!({}),
+                "UnexpectedExit",
+                "container sidecar beside the trainer ended",
             ),
             ("Failed", ended(143, "Error"), target("PreemptionByScheduler"), "Disrupted", "PreemptionByScheduler: m"),
             ("Failed", ended(143, "Error"), target("DeletionByTaintManager"), "Disrupted", "DeletionByTaintManager"),
@@ -502,6 +560,17 @@ mod tests {
         let good = told("Succeeded", ended(0, "OOMKilled"), json!({}));
         assert!(good.succeeded(), "a child was killed for memory, and the trainer ended well");
         assert!(told("Running", ended(0, "Completed"), json!({})).succeeded(), "a sidecar runs on");
+    }
+
+    #[test]
+    fn a_stop_that_goes_well_is_no_error_and_one_that_does_not_is() {
+        let stopped = |code| [pod(0, 143, 9).deleted(3), pod(1, code, 9).deleted(3)];
+        for (code, reason) in
+            [(143, None), (137, None), (75, None), (74, Some("StorageFailed")), (65, Some("BadInput"))]
+        {
+            let found = own_error(1, stopped(code).iter(), at(10)).map(|f| f.reason);
+            assert_eq!(found.as_deref(), reason, "{code}");
+        }
     }
 
     #[test]

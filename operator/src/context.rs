@@ -3,6 +3,7 @@
 
 use crate::build::Settings;
 use crate::children::Children;
+use crate::clock::Clock;
 use crate::lease::Leadership;
 use crate::listed::Listed;
 use crate::metrics::Metrics;
@@ -36,6 +37,8 @@ pub struct Context {
     pub progress: ProgressReader,
     /// What failed passes left behind.
     pub retries: Retries,
+    /// The time that passes go by.
+    pub clock: Clock,
     /// Whether this operator may write.
     pub leadership: Leadership,
 }

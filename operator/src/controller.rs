@@ -10,7 +10,6 @@ use crate::observe::{self, observe, still_holds};
 use backon::ExponentialBuilder;
 use futures::future::BoxFuture;
 use futures::{FutureExt, Stream, StreamExt, TryStreamExt};
-use jiff::Timestamp;
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::Pod;
@@ -89,8 +88,8 @@ async fn pass(job: &RLHFJob, ctx: &Context) -> Result<Action, Error> {
     if job.spec.managed_by.as_ref().is_some_and(|by| by != names::MANAGED_BY) {
         return Ok(Action::await_change());
     }
-    let now = whole_seconds(Timestamp::now());
-    let observed = observe(job, ctx).await?;
+    let now = ctx.clock.now();
+    let observed = observe(job, ctx, now).await?;
     let decision = decide(job, &observed, &ctx.settings, now);
     if decision.touches_children() && !still_holds(job, &decision, ctx).await? {
         return Err(apply::Error::Stale.into());
@@ -117,11 +116,6 @@ async fn pass(job: &RLHFJob, ctx: &Context) -> Result<Action, Error> {
             Ok(Action::await_change())
         }
     }
-}
-
-/// Kubernetes counts in whole seconds, and so do the times in status.
-fn whole_seconds(time: Timestamp) -> Timestamp {
-    Timestamp::from_second(time.as_second()).unwrap_or(time)
 }
 
 async fn tell_undecodable(guarded: &Guarded, error: &str, ctx: &Context) {

@@ -8,6 +8,7 @@ pub mod apply;
 pub mod build;
 pub mod children;
 pub mod classify;
+pub mod clock;
 pub mod context;
 pub mod controller;
 pub mod decide;

@@ -10,6 +10,7 @@ use kube::Client;
 use kube::runtime::events::Recorder;
 use rlhf_api::names::FIELD_MANAGER;
 use rlhf_operator::build::{Allowances, NetworkRules, Settings};
+use rlhf_operator::clock::Clock;
 use rlhf_operator::context::Context;
 use rlhf_operator::controller::Watches;
 use rlhf_operator::http::{Served, serve};
@@ -175,6 +176,7 @@ async fn run(args: Args) -> Result<(), Box<dyn Error>> {
         metrics,
         progress: ProgressReader::new()?,
         retries: Retries::default(),
+        clock: Clock::default(),
         leadership,
     });
     let controller = watches.run(ctx, namespace, told(stopping));

@@ -3,6 +3,7 @@
 use super::*;
 use crate::build::{self, Task, tests};
 use crate::children::Children;
+use crate::clock::Clock;
 use crate::decide::{Event, Observed, Trouble, decide};
 use crate::lease::Leadership;
 use crate::listed::Listed;
@@ -68,6 +69,7 @@ fn server(answers: Vec<(&'static str, u16, Value)>) -> (Context, Log) {
         metrics: Arc::new(Metrics::new().unwrap()),
         progress: ProgressReader::new().unwrap(),
         retries: Retries::default(),
+        clock: Clock::default(),
         leadership: Leadership::held(),
     };
     (ctx, log)
@@ -354,12 +356,14 @@ async fn deletion_reaches_only_the_job_that_was_seen() {
 
 #[tokio::test]
 async fn children_are_touched_only_while_the_job_is_as_it_was_seen_and_no_pod_of_the_stage_runs() {
+    let labels = |attempt: &str| json!({"rlhf.dev/attempt": attempt, "rlhf.dev/stage": "tune"});
     let pod = |attempt: &str, phase: &str| {
-        json!({"metadata": {"name": "p", "labels": {"rlhf.dev/attempt": attempt}, "annotations": {crate::view::INDEX_KEY: "0"}},
+        json!({"metadata": {"name": "p", "labels": labels(attempt), "annotations": {crate::view::INDEX_KEY: "0"}},
             "status": {"phase": phase}})
     };
     let child = |attempt: &str, condition: &str| {
-        json!({"metadata": {"name": "j", "uid": "u", "labels": {"rlhf.dev/attempt": attempt}},
+        let owner = json!({"apiVersion": "rlhf.dev/v1alpha1", "kind": "RLHFJob", "name": "demo", "uid": "0123456789-abc", "controller": true});
+        json!({"metadata": {"name": "j", "uid": "u", "labels": labels(attempt), "ownerReferences": [owner]},
             "status": {"conditions": [{"type": condition, "status": "True"}]}})
     };
     let list = |items: Vec<Value>| json!({"metadata": {}, "items": items});
@@ -421,4 +425,16 @@ async fn case_23_a_lost_pod_is_declared_failed_before_it_is_removed() {
     assert_eq!(failed["status"]["conditions"][0]["reason"], NODE_LOST);
     let deletion = body(&log, "DELETE pods/p");
     assert_eq!((&deletion["gracePeriodSeconds"], &deletion["preconditions"]["uid"]), (&json!(0), &json!("uid-p")));
+}
+
+#[tokio::test]
+async fn a_pod_that_nobody_controls_is_deleted_with_its_grace_and_no_other_of_its_name() {
+    let (ctx, log) = server(vec![]);
+    let job = started();
+    let pod = PodRef { name: "p".into(), uid: "uid-p".into(), node: None };
+    let decision = Decision { status: job.status.clone().unwrap(), orphans: vec![pod], ..Decision::default() };
+    apply(&job, &decision, &ctx).await.unwrap();
+    assert_eq!(lines(&log), ["DELETE pods/p"]);
+    let deletion = body(&log, "DELETE pods/p");
+    assert_eq!((&deletion["gracePeriodSeconds"], &deletion["preconditions"]["uid"]), (&Value::Null, &json!("uid-p")));
 }

@@ -9,30 +9,41 @@
 //! - attempts and counters never fall, and a terminal job stays as it is;
 //! - the same input gives the same output, so a pass that changes nothing writes nothing.
 //!
+//! It goes in two steps and a fold: of each stage [`facts`] makes one of a few cases out of what was seen, [`transition`]
+//! draws from the case and the stage's phase what follows and when to look again, and [`status`] sums the stages up.
+//!
 //! The attempt number as a fence is JobSet's idea (`failurePolicy`, restart attempts).
 
+pub mod ask;
+mod clocks;
+mod conditions;
+mod facts;
 mod plan;
 mod stage;
+mod start;
 mod status;
+mod sweep;
 #[cfg(test)]
 mod tests;
+mod transition;
+mod words;
 #[cfg(test)]
 mod world;
 
+pub use sweep::LOST_AFTER;
+
 use crate::build::{self, Children, Settings, Task};
-use crate::view::{JobState, JobView, PodView, StageView};
+use crate::view::{self, JobView, StageView, Wait};
 use jiff::{SignedDuration, Timestamp};
-use kube::ResourceExt;
-use rlhf_api::job::{Phase, RLHFJob, RLHFJobStatus, StagePhase, StageStatus};
+use rlhf_api::job::{RLHFJob, RLHFJobStatus, Stage, StageStatus};
 use rlhf_api::names;
 use std::collections::BTreeMap;
 
 /// How often rank 0 of a running stage is asked how far it is at most, and so how often progress is written.
 pub const PROGRESS_PERIOD: SignedDuration = SignedDuration::from_secs(10);
 
-/// A pod that has not ended so long after the grace of its deletion is taken for lost with its node. With the grace it is
-/// the time after which ranks give up peers that do not answer.
-pub const LOST_AFTER: SignedDuration = SignedDuration::from_secs(180);
+/// How often a job that is not over is looked at although nothing has told of a change: what a watch missed is seen then.
+pub const RESYNC: SignedDuration = SignedDuration::from_secs(600);
 
 /// So far the clocks of operators that work one after the other may differ.
 const CLOCK_SKEW: SignedDuration = SignedDuration::from_secs(60);
@@ -44,8 +55,36 @@ pub struct Observed {
     pub stages: BTreeMap<String, StageView>,
     /// What the API server said when attempts' objects were last made, where it was no success; one for a stage at most.
     pub troubles: Vec<Trouble>,
-    /// Bytes of a device by the stage's name, where nodes tell it.
-    pub device_memory: BTreeMap<String, u64>,
+    /// What nodes tell of the devices of a stage, by the stage's name, where that was asked.
+    pub device_memory: BTreeMap<String, DeviceMemory>,
+    /// What is known of nodes that do not end pods, by their names.
+    pub nodes: BTreeMap<String, NodeState>,
+}
+
+/// How much memory the devices have on which a stage would run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceMemory {
+    /// So many bytes, at the least.
+    Bytes(u64),
+    /// There is no node yet on which its pods can run, as where a pool is scaled to zero.
+    NoNode,
+    /// There are such nodes, and none says it.
+    Untold,
+    /// The operator may not read nodes.
+    Unreadable,
+}
+
+/// What is known of a node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NodeState {
+    /// It is there; whether its pods run nobody can tell.
+    There,
+    /// Somebody who knows has said that it is down.
+    OutOfService,
+    /// It is no part of the cluster any more.
+    Gone,
+    /// The operator may not read nodes.
+    Unreadable,
 }
 
 impl Observed {
@@ -79,6 +118,8 @@ pub struct Decision {
     pub status: RLHFJobStatus,
     /// Jobs to delete with their pods.
     pub delete: Vec<JobRef>,
+    /// Pods that nobody controls any more: to be deleted, as their Job would have been.
+    pub orphans: Vec<PodRef>,
     /// Pods that their nodes should long have ended: to be declared failed, and removed.
     pub lost: Vec<PodRef>,
     /// Attempts to make.
@@ -149,8 +190,10 @@ pub enum Event {
     AttemptFailed,
     /// An attempt's objects cannot be made.
     Blocked,
-    /// A pod's node does not end it.
+    /// A pod's node has not ended it, and it is taken for lost.
     PodLost,
+    /// A pod's node has not ended it, and nothing says that it does not run on.
+    PodStuck,
     /// A stage is planned to take more memory than there is.
     MayNotFit,
     /// Every stage is done.
@@ -172,6 +215,7 @@ impl Event {
             Event::AttemptFailed => "AttemptFailed",
             Event::Blocked => "Blocked",
             Event::PodLost => "PodLost",
+            Event::PodStuck => "PodStuck",
             Event::MayNotFit => "MayNotFit",
             Event::JobSucceeded => "JobSucceeded",
             Event::JobFailed => "JobFailed",
@@ -182,7 +226,8 @@ impl Event {
 
     /// Whether somebody should look.
     pub const fn is_warning(self) -> bool {
-        matches!(self, Event::AttemptFailed | Event::Blocked | Event::PodLost | Event::MayNotFit | Event::JobFailed)
+        use Event::{AttemptFailed, Blocked, JobFailed, MayNotFit, PodLost, PodStuck};
+        matches!(self, AttemptFailed | Blocked | PodLost | PodStuck | MayNotFit | JobFailed)
     }
 }
 
@@ -220,7 +265,7 @@ pub fn decide(job: &RLHFJob, observed: &Observed, settings: &Settings, now: Time
     if job.metadata.deletion_timestamp.is_some() {
         return Decision { status: before, ..Decision::default() };
     }
-    let mut pass = Pass { job, observed, settings, now, defeat: None, decision: Decision::default() };
+    let mut pass = Pass { job, observed, settings, now, defeat: None, obstacle: None, decision: Decision::default() };
     let mut status = before.clone();
     if let Some(child) = newer_child(&before, observed) {
         pass.disown(child, &mut status);
@@ -259,6 +304,8 @@ struct Pass<'a> {
     settings: &'a Settings,
     now: Timestamp,
     defeat: Option<Defeat>,
+    /// What keeps every stage from being started, and may pass.
+    obstacle: Option<Wait>,
     decision: Decision,
 }
 
@@ -267,21 +314,34 @@ impl<'a> Pass<'a> {
     fn advance(&mut self, before: &RLHFJobStatus, status: &mut RLHFJobStatus) {
         self.lay_out(status);
         self.correct_times(status);
-        if let Err(error) = build::check(self.job, self.settings) {
-            self.defeat = Some(Defeat { reason: "InvalidSpec", message: error.to_string() });
-        }
+        self.check_spec();
         for slot in slots(status) {
             self.settle(slot);
         }
         self.note_prepared(status);
         self.limit_active_time(status);
-        if self.defeat.is_none() {
-            self.plan_stages(status);
+        if self.may_start() {
+            self.plan_stages(before, status);
         }
-        if self.defeat.is_none() {
+        if self.may_start() {
             self.start_ready(status);
         }
         self.conclude(before, status);
+    }
+
+    /// What the operator does not know it leaves alone: another version of it may. What is wrong ends the job.
+    fn check_spec(&mut self) {
+        let unknown = |s: &&Stage| s.sft.is_none() && s.reward_model.is_none() && s.ppo.is_none();
+        if let Some(stage) = self.job.spec.stages.iter().find(unknown) {
+            let text = format!("stage {} is of a kind that this version of the operator does not know", stage.name);
+            self.obstacle = Some(Wait::new(names::CONDITION_UNSUPPORTED, text));
+        } else if let Err(error) = build::check(self.job, self.settings) {
+            self.defeat = Some(Defeat { reason: "InvalidSpec", message: error.to_string() });
+        }
+    }
+
+    fn may_start(&self) -> bool {
+        self.defeat.is_none() && self.obstacle.is_none()
     }
 
     /// The status is older than a child. Mostly the new one is on its way, and nothing is to be done; but if the child is old
@@ -311,132 +371,32 @@ impl<'a> Pass<'a> {
         }
     }
 
-    /// Brings back times that only a clock that has been set meanwhile can have written, so that nothing waits until it is
-    /// that late again.
-    fn correct_times(&self, status: &mut RLHFJobStatus) {
-        let now = self.now;
-        let correct = |time: &mut Option<Timestamp>, ahead: SignedDuration| {
-            let latest = now + ahead;
-            *time = time.map(|t| if t > latest + CLOCK_SKEW { latest } else { t });
-        };
-        for slot in slots(status) {
-            correct(&mut slot.not_before, stage::LONGEST_BACKOFF);
-            correct(&mut slot.starting_since, SignedDuration::ZERO);
-            correct(&mut slot.advanced_at, SignedDuration::ZERO);
-        }
-        correct(&mut status.active_since, SignedDuration::ZERO);
-    }
-
-    /// Starts the stages whose needs are met and makes the children of those that were started.
-    fn start_ready(&mut self, status: &mut RLHFJobStatus) {
-        for task in Task::all(self.job) {
-            let ready = is_ready(status, task);
-            let Some(slot) = slots(status).find(|s| s.name == task.name()) else { continue };
-            if self.start(slot, ready) {
-                status.start_time.get_or_insert(self.now);
-            }
-        }
-        for task in Task::all(self.job) {
-            if let Some(slot) = slots(status).find(|s| s.name == task.name()) {
-                self.make(task, slot);
-            }
-        }
-    }
-
-    /// Deletes every Job that no longer has a part: those of earlier attempts, and unfinished ones of stages that do
-    /// not run. What has finished stays for its logs until the next attempt or the job's deletion.
-    ///
-    /// A suspended job's Jobs go too, and are made again under their numbers. Suspending them instead would be a word
-    /// against that of a queue, which lets a Job run that it has admitted, and they would go on taking quota.
-    fn sweep(&mut self, status: &RLHFJobStatus) {
-        for slot in status.slots() {
-            let live = matches!(slot.phase, StagePhase::Starting | StagePhase::Running);
-            let stopped = |j: &JobView| self.job.spec.suspend && j.state == JobState::Active;
-            let has_part = |j: &JobView| j.attempt == slot.attempt && (live || j.finished()) && !stopped(j);
-            let unwanted = |j: &&JobView| !j.deleting && !has_part(j);
-            let seen = |j: &JobView| j.version.clone().filter(|_| live && j.attempt == slot.attempt);
-            let of = |j: &JobView| JobRef { name: j.name.clone(), uid: j.uid.clone(), version: seen(j) };
-            self.decision.delete.extend(self.view(&slot.name).jobs.iter().filter(unwanted).map(of));
-        }
-        self.give_up_lost();
-    }
-
-    /// Gives up pods whose kubelets do not carry out their deletion. Kubernetes itself waits for ever, for the node might
-    /// only be cut off; a rank that is cut off ends by itself once it has missed its peers for so long.
-    fn give_up_lost(&mut self) {
-        for (stage, view) in &self.observed.stages {
-            let deleting = |p: &&PodView| p.ended().is_none() && p.deletion_requested.is_some();
-            for pod in view.pods.iter().filter(deleting) {
-                let left = pod.grace.saturating_add(LOST_AFTER).saturating_sub(pod.deleting_for);
-                if left > SignedDuration::ZERO {
-                    self.decision.look_again(left);
-                    continue;
-                }
-                let node = pod.node.clone();
-                let note = format!(
-                    "pod {} should have ended {} s ago, and node {} has not ended it: it is taken for lost",
-                    pod.name,
-                    LOST_AFTER.as_secs(),
-                    node.as_deref().unwrap_or("-")
-                );
-                self.decision.lost.push(PodRef { name: pod.name.clone(), uid: pod.uid.clone(), node });
-                self.tell(Event::PodLost, note, Some(self.attempt(stage, pod.attempt)));
-            }
-        }
-    }
-
     fn view(&self, stage: &str) -> &'a StageView {
         const NOTHING: &StageView = &StageView {
             jobs: Vec::new(),
             pods: Vec::new(),
+            strays: Vec::new(),
             progress: None,
             ask_again: None,
             silent_for: None,
             unchanged_for: None,
             refused: None,
+            mount: None,
         };
         self.observed.stages.get(stage).unwrap_or(NOTHING)
     }
 
     /// The name of an attempt's Job.
     fn attempt(&self, stage: &str, number: u32) -> String {
-        names::attempt(&self.job.name_any(), &self.job.uid().unwrap_or_default(), stage, number)
+        view::attempt(self.job, stage, number)
     }
 
     fn tell(&mut self, event: Event, note: String, about: Option<String>) {
         self.decision.notices.push(Notice { event, note: crate::classify::bounded(note), about });
-    }
-
-    /// Whether a suspended job has come to rest: no Job of it can make pods, and its pods have ended.
-    fn at_rest(&self) -> bool {
-        self.observed
-            .stages
-            .values()
-            .all(|view| view.jobs.iter().all(JobView::finished) && view.pods.iter().all(|p| p.ended().is_some()))
-    }
-
-    fn phase(&self, status: &RLHFJobStatus) -> Phase {
-        let prepare = status.prepare.as_ref().map(|p| (p.phase, p.attempt));
-        match prepare {
-            _ if self.job.spec.suspend && self.at_rest() => Phase::Suspended,
-            Some((StagePhase::Succeeded, _)) => Phase::Running,
-            Some((_, 1..)) => Phase::Preparing,
-            _ => Phase::Pending,
-        }
     }
 }
 
 /// Prepare and the stages, in order.
 fn slots(status: &mut RLHFJobStatus) -> impl Iterator<Item = &mut StageStatus> {
     status.prepare.iter_mut().chain(status.stages.iter_mut())
-}
-
-/// Whether everything that a task needs is there: prepare needs nothing, a stage needs prepare and the stages that
-/// it names.
-fn is_ready(status: &RLHFJobStatus, task: Task<'_>) -> bool {
-    let Task::Stage(stage) = task else { return true };
-    let done = |s: &StageStatus| s.phase == StagePhase::Succeeded;
-    let needs = stage.needs();
-    status.prepare.as_ref().is_some_and(done)
-        && needs.iter().all(|need| status.stages.iter().any(|s| s.name == *need && done(s)))
 }

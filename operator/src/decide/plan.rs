@@ -4,9 +4,11 @@
 //! earlier one has taken a device. Where memory runs out in spite of a plan, the next attempt takes the next setting
 //! that takes less, within what the spec leaves open. The arithmetic is [`memory_plan`]'s, and so the trainer's own.
 
-use super::{Defeat, Event, Pass};
+use super::{Defeat, DeviceMemory, Event, Pass};
 use crate::build;
 use crate::classify::Reason;
+use crate::view::Wait;
+use jiff::SignedDuration;
 use memory_plan::{Fixed, Machines, Named, Stage as StageShape, Task, Verdict};
 use rlhf_api::job::RLHFJobStatus;
 use rlhf_api::job::{Compute, PlanSource, Stage, StagePhase, StagePlan, StageStatus};
@@ -29,6 +31,17 @@ struct Question {
     host_memory: Option<u64>,
 }
 
+/// Why a stage has no plan.
+enum Unplanned {
+    /// There is none, or it cannot be found.
+    Unfit(String),
+    /// What is not known may come to be known.
+    Unknown(String),
+}
+
+/// How often nodes are asked that are not there yet.
+const NODES_PERIOD: SignedDuration = SignedDuration::from_secs(60);
+
 impl<'a> Pass<'a> {
     /// Keeps what prepare found out.
     pub(super) fn note_prepared(&self, status: &mut RLHFJobStatus) {
@@ -45,21 +58,61 @@ impl<'a> Pass<'a> {
         ends.find_map(|end| end.word.as_ref()?.prepared.as_deref().cloned())
     }
 
-    /// Plans the stages that have no plan yet. What fits nowhere, or cannot be planned although it has to be, ends the
-    /// job.
-    pub(super) fn plan_stages(&mut self, status: &mut RLHFJobStatus) {
+    /// Plans the stages that have no plan yet, or whose plan answers another question than the spec asks now. What fits
+    /// nowhere, or cannot be planned although it has to be, ends the job; memory of devices that may yet come is waited for.
+    pub(super) fn plan_stages(&mut self, before: &RLHFJobStatus, status: &mut RLHFJobStatus) {
         let Some(prepared) = status.prepared.clone() else { return };
-        for slot in status.stages.iter_mut().filter(|s| s.plan.is_none()) {
+        let changed = before.observed_generation != status.observed_generation;
+        for slot in &mut status.stages {
             let Some(stage) = self.stage(&slot.name) else { continue };
-            let known = self.observed.device_memory.get(&slot.name).copied();
-            match self.plan(stage, &prepared, known) {
+            if changed && self.is_outdated(slot, stage, &prepared) {
+                slot.plan = None;
+            }
+            if slot.plan.is_some() {
+                continue;
+            }
+            match self.plan(stage, &prepared) {
                 Ok(plan) => slot.plan = plan,
-                Err(message) => {
+                Err(Unplanned::Unfit(message)) => {
                     self.defeat = Some(Defeat { reason: "DoesNotFit", message });
+                    return;
+                }
+                Err(Unplanned::Unknown(message)) => {
+                    self.obstacle = Some(Wait::new("DeviceMemoryUnknown", message));
+                    self.decision.look_again(NODES_PERIOD);
                     return;
                 }
             }
         }
+    }
+
+    /// Whether the spec has changed so that the plan is none of it any more: its settings, its memory, or what it takes on as
+    /// many devices. Only the next attempt can have another.
+    fn is_outdated(&self, slot: &StageStatus, stage: &Stage, prepared: &Prepared) -> bool {
+        let made = self.view(&slot.name).job(slot.attempt).is_some_and(|job| !job.deleting);
+        let waits = slot.phase == StagePhase::Pending || (slot.phase == StagePhase::Starting && !made);
+        let (Some(plan), true) = (slot.plan, waits) else { return false };
+        let Some(question) = self.question(stage, prepared, plan.device_memory_bytes) else { return true };
+        let Fixed { precision, sharding, offload, recompute } = question.fixed;
+        let now = memory_plan::estimate(&question.task, &question.machines, plan.strategy);
+        let same = plan.strategy.precision == precision
+            && sharding.is_none_or(|s| s == plan.strategy.sharding)
+            && offload.is_none_or(|o| o == plan.strategy.offload)
+            && recompute.is_none_or(|r| r == plan.strategy.recompute)
+            && (plan.device_memory_bytes, plan.host_memory_bytes) == (question.device_memory, question.host_memory)
+            && (plan.device_bytes, plan.host_bytes) == (now.device.total() as u64, now.host.total() as u64);
+        !same
+    }
+
+    /// Whether a strategy of the job is left to the operator.
+    pub(super) fn has_auto(&self) -> bool {
+        self.job.spec.stages.iter().any(|stage| self.job.strategy(stage).has_auto())
+    }
+
+    /// The strategy that a stage's attempt is given.
+    pub(super) fn strategy_of(&self, slot: &StageStatus) -> Option<Strategy> {
+        let written = || self.job.strategy(self.stage(&slot.name)?).fixed();
+        slot.plan.map(|plan| plan.strategy).or_else(written)
     }
 
     pub(super) fn stage(&self, name: &str) -> Option<&'a Stage> {
@@ -68,17 +121,19 @@ impl<'a> Pass<'a> {
 
     /// The strategy of a stage's first attempt; `None` where nothing is to be chosen and too little is known to tell what it
     /// takes.
-    fn plan(&mut self, stage: &Stage, prepared: &Prepared, known: Option<u64>) -> Result<Option<StagePlan>, String> {
+    fn plan(&mut self, stage: &Stage, prepared: &Prepared) -> Result<Option<StagePlan>, Unplanned> {
         let spec = self.job.strategy(stage);
+        let seen = self.observed.device_memory.get(&stage.name).copied();
+        let known = if let Some(DeviceMemory::Bytes(bytes)) = seen { Some(bytes) } else { None };
         let Some(question) = self.question(stage, prepared, known) else {
             let unknown =
                 format!("stage {}: prepare told nothing of its data, so no strategy can be chosen", stage.name);
-            return if spec.has_auto() { Err(unknown) } else { Ok(None) };
+            return if spec.has_auto() { Err(Unplanned::Unfit(unknown)) } else { Ok(None) };
         };
         let Some(strategy) = spec.fixed() else {
-            question.require_memory(&stage.name)?;
+            question.require_memory(&stage.name, seen)?;
             let chosen = memory_plan::choose(&question.task, &question.machines, question.fixed);
-            let chosen = chosen.map_err(|e| format!("stage {}: {e}", stage.name))?;
+            let chosen = chosen.map_err(|e| Unplanned::Unfit(format!("stage {}: {e}", stage.name)))?;
             return Ok(Some(question.answer(&chosen, PlanSource::Auto)));
         };
         let plan = memory_plan::estimate(&question.task, &question.machines, strategy);
@@ -183,17 +238,30 @@ impl<'a> Pass<'a> {
 }
 
 impl Question {
-    fn require_memory(&self, stage: &str) -> Result<(), String> {
+    fn require_memory(&self, stage: &str, seen: Option<DeviceMemory>) -> Result<(), Unplanned> {
+        let lacks = |why: &str| {
+            let label = names::LABEL_DEVICE_MEMORY;
+            format!(
+                "stage {stage}: strategy is to be chosen, but the memory of a device is not known: {why} (label {label}); write compute.deviceMemory"
+            )
+        };
         if self.machines.device_memory.is_some() && self.device_memory.is_none() {
-            return Err(format!(
-                "stage {stage}: strategy is to be chosen, but the memory of a device is not known: no node on which its pods may run tells it in the label {}; write compute.deviceMemory",
-                names::LABEL_DEVICE_MEMORY
-            ));
+            return Err(match seen {
+                Some(DeviceMemory::NoNode) | None => {
+                    Unplanned::Unknown(lacks("there is no node yet on which its pods can run and that tells it"))
+                }
+                Some(DeviceMemory::Unreadable) => {
+                    Unplanned::Unfit(lacks("the operator watches one namespace and may not read nodes, which tell it"))
+                }
+                Some(DeviceMemory::Untold | DeviceMemory::Bytes(_)) => {
+                    Unplanned::Unfit(lacks("no node on which its pods can run tells it"))
+                }
+            });
         }
         if self.host_memory.is_none() {
-            return Err(format!(
+            return Err(Unplanned::Unfit(format!(
                 "stage {stage}: strategy is to be chosen, but compute.resources.limits.memory is no amount of memory; write one, such as 64Gi"
-            ));
+            )));
         }
         Ok(())
     }
@@ -208,11 +276,6 @@ impl Question {
             host_memory_bytes: self.host_memory,
         }
     }
-}
-
-/// The strategy that an attempt is given.
-pub(super) fn strategy_of(slot: &StageStatus, spec: Option<Strategy>) -> Strategy {
-    slot.plan.map(|plan| plan.strategy).or(spec).unwrap_or_default()
 }
 
 /// What a pod may use, which is not what its node has.

@@ -1,23 +1,22 @@
 //! All reads of a pass.
 //!
-//! Jobs and pods come from label-selected watches, which lag behind the API server. Where a lag could mislead the rules, the
-//! API server is asked: for a current attempt's Job that no watch has told of or that may have been stopped, and, in
-//! [`still_holds`], for the job itself and a stage's pods right before children are touched.
+//! Jobs and pods come from label-selected watches, which lag behind the API server. Where a lag could mislead the rules, or a
+//! watch cannot tell, the API server is asked: [`crate::decide::ask`] says what. Right before children are touched
+//! [`still_holds`] asks for the job itself and for a stage's children.
 
+mod events;
 mod nodes;
 mod queue;
 
-use crate::children::controller;
 use crate::context::Context;
-use crate::decide::{Decision, Observed};
+use crate::decide::{Decision, Observed, ask};
 use crate::progress::Heard;
-use crate::view::{JobState, JobView, PodState, PodView, StageView, Wait};
+use crate::view::{self, JobView, PodState, PodView, StageView, controller};
 use futures::future::join_all;
-use jiff::{SignedDuration, Timestamp};
+use jiff::Timestamp;
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::Pod;
-use k8s_openapi::api::events::v1::Event;
 use kube::api::ListParams;
 use kube::{Api, Resource, ResourceExt};
 use rlhf_api::job::{RLHFJob, StagePhase, StageStatus};
@@ -25,9 +24,6 @@ use rlhf_api::names;
 use serde::de::DeserializeOwned;
 use std::collections::BTreeMap;
 use std::fmt::Debug;
-
-/// The Job controller has a Job's pods made by then, and it would have said what keeps it from it.
-const PODS_ARE_MADE: SignedDuration = SignedDuration::from_secs(3);
 
 /// A read that failed.
 #[derive(Debug, thiserror::Error)]
@@ -40,22 +36,23 @@ pub struct Error {
 }
 
 /// Everything that is known of a job's children.
-pub async fn observe(job: &RLHFJob, ctx: &Context) -> Result<Observed, Error> {
+pub async fn observe(job: &RLHFJob, ctx: &Context, now: Timestamp) -> Result<Observed, Error> {
     ctx.listed.wait().await;
-    let mut stages = from_watches(job, ctx);
     let status = job.status.clone().unwrap_or_default();
-    let is_live = |s: &&StageStatus| matches!(s.phase, StagePhase::Starting | StagePhase::Running);
-    let live: Vec<_> = status.slots().filter(is_live).collect();
-    for slot in &live {
-        let view = stages.entry(slot.name.clone()).or_default();
-        if view.lacks_word_of(slot) {
-            view.learn(job_now(job, slot, ctx).await?);
-        }
-    }
+    let live: Vec<_> = ask::live(&status).collect();
+    let mut stages = children(job, &live, ctx).await?;
     read_progress(job, &live, &mut stages, ctx).await;
-    for slot in live.iter().filter(|s| s.phase == StagePhase::Starting) {
-        let view = stages.entry(slot.name.clone()).or_default();
-        view.refused = refusal(job, slot.attempt, view, ctx).await?;
+    for slot in &live {
+        let Some(view) = stages.get_mut(&slot.name) else { continue };
+        view.refused = match ask::for_lack(job, slot, view, now) {
+            Some(ask::Lack::Queue(child)) => queue::wait(job, child, ctx).await?,
+            Some(ask::Lack::JobController(child)) => events::refusal(job, child, ctx).await?,
+            None => None,
+        };
+        view.mount = match ask::for_mount(slot, view, now) {
+            Some(pod) => events::mount(job, pod, ctx).await?,
+            None => None,
+        };
     }
     // A Job that is there was made after all, whatever the API server answered.
     let waits = |stage: &str, attempt: u32| {
@@ -64,19 +61,27 @@ pub async fn observe(job: &RLHFJob, ctx: &Context) -> Result<Observed, Error> {
     };
     let troubles = ctx.retries.troubles(job).into_iter().filter(|t| waits(&t.stage, t.attempt)).collect();
     let device_memory = nodes::device_memory(job, &stages, ctx).await?;
-    Ok(Observed { stages, troubles, device_memory })
+    let nodes = nodes::states(ask::for_nodes(&stages), ctx).await?;
+    Ok(Observed { stages, troubles, device_memory, nodes })
 }
 
-/// Children that the watches have told of.
-fn from_watches(job: &RLHFJob, ctx: &Context) -> BTreeMap<String, StageView> {
-    let mut stages: BTreeMap<String, StageView> = BTreeMap::new();
-    for (stage, view) in ctx.jobs.of(job) {
-        stages.entry(stage).or_default().jobs.push(view);
+/// Children that the watches have told of, with the current attempts' Jobs as they are now where that is not enough.
+async fn children(job: &RLHFJob, live: &[&StageStatus], ctx: &Context) -> Result<BTreeMap<String, StageView>, Error> {
+    let told = |jobs| view::stages(job, jobs, ctx.pods.of(job));
+    let mut stages = told(ctx.jobs.of(job));
+    let mut learned = Vec::new();
+    for slot in live {
+        if ask::for_job(slot, stages.entry(slot.name.clone()).or_default()) {
+            learned.extend(job_now(job, slot, ctx).await?);
+        }
     }
-    for (stage, view) in ctx.pods.of(job) {
-        stages.entry(stage).or_default().pods.push(view);
+    if !learned.is_empty() {
+        let mut jobs = ctx.jobs.of(job);
+        jobs.retain(|j| learned.iter().all(|l| l.uid != j.uid));
+        jobs.extend(learned);
+        stages = told(jobs);
     }
-    stages
+    Ok(stages)
 }
 
 /// Whether the object's controller is this very job.
@@ -85,31 +90,10 @@ pub fn is_owned(object: &impl Resource, job: &RLHFJob) -> bool {
 }
 
 async fn job_now(job: &RLHFJob, slot: &StageStatus, ctx: &Context) -> Result<Option<JobView>, Error> {
-    let name = names::attempt(&job.name_any(), &job.uid().unwrap_or_default(), &slot.name, slot.attempt);
+    let name = view::attempt(job, &slot.name, slot.attempt);
     let api: Api<Job> = ctx.api(job);
     let found = ctx.metrics.api("get", api.get_opt(&name).await).map_err(|e| failed(format!("Job {name}"), e))?;
-    Ok(found.filter(|j| is_owned(j, job)).and_then(|j| JobView::parse(&j)))
-}
-
-/// Why an attempt lacks pods: its queue does not let it run yet, or its Job controller cannot make them, which says so in
-/// events alone.
-async fn refusal(job: &RLHFJob, attempt: u32, view: &StageView, ctx: &Context) -> Result<Option<Wait>, Error> {
-    let Some(child) = view.job(attempt).filter(|j| j.state == JobState::Active && !job.spec.suspend) else {
-        return Ok(None);
-    };
-    if child.suspended {
-        return queue::wait(job, child, ctx).await;
-    }
-    let late = child.started.is_some_and(|started| Timestamp::now().duration_since(started) >= PODS_ARE_MADE);
-    if !late || view.pods_of(attempt).count() >= child.pods as usize {
-        return Ok(None);
-    }
-    let api: Api<Event> = ctx.api(job);
-    let selector = format!("regarding.uid={},reason=FailedCreate", child.uid);
-    let found = ctx.metrics.api("list", api.list(&ListParams::default().fields(&selector)).await);
-    let events = found.map_err(|e| failed(format!("events about Job {}", child.name), e))?.items;
-    let last = events.into_iter().max_by_key(|e| (e.deprecated_last_timestamp.clone(), e.event_time.clone()));
-    Ok(last.and_then(|e| e.note).map(|note| Wait::refusal(&note)))
+    Ok(found.and_then(|j| JobView::parse(&j)))
 }
 
 async fn read_progress(job: &RLHFJob, live: &[&StageStatus], stages: &mut BTreeMap<String, StageView>, ctx: &Context) {
@@ -148,7 +132,8 @@ pub async fn still_holds(job: &RLHFJob, decision: &Decision, ctx: &Context) -> R
         let pods: Vec<Pod> = list(job, &children.stage, ctx).await?;
         let jobs = jobs.iter().filter_map(JobView::parse).collect();
         let pods = pods.iter().filter_map(PodView::parse).collect();
-        if !(StageView { jobs, pods, ..Default::default() }).is_clear_for(attempt) {
+        let seen = view::stages(job, jobs, pods);
+        if !seen.get(&children.stage).is_none_or(|view| view.is_clear_for(attempt)) {
             return Ok(false);
         }
     }

@@ -67,7 +67,7 @@ fn every_stage_is_planned_once_prepare_is_done_and_its_ranks_are_told() {
         assert_eq!((plan.device_memory_bytes, plan.host_memory_bytes), (Some(80 << 30), Some(64 << 30)));
         assert!(plan.device_bytes > 1 << 30 && plan.device_bytes < 80 << 30, "{plan:?}");
     }
-    assert_eq!(case.made(), ["demo-tune-prgzn-1", "demo-judge-xmzgs-1"]);
+    assert_eq!(case.made(), ["tune-1", "judge-1"]);
     let told: rlhf_api::stage::Strategy = serde_json::from_str(&env_of(&case, 0)).unwrap();
     assert_eq!(told, case.slot("tune").plan.unwrap().strategy);
     case.assert_quiet();
@@ -109,24 +109,85 @@ fn a_job_of_which_a_later_stage_fits_nowhere_is_refused_before_an_earlier_one_st
     assert_eq!((case.slot("tune").attempt, case.made().len()), (0, 0));
 }
 
+fn without_memory() -> Case {
+    on(json!({"nodes": 2, "devicesPerNode": 1, "resources": {"limits": {"memory": "64Gi"}}}), all_auto())
+}
+
+fn tell_memory(case: &mut Case, known: DeviceMemory) {
+    case.observed.device_memory = ["tune", "judge", "act"].map(|s| (s.to_owned(), known)).into();
+}
+
 #[test]
 fn memory_that_nobody_tells_is_asked_for_and_a_nodes_label_tells_it() {
-    let compute = || json!({"nodes": 2, "devicesPerNode": 1, "resources": {"limits": {"memory": "64Gi"}}});
-    let mut case = on(compute(), all_auto());
-    prepare(&mut case, 512);
-    let message = case.status().message.clone().unwrap();
-    assert!(message.contains("write compute.deviceMemory") && message.contains("nvidia.com/gpu.memory"), "{message}");
-    let mut case = on(compute(), all_auto());
-    case.observed.device_memory = ["tune", "judge", "act"].map(|s| (s.to_owned(), 40 << 30)).into();
+    for known in [DeviceMemory::Untold, DeviceMemory::Unreadable] {
+        let mut case = without_memory();
+        tell_memory(&mut case, known);
+        prepare(&mut case, 512);
+        assert_eq!(case.condition("Failed"), Some(("True", "DoesNotFit")), "{known:?}");
+        let message = case.status().message.clone().unwrap();
+        let wanted = ["write compute.deviceMemory", "nvidia.com/gpu.memory"];
+        assert!(wanted.iter().all(|words| message.contains(words)), "{message}");
+    }
+    let mut case = without_memory();
+    tell_memory(&mut case, DeviceMemory::Bytes(40 << 30));
     prepare(&mut case, 512);
     assert_eq!(case.slot("act").plan.unwrap().device_memory_bytes, Some(40 << 30));
+}
+
+#[test]
+fn a_pool_without_nodes_yet_is_waited_for() {
+    let mut case = without_memory();
+    tell_memory(&mut case, DeviceMemory::NoNode);
+    prepare(&mut case, 512);
+    assert_eq!(
+        (case.status().phase, case.condition("Waiting")),
+        (Phase::Waiting, Some(("True", "DeviceMemoryUnknown")))
+    );
+    assert!(case.status().message.as_deref().unwrap().contains("there is no node yet on which its pods can run"));
+    assert_eq!((case.made().len(), case.last.requeue), (0, Some(SignedDuration::from_secs(60))));
+    case.now = at(1_000_000);
+    case.assert_quiet();
+    tell_memory(&mut case, DeviceMemory::Bytes(80 << 30));
+    case.pass();
+    assert_eq!(case.made(), ["tune-1", "judge-1"]);
+}
+
+#[test]
+fn what_was_changed_during_a_suspension_is_planned_anew_and_what_was_not_keeps_its_plan() {
+    let mut case = on(gpus("80Gi"), all_auto());
+    prepare(&mut case, 512);
+    case.see("tune", 1, JobState::Failed, &[ended(71, None), ended(75, None)]);
+    case.pass();
+    let frugal = case.slot("tune").plan;
+    assert_eq!(frugal.unwrap().source, PlanSource::MoreFrugal);
+    let turn = |case: &mut Case, suspend: bool| {
+        case.job.spec.suspend = suspend;
+        case.job.metadata.generation = case.job.metadata.generation.map(|g| g + 1);
+        case.now += SignedDuration::from_secs(100);
+        case.observed.stages.clear();
+        case.pass();
+    };
+    turn(&mut case, true);
+    turn(&mut case, false);
+    assert_eq!(case.slot("tune").plan, frugal, "a suspension alone does not forget that memory ran out");
+    turn(&mut case, true);
+    case.job.spec.strategy = serde_json::from_value(json!({"sharding": "zero3", "precision": "fp32"})).unwrap();
+    turn(&mut case, false);
+    let plan = case.slot("tune").plan.unwrap();
+    assert_eq!((plan.source, plan.strategy.sharding), (PlanSource::Spec, Sharding::Zero3));
+    let told: rlhf_api::stage::Strategy = serde_json::from_str(&env_of(&case, 0)).unwrap();
+    assert_eq!(told, plan.strategy);
+    turn(&mut case, true);
+    case.job.spec.compute.nodes = 8;
+    turn(&mut case, false);
+    assert!(case.slot("tune").plan.unwrap().device_bytes < plan.device_bytes, "it is spread over more devices");
 }
 
 #[test]
 fn a_written_strategy_is_never_refused_but_said_to_be_too_large() {
     let mut case = on(gpus("1Gi"), json!({}));
     prepare(&mut case, 512);
-    assert_eq!((case.status().phase, case.made().len()), (Phase::Running, 2));
+    assert_eq!((case.status().phase, case.made().len()), (Phase::Waiting, 2));
     assert_eq!(case.events().iter().filter(|e| **e == "MayNotFit").count(), 3, "{:?}", case.events());
     assert_eq!(case.slot("tune").plan.unwrap().source, PlanSource::Spec);
     case.assert_quiet();
@@ -138,9 +199,10 @@ fn need(slot: &StageStatus) -> u64 {
 }
 
 #[test]
-fn an_attempt_out_of_device_memory_is_followed_by_one_that_takes_less_until_nothing_takes_less() {
+fn an_attempt_out_of_device_memory_is_followed_by_one_that_takes_less_until_nothing_takes_less_and_no_count_bounds_that()
+ {
     let mut case = on(gpus("80Gi"), all_auto());
-    case.job.spec.failure_policy.max_restarts = 50;
+    case.job.spec.failure_policy.max_restarts = 0;
     prepare(&mut case, 512);
     for attempt in 1..40 {
         let before = case.slot("tune").clone();
@@ -178,8 +240,7 @@ fn only_lack_of_memory_changes_a_plan_and_on_cpu_a_kill_for_memory_is_lack_of_it
         let mut case = on(compute.clone(), all_auto());
         prepare(&mut case, 512);
         let before = case.slot("tune").plan;
-        let end =
-            |oom_killed| PodState::Ended(End { code: Some(code), oom_killed, word: None, text: None, at: Some(at(5)) });
+        let end = |oom_killed| PodState::Ended(End { code: Some(code), oom_killed, at: Some(at(5)), ..End::default() });
         case.see("tune", 1, JobState::Failed, &[end(killed), ended(75, None)]);
         case.pass();
         assert_eq!(case.slot("tune").plan != before, changes, "{compute} {code}");
@@ -204,11 +265,15 @@ fn prepare_runs_again_where_its_last_word_is_needed_and_lost() {
     case.pass();
     case.see("prepare", 1, JobState::Complete, &[]);
     case.pass();
-    assert_eq!((case.slot("prepare").attempt, case.slot("prepare").disruptions), (2, 1));
+    assert_eq!((case.slot("prepare").phase, case.slot("prepare").disruptions), (StagePhase::Pending, 1));
+    case.now = at(10);
+    case.observed.stages.clear();
+    case.pass();
+    assert_eq!(case.made(), ["prepare-2"]);
     let mut case = on(gpus("80Gi"), json!({}));
     case.pass();
     case.see("prepare", 1, JobState::Complete, &[]);
     case.pass();
     assert_eq!((case.slot("prepare").phase, case.slot("tune").plan), (StagePhase::Succeeded, None));
-    assert_eq!(case.made(), ["demo-tune-prgzn-1", "demo-judge-xmzgs-1"]);
+    assert_eq!(case.made(), ["tune-1", "judge-1"]);
 }

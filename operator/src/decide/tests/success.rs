@@ -1,0 +1,145 @@
+//! Success, and what containers beside the trainer and the Job controller make of it.
+
+use super::*;
+
+/// A stage whose trainers ended well, with its pods in this state for Kubernetes.
+fn trainers_done(state: JobState, spoiled: bool) -> Case {
+    let mut case = Case::running();
+    let end = End {
+        code: Some(0),
+        spoiled_by: spoiled.then(|| "container logs beside the trainer ended with exit code 1".to_owned()),
+        at: Some(at(5)),
+        ..End::default()
+    };
+    case.see("tune", 1, state, &[PodState::Ended(end.clone()), PodState::Ended(end)]);
+    case.pass();
+    case
+}
+
+#[test]
+fn case_44_a_stage_has_succeeded_once_every_trainer_has_whatever_else_is_in_its_pods() {
+    for (state, spoiled) in [(JobState::Active, false), (JobState::Failing, true), (JobState::Failed, true)] {
+        let mut case = trainers_done(state.clone(), spoiled);
+        let slot = case.slot("tune");
+        assert_eq!((slot.phase, slot.disruptions), (StagePhase::Succeeded, 0), "{state:?}");
+        assert!(slot.output.is_some() && slot.completion_time == Some(at(0)));
+        let deleted = if state == JobState::Failed { vec![] } else { names(["tune-1"]) };
+        assert_eq!(case.deleted(), deleted, "what lives on is removed, once the output is stored");
+        case.observed.stages.remove("tune");
+        case.assert_quiet();
+    }
+}
+
+#[test]
+fn a_container_beside_the_trainer_that_fails_its_pod_before_the_gang_is_done_is_a_failure() {
+    let mut case = Case::running();
+    let spoiled = End {
+        code: Some(0),
+        spoiled_by: Some("container logs beside the trainer ended with exit code 1".into()),
+        at: Some(at(5)),
+        ..End::default()
+    };
+    case.see("tune", 1, JobState::Failed, &[PodState::Ended(spoiled), ended(143, None)]);
+    case.view("tune").pods[1].deletion_requested = Some(at(6));
+    case.pass();
+    let failure = case.slot("tune").last_failure.clone().unwrap();
+    assert_eq!((failure.reason.as_str(), case.slot("tune").restarts.total), ("UnexpectedExit", 1));
+    assert!(failure.message.contains("container logs beside the trainer"), "{}", failure.message);
+}
+
+#[test]
+fn case_27_success_is_told_once_no_trainer_lingers() {
+    let mut case = Case::running();
+    case.see("tune", 1, JobState::Complete, &[ended(0, None), PodState::Running]);
+    case.pass();
+    assert_eq!(case.slot("tune").phase, StagePhase::Running);
+    case.see("tune", 1, JobState::Complete, &[ended(0, None), ended(0, None)]);
+    case.pass();
+    assert_eq!(case.slot("tune").phase, StagePhase::Succeeded);
+}
+
+#[test]
+fn the_count_of_the_job_controller_stands_for_pods_that_are_gone() {
+    let mut case = Case::running();
+    case.see("tune", 1, JobState::Active, &[ended(0, None)]);
+    case.view("tune").jobs[0].completed = vec![1..=1];
+    case.pass();
+    assert_eq!(case.slot("tune").phase, StagePhase::Succeeded);
+}
+
+#[test]
+fn the_final_figures_are_those_of_one_and_the_same_step() {
+    let mut case = Case::running();
+    later(&mut case, 1, step(150, Some(1.13)), None);
+    let output = Output { path: "o".into(), metrics: [("evalLoss".to_owned(), 2.5)].into() };
+    let word = TerminationMessage {
+        code: 0,
+        reason: "Done".into(),
+        message: String::new(),
+        rank: None,
+        step: Some(200),
+        checkpoint: None,
+        output: Some(output.clone()),
+        prepared: None,
+    };
+    case.see("tune", 1, JobState::Complete, &[ended(0, Some(word)), ended(0, None)]);
+    case.pass();
+    let progress = case.slot("tune").progress.clone().unwrap();
+    assert_eq!((progress.step, &progress.metrics, progress.eta_seconds), (200, &output.metrics, None));
+    let record = case.slot("tune").attempts.last().unwrap();
+    assert_eq!((record.number, record.reason.as_str(), record.step), (1, "Done", Some(200)));
+    assert_eq!((record.start, record.end), (Some(at(0)), at(1)));
+}
+
+#[test]
+fn every_condition_is_there_from_the_first_status_on() {
+    let mut case = Case::new();
+    case.pass();
+    let kinds: std::collections::BTreeSet<_> = case.status().conditions.iter().map(|c| c.type_.clone()).collect();
+    let wanted = [
+        "AttemptStalled",
+        "Complete",
+        "Failed",
+        "QuotaExceeded",
+        "Reconciling",
+        "Stalled",
+        "Suspended",
+        "Unsupported",
+        "Waiting",
+    ];
+    assert!(kinds.iter().eq(wanted.iter()), "{kinds:?}");
+    let holding: Vec<_> = wanted.into_iter().filter(|kind| case.holds(kind)).collect();
+    assert_eq!(holding, ["Reconciling"]);
+    let failed = bad_end(65, |_| ());
+    let holding: Vec<_> = wanted.into_iter().filter(|kind| failed.holds(kind)).collect();
+    assert_eq!(holding, ["Failed", "Stalled"], "for tools that know no RLHFJobs");
+}
+
+#[test]
+fn a_stage_of_a_kind_that_is_not_known_is_a_condition_and_starts_nothing() {
+    let mut case = Case::new();
+    case.job.spec.stages[2].ppo = None;
+    case.pass();
+    assert_eq!(case.condition("Unsupported"), Some(("True", "UnknownKind")));
+    assert_eq!((case.made().len(), case.status().phase), (0, Phase::Waiting));
+    assert!(case.status().message.as_deref().unwrap().starts_with("stage act is of a kind"));
+    case.assert_quiet();
+    case.job.spec.stages = job().spec.stages;
+    case.pass();
+    assert_eq!((case.condition("Unsupported"), case.made()), (Some(("False", "Supported")), names(["prepare-1"])));
+}
+
+#[test]
+fn the_image_is_the_one_with_which_the_job_started() {
+    let mut case = Case::new();
+    case.pass();
+    let image = |case: &Case| {
+        let pod = case.last.make[0].job.spec.clone().unwrap().template.spec.unwrap();
+        pod.containers[0].image.clone().unwrap()
+    };
+    let first = image(&case);
+    assert_eq!(case.status().images.as_ref().unwrap().trainer, first);
+    let upgraded = Settings { trainer_image: "docker.io/rlhf/trainer:next".into(), ..settings() };
+    case.last = decide(&case.job, &case.observed, &upgraded, case.now);
+    assert_eq!(image(&case), first);
+}
