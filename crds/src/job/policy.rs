@@ -24,7 +24,7 @@ pub struct FailurePolicy {
     #[serde(default = "default_startup_deadline")]
     #[schemars(range(min = 1, max = 31_536_000))]
     pub startup_deadline_seconds: u32,
-    /// An attempt whose pods wait so long for nodes, a quota or a policy fails the job. By default it waits for ever, since
+    /// An attempt whose pods wait so long for nodes, a queue, a quota or a policy fails the job. By default it waits for ever, since
     /// waiting for room is no failure.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 315_360_000))]
