@@ -20,6 +20,9 @@ const QUEUE_PERIOD: SignedDuration = SignedDuration::from_secs(60);
 /// Between steps a trainer's signs of life are kept in status once in so long at most, or in half of `stallSeconds`.
 const SIGNS_OF_LIFE: SignedDuration = SignedDuration::from_secs(60);
 
+/// A prepare that has not told anything by then tells nothing.
+const PREPARE_ANSWERS: SignedDuration = SignedDuration::from_secs(60);
+
 /// What follows for a stage.
 #[derive(Debug)]
 pub(super) enum Transition {
@@ -197,7 +200,8 @@ fn prepare_next(pass: &Pass<'_>, slot: &StageStatus, view: &StageView, heard: Op
     }
     // Its time runs from its start on, whatever it tells.
     let heard = heard.map(|heard| Heard { advanced_at: running, ..heard });
-    let ask = view.ask_again.filter(|_| view.silent_for.is_none());
+    // A trainer of another version may have nothing to tell of it.
+    let ask = view.ask_again.filter(|_| view.silent_for.is_none_or(|silence| silence < PREPARE_ANSWERS));
     (Transition::Run(heard), earlier(Some(left), ask))
 }
 

@@ -97,8 +97,7 @@ async fn job_now(job: &RLHFJob, slot: &StageStatus, ctx: &Context) -> Result<Opt
 }
 
 async fn read_progress(job: &RLHFJob, live: &[&StageStatus], stages: &mut BTreeMap<String, StageView>, ctx: &Context) {
-    let stages_of_interest = live.iter().filter(|s| s.name != names::PREPARE);
-    let asked = stages_of_interest.filter_map(|slot| {
+    let asked = live.iter().filter_map(|slot| {
         let view = stages.get(&slot.name)?;
         let pod = view.pods_of(slot.attempt).find(|p| p.index == 0 && p.state == PodState::Running)?;
         let (pod, ip) = (pod.name.clone(), pod.ip.clone()?);

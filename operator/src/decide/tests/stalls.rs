@@ -116,6 +116,14 @@ fn prepare_has_a_deadline_whatever_it_tells() {
     case.see("prepare", 1, JobState::Active, &[PodState::Running]);
     case.pass();
     assert_eq!((case.status().phase, case.last.requeue), (Phase::Preparing, Some(RESYNC)));
+    for (silence, period) in [(59, SignedDuration::from_secs(10)), (60, RESYNC)] {
+        (case.view("prepare").silent_for, case.view("prepare").ask_again) =
+            (Some(SignedDuration::from_secs(silence)), Some(SignedDuration::from_secs(10)));
+        case.pass();
+        assert_eq!(case.last.requeue, Some(period), "silent for {silence} s");
+    }
+    case.view("prepare").silent_for = None;
+    case.view("prepare").ask_again = None;
     case.now = at(7299);
     case.view("prepare").progress = Some(Progress { step: 7, total_steps: 9, ..Default::default() });
     case.pass();
