@@ -304,7 +304,7 @@ mod tests {
             deleting_for: SignedDuration::ZERO,
             disruption: None,
             evicted: None,
-            state: PodState::Ended(End { code, at: Some(at(second)), ..End::default() }),
+            state: PodState::Ended(Box::new(End { code, at: Some(at(second)), ..End::default() })),
         }
     }
 
@@ -418,7 +418,7 @@ mod tests {
 
     #[test]
     fn the_record_does_not_change_while_nothing_new_is_seen() {
-        let undated = PodView { state: PodState::Ended(End::default()), ..pod(0, 1, 0) };
+        let undated = PodView { state: PodState::Ended(Box::default()), ..pod(0, 1, 0) };
         let first = cause(1, [undated.clone()].iter(), None, at(5)).unwrap();
         assert_eq!(cause(1, [undated].iter(), Some(&first), at(50)), Some(first));
     }

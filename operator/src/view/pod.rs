@@ -57,7 +57,7 @@ pub enum PodState {
     /// It runs.
     Running,
     /// It ended, and does not start again.
-    Ended(End),
+    Ended(Box<End>),
 }
 
 /// How a trainer container ended.
@@ -146,7 +146,7 @@ fn disruption(pod: &Pod, state: &PodState) -> Option<String> {
     }
     let status = pod.status.as_ref()?;
     let reason = status.reason.as_deref().filter(|r| !r.is_empty() && status.phase.as_deref() == Some("Failed"))?;
-    let refused = matches!(state, PodState::Ended(End { code: None, .. })) && !OWN_LIMITS.contains(&reason);
+    let refused = matches!(state, PodState::Ended(end) if end.code.is_none()) && !OWN_LIMITS.contains(&reason);
     (refused || ENDED_BY_NODE.contains(&reason)).then(|| join(Some(reason), status.message.as_deref()))
 }
 
@@ -167,14 +167,14 @@ fn state(pod: &Pod) -> PodState {
     let status = pod.status.as_ref();
     let container = trainer(pod);
     if let Some(ContainerState { terminated: Some(t), .. }) = container.and_then(|c| c.state.as_ref()) {
-        return PodState::Ended(end(pod, t));
+        return PodState::Ended(Box::new(end(pod, t)));
     }
     match status.and_then(|s| s.phase.as_deref()) {
-        Some("Failed" | "Succeeded") => PodState::Ended(End {
+        Some("Failed" | "Succeeded") => PodState::Ended(Box::new(End {
             text: status.map(|s| join(s.reason.as_deref(), s.message.as_deref())),
             at: condition(pod, "DisruptionTarget", "True").and_then(|c| c.last_transition_time.as_ref()).map(|t| t.0),
             ..End::default()
-        }),
+        })),
         Some("Running") => PodState::Running,
         _ => PodState::Waiting(waiting_reason(pod, container)),
     }

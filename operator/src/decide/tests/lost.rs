@@ -57,7 +57,7 @@ fn once_it_is_given_up_the_gang_starts_anew() {
     case.pass();
     assert_eq!(case.slot("tune").last_failure.as_ref().unwrap().reason, "PeerLost", "until it is known");
     case.view("tune").pods[1].disruption = Some("NodeLost: node node1 did not end the pod in time".into());
-    case.view("tune").pods[1].state = PodState::Ended(End::default());
+    case.view("tune").pods[1].state = PodState::Ended(Box::default());
     case.view("tune").jobs[0].state = JobState::Failed;
     case.pass();
     assert_eq!((case.slot("tune").disruptions, case.slot("tune").restarts.total), (1, 0));

@@ -68,7 +68,7 @@ fn pod_view(stage: &str, attempt: u32, index: u32, state: PodState) -> PodView {
 }
 
 fn ended(code: i32, word: Option<TerminationMessage>) -> PodState {
-    PodState::Ended(End { code: Some(code), word, at: Some(at(5)), ..End::default() })
+    PodState::Ended(Box::new(End { code: Some(code), word, at: Some(at(5)), ..End::default() }))
 }
 
 fn waits(reason: &str, text: &str) -> PodState {

@@ -240,7 +240,9 @@ fn only_lack_of_memory_changes_a_plan_and_on_cpu_a_kill_for_memory_is_lack_of_it
         let mut case = on(compute.clone(), all_auto());
         prepare(&mut case, 512);
         let before = case.slot("tune").plan;
-        let end = |oom_killed| PodState::Ended(End { code: Some(code), oom_killed, at: Some(at(5)), ..End::default() });
+        let end = |oom_killed| {
+            PodState::Ended(Box::new(End { code: Some(code), oom_killed, at: Some(at(5)), ..End::default() }))
+        };
         case.see("tune", 1, JobState::Failed, &[end(killed), ended(75, None)]);
         case.pass();
         assert_eq!(case.slot("tune").plan != before, changes, "{compute} {code}");

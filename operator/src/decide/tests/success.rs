@@ -11,7 +11,7 @@ fn trainers_done(state: JobState, spoiled: bool) -> Case {
         at: Some(at(5)),
         ..End::default()
     };
-    case.see("tune", 1, state, &[PodState::Ended(end.clone()), PodState::Ended(end)]);
+    case.see("tune", 1, state, &[PodState::Ended(Box::new(end.clone())), PodState::Ended(Box::new(end))]);
     case.pass();
     case
 }
@@ -39,7 +39,7 @@ fn a_container_beside_the_trainer_that_fails_its_pod_before_the_gang_is_done_is_
         at: Some(at(5)),
         ..End::default()
     };
-    case.see("tune", 1, JobState::Failed, &[PodState::Ended(spoiled), ended(143, None)]);
+    case.see("tune", 1, JobState::Failed, &[PodState::Ended(Box::new(spoiled)), ended(143, None)]);
     case.view("tune").pods[1].deletion_requested = Some(at(6));
     case.pass();
     let failure = case.slot("tune").last_failure.clone().unwrap();

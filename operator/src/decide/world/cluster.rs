@@ -280,8 +280,7 @@ impl Api {
             controller: Some(true),
             ..Default::default()
         };
-        let mut pod = Pod::default();
-        pod.metadata = ObjectMeta {
+        let metadata = ObjectMeta {
             name: Some(format!("{FOREIGN}-{version}")),
             uid: Some(format!("{FOREIGN}-{version}")),
             labels: job.metadata.labels.clone(),
@@ -294,6 +293,7 @@ impl Api {
             creation_timestamp: Some(Time(now)),
             ..Default::default()
         };
+        let mut pod = Pod { metadata, ..Default::default() };
         let word = r#"{"code":65,"reason":"BadInput","message":"foreign words"}"#;
         match stranger {
             Stranger::OfAReplicaSet => end(&mut pod, "Running", None, now),
