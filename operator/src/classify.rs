@@ -297,7 +297,6 @@ mod tests {
             index,
             node: Some(format!("node{index}")),
             ip: None,
-            image_id: None,
             created: at(0),
             deletion_requested: None,
             grace: SignedDuration::ZERO,

@@ -31,8 +31,6 @@ pub struct PodView {
     pub node: Option<String>,
     /// Its address.
     pub ip: Option<String>,
-    /// The image of its trainer as its node tells it, once it is there.
-    pub image_id: Option<String>,
     /// When it was made, by the API server's clock.
     pub created: Timestamp,
     /// When somebody asked for its deletion.
@@ -110,7 +108,6 @@ impl PodView {
             index: pod.annotations().get(INDEX_KEY)?.parse().ok()?,
             node: pod.spec.as_ref().and_then(|s| s.node_name.clone()),
             ip: status.and_then(|s| s.pod_ip.clone()),
-            image_id: trainer(pod).map(|c| c.image_id.clone()).filter(|id| !id.is_empty()),
             created: meta.creation_timestamp.as_ref().map_or(Timestamp::UNIX_EPOCH, |t| t.0),
             deletion_requested: meta.deletion_timestamp.as_ref().map(|t| t.0.saturating_sub(grace).unwrap_or(t.0)),
             grace,
@@ -157,15 +154,11 @@ fn evicted(pod: &Pod) -> Option<String> {
     own.then(|| join(Some(EVICTED), status.message.as_deref()))
 }
 
-/// The state of the trainer's container, once its node tells it.
-fn trainer(pod: &Pod) -> Option<&ContainerStatus> {
-    pod.status.as_ref()?.container_statuses.as_ref()?.iter().find(|c| c.name == CONTAINER)
-}
-
 /// The main container decides, not the pod's phase: a sidecar may outlive it.
 fn state(pod: &Pod) -> PodState {
     let status = pod.status.as_ref();
-    let container = trainer(pod);
+    let container =
+        status.and_then(|s| s.container_statuses.as_ref()).and_then(|all| all.iter().find(|c| c.name == CONTAINER));
     if let Some(ContainerState { terminated: Some(t), .. }) = container.and_then(|c| c.state.as_ref()) {
         return PodState::Ended(Box::new(end(pod, t)));
     }

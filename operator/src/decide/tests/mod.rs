@@ -56,7 +56,6 @@ fn pod_view(stage: &str, attempt: u32, index: u32, state: PodState) -> PodView {
         index,
         node: Some("node1".into()),
         ip: Some("10.0.0.1".into()),
-        image_id: None,
         created: at(0),
         deletion_requested: None,
         grace: SignedDuration::ZERO,
