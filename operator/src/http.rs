@@ -49,7 +49,7 @@ fn router(served: Served) -> Router {
 
 async fn metrics(State(served): State<Served>) -> impl IntoResponse {
     let jobs = served.jobs.state();
-    match served.metrics.render(jobs.iter().filter_map(|guarded| guarded.0.as_ref().ok())) {
+    match served.metrics.render(jobs.iter().map(AsRef::as_ref)) {
         Ok(text) => (StatusCode::OK, [(header::CONTENT_TYPE, prometheus::TEXT_FORMAT)], text),
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, [(header::CONTENT_TYPE, "text/plain")], format!("{error}\n")),
     }

@@ -4,7 +4,11 @@
 
 mod first_step;
 mod jobs;
+mod reason;
 
+pub use reason::Reason;
+
+use crate::controller::Guarded;
 use crate::decide::Outcome;
 use first_step::FirstSteps;
 use kube::ResourceExt;
@@ -23,38 +27,6 @@ pub struct Metrics {
     attempts: IntCounterVec,
     requests: IntCounterVec,
     leader: IntGauge,
-}
-
-/// Why a pass failed, or did less than it set out to: the values of the error counter's label.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reason {
-    /// A read failed.
-    Observe,
-    /// A write failed.
-    Apply,
-    /// What the pass decided on had changed meanwhile.
-    Stale,
-    /// The API server did not answer in time.
-    TimedOut,
-    /// The API server refused a child.
-    Blocked,
-    /// The object cannot be read as an RLHFJob.
-    Undecodable,
-}
-
-impl Reason {
-    const ALL: [Self; 6] = [Self::Observe, Self::Apply, Self::Stale, Self::TimedOut, Self::Blocked, Self::Undecodable];
-
-    fn as_str(self) -> &'static str {
-        match self {
-            Self::Observe => "Observe",
-            Self::Apply => "Apply",
-            Self::Stale => "Stale",
-            Self::TimedOut => "TimedOut",
-            Self::Blocked => "Blocked",
-            Self::Undecodable => "Undecodable",
-        }
-    }
 }
 
 const PHASES: [Phase; 7] = [
@@ -103,7 +75,13 @@ impl Metrics {
                 "Passes that failed, and stages whose objects the API server refused, by reason.",
                 &["reason"],
             )?,
-            jobs: IntGaugeVec::new(Opts::new("rlhf_operator_jobs", "RLHFJobs by phase."), &["phase"])?,
+            jobs: IntGaugeVec::new(
+                Opts::new(
+                    "rlhf_operator_jobs",
+                    "RLHFJobs by phase; Undecodable are those that this operator cannot read.",
+                ),
+                &["phase"],
+            )?,
             attempts: counter(
                 "rlhf_operator_attempts_total",
                 "Attempts at prepare or a stage that ended, by outcome.",
@@ -190,13 +168,17 @@ impl Metrics {
     }
 
     /// The exposition text, with the jobs counted anew and their own series.
-    pub fn render<'a>(&self, jobs: impl Iterator<Item = &'a RLHFJob> + Clone) -> prometheus::Result<String> {
-        for phase in PHASES {
-            self.jobs.with_label_values(&[jobs::phase(phase)]).set(0);
+    ///
+    /// # Errors
+    /// A metric cannot be written.
+    pub fn render<'a>(&self, jobs: impl Iterator<Item = &'a Guarded> + Clone) -> prometheus::Result<String> {
+        for phase in PHASES.map(jobs::phase).into_iter().chain([jobs::UNDECODABLE]) {
+            self.jobs.with_label_values(&[phase]).set(0);
         }
-        for job in jobs.clone() {
-            let phase = job.status.as_ref().map(|s| s.phase).unwrap_or_default();
-            self.jobs.with_label_values(&[jobs::phase(phase)]).inc();
+        for guarded in jobs.clone() {
+            let phase = |job: &RLHFJob| jobs::phase(job.status.as_ref().map(|s| s.phase).unwrap_or_default());
+            let phase = guarded.0.as_ref().map_or(jobs::UNDECODABLE, phase);
+            self.jobs.with_label_values(&[phase]).inc();
         }
         let (mut text, encoder) = (String::new(), TextEncoder::new());
         encoder.encode_utf8(&self.registry.gather(), &mut text)?;
@@ -221,6 +203,7 @@ mod tests {
     use crate::build::tests::job;
     use jiff::Timestamp;
     use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+    use kube::core::DeserializeGuard;
     use rlhf_api::job::StagePhase;
     use rlhf_api::report::Progress;
     use std::collections::BTreeSet;
@@ -233,6 +216,16 @@ mod tests {
         job
     }
 
+    fn guarded(job: RLHFJob) -> Guarded {
+        DeserializeGuard(Ok(job))
+    }
+
+    fn undecodable() -> Guarded {
+        let mut raw = serde_json::to_value(job()).unwrap();
+        raw["spec"] = serde_json::json!(5);
+        serde_json::from_value(raw).unwrap()
+    }
+
     fn has(text: &str, lines: &[&str]) {
         for line in lines {
             assert!(text.lines().any(|l| l == *line), "{line} is missing in\n{text}");
@@ -242,11 +235,25 @@ mod tests {
     #[test]
     fn a_scrape_counts_jobs_by_phase_and_forgets_those_that_are_gone() {
         let metrics = Metrics::new().unwrap();
-        let jobs = [in_phase(Phase::Running), in_phase(Phase::Running), in_phase(Phase::Failed)];
+        let jobs = [Phase::Running, Phase::Running, Phase::Failed].map(|phase| guarded(in_phase(phase)));
         let text = metrics.render(jobs.iter()).unwrap();
         has(&text, &["rlhf_operator_jobs{phase=\"Running\"} 2"]);
         let text = metrics.render(jobs[2..].iter()).unwrap();
         has(&text, &["rlhf_operator_jobs{phase=\"Running\"} 0", "rlhf_operator_jobs{phase=\"Failed\"} 1"]);
+    }
+
+    #[test]
+    fn case_7_a_job_that_cannot_be_read_is_counted_and_has_series_of_its_own() {
+        let metrics = Metrics::new().unwrap();
+        let jobs = [guarded(in_phase(Phase::Running)), undecodable()];
+        let lines = [
+            "rlhf_operator_jobs{phase=\"Running\"} 1",
+            "rlhf_operator_jobs{phase=\"Undecodable\"} 1",
+            "rlhf_operator_job_info{namespace=\"team\",phase=\"Undecodable\",rlhf_job=\"demo\"} 1",
+            "rlhf_operator_job_condition{condition=\"Unsupported\",namespace=\"team\",rlhf_job=\"demo\"} 1",
+        ];
+        has(&metrics.render(jobs.iter()).unwrap(), &lines);
+        has(&metrics.render(jobs[..1].iter()).unwrap(), &["rlhf_operator_jobs{phase=\"Undecodable\"} 0"]);
     }
 
     #[test]
@@ -310,7 +317,7 @@ mod tests {
     #[test]
     fn a_job_has_series_of_its_own_until_it_is_gone() {
         let metrics = Metrics::new().unwrap();
-        let text = metrics.render([known()].iter()).unwrap();
+        let text = metrics.render([guarded(known())].iter()).unwrap();
         let lines = [
             "rlhf_operator_job_info{namespace=\"team\",phase=\"Running\",rlhf_job=\"demo\"} 1",
             "rlhf_operator_job_condition{condition=\"Stalled\",namespace=\"team\",rlhf_job=\"demo\"} 1",
@@ -359,8 +366,8 @@ mod tests {
     fn reference() -> String {
         let metrics = Metrics::new().unwrap();
         assert!(metrics.api("get", Ok(())).is_ok());
-        let job = known();
-        metrics.render([job.clone()].iter()).unwrap();
+        let job = guarded(known());
+        metrics.render([&job].into_iter()).unwrap();
         let table = |families: Vec<prometheus::proto::MetricFamily>| {
             let mut rows = String::from("| metric | type | labels | meaning |\n|---|---|---|---|\n");
             for family in families {
@@ -379,7 +386,7 @@ mod tests {
              status and vanish with the job. `namespace` and `rlhf_job` are the job's, as in the trainers' metrics: a \
              scrape has to honour the labels (`honorLabels: true`, as in the chart's ServiceMonitor).\n\n{}",
             table(metrics.registry.gather()),
-            table(jobs::families([job].iter()).flat_map(Result::unwrap).collect()),
+            table(jobs::families([&job].into_iter()).flat_map(Result::unwrap).collect()),
         )
     }
 

@@ -4,11 +4,13 @@
 //! A thousand jobs have twenty thousand series, which take ten times their text in memory; so there is one family of them
 //! at a time.
 
+use crate::controller::Guarded;
+use kube::Resource;
 use prometheus::core::Collector;
 use prometheus::proto::MetricFamily;
 use prometheus::{CounterVec, GaugeVec, Opts};
 use rlhf_api::job::{Phase, RLHFJob, StagePhase, StageStatus};
-use rlhf_api::names;
+use rlhf_api::names::{self, CONDITION_UNSUPPORTED};
 use rlhf_api::report::Progress;
 
 /// Takes a series: the values of the labels that are a family's own, and its value.
@@ -21,17 +23,23 @@ struct Family {
     labels: &'static [&'static str],
     is_counter: bool,
     series: fn(&RLHFJob, Put<'_>),
+    /// Of a job that cannot be read.
+    undecodable: fn(Put<'_>),
 }
+
+/// In the place of a job's phase: it cannot be read.
+pub(super) const UNDECODABLE: &str = "Undecodable";
 
 const STAGE: &[&str] = &["stage"];
 
 const FAMILIES: [Family; 9] = [
     Family {
         name: "rlhf_operator_job_info",
-        help: "1 for each RLHFJob, with the phase in which it is.",
+        help: "1 for each RLHFJob, with the phase in which it is, or Undecodable.",
         labels: &["phase"],
         is_counter: false,
         series: |job, put| put(&[phase(job.status.as_ref().map(|s| s.phase).unwrap_or_default())], 1.0),
+        undecodable: |put| put(&[UNDECODABLE], 1.0),
     },
     Family {
         name: "rlhf_operator_job_condition",
@@ -43,6 +51,7 @@ const FAMILIES: [Family; 9] = [
                 put(&[&condition.type_], f64::from(u8::from(condition.status == "True")));
             }
         },
+        undecodable: |put| put(&[CONDITION_UNSUPPORTED], 1.0),
     },
     Family {
         name: "rlhf_operator_job_finished_timestamp_seconds",
@@ -53,6 +62,7 @@ const FAMILIES: [Family; 9] = [
             let at = job.status.as_ref().and_then(|s| s.completion_time);
             at.iter().for_each(|at| put(&[], at.as_second() as f64));
         },
+        undecodable: |_| (),
     },
     Family {
         name: "rlhf_operator_stage_info",
@@ -64,6 +74,7 @@ const FAMILIES: [Family; 9] = [
                 put(&[stage, stage_phase(slot.map(|s| s.phase).unwrap_or_default())], 1.0);
             }
         },
+        undecodable: |_| (),
     },
     Family {
         name: "rlhf_operator_stage_attempt",
@@ -71,6 +82,7 @@ const FAMILIES: [Family; 9] = [
         labels: STAGE,
         is_counter: false,
         series: |job, put| of_stages(job, put, |slot| f64::from(slot.attempt)),
+        undecodable: |_| (),
     },
     Family {
         name: "rlhf_operator_stage_restarts_total",
@@ -78,6 +90,7 @@ const FAMILIES: [Family; 9] = [
         labels: STAGE,
         is_counter: true,
         series: |job, put| of_stages(job, put, |slot| f64::from(slot.restarts.total)),
+        undecodable: |_| (),
     },
     Family {
         name: "rlhf_operator_stage_disruptions_total",
@@ -85,6 +98,7 @@ const FAMILIES: [Family; 9] = [
         labels: STAGE,
         is_counter: true,
         series: |job, put| of_stages(job, put, |slot| f64::from(slot.disruptions)),
+        undecodable: |_| (),
     },
     Family {
         name: "rlhf_operator_stage_step",
@@ -92,6 +106,7 @@ const FAMILIES: [Family; 9] = [
         labels: STAGE,
         is_counter: false,
         series: |job, put| of_progress(job, put, |progress| progress.step),
+        undecodable: |_| (),
     },
     Family {
         name: "rlhf_operator_stage_total_steps",
@@ -99,6 +114,7 @@ const FAMILIES: [Family; 9] = [
         labels: STAGE,
         is_counter: false,
         series: |job, put| of_progress(job, put, |progress| progress.total_steps),
+        undecodable: |_| (),
     },
 ];
 
@@ -147,7 +163,7 @@ fn of_progress(job: &RLHFJob, put: Put<'_>, value: fn(&Progress) -> u64) {
 
 impl Family {
     /// With the series of these jobs, where there are any.
-    fn of<'a>(&self, jobs: impl Iterator<Item = &'a RLHFJob>) -> prometheus::Result<Vec<MetricFamily>> {
+    fn of<'a>(&self, jobs: impl Iterator<Item = &'a Guarded>) -> prometheus::Result<Vec<MetricFamily>> {
         let labels = [&["namespace", "rlhf_job"], self.labels].concat();
         let options = Opts::new(self.name, self.help);
         let mut families = if self.is_counter {
@@ -163,10 +179,14 @@ impl Family {
         Ok(families)
     }
 
-    fn put<'a>(&self, jobs: impl Iterator<Item = &'a RLHFJob>, put: impl Fn(&[&str], f64)) {
-        for job in jobs {
-            let of = [text(&job.metadata.namespace), text(&job.metadata.name)];
-            (self.series)(job, &mut |own, value| put(&[&of, own].concat(), value));
+    fn put<'a>(&self, jobs: impl Iterator<Item = &'a Guarded>, put: impl Fn(&[&str], f64)) {
+        for guarded in jobs {
+            let of = [text(&guarded.meta().namespace), text(&guarded.meta().name)];
+            let put: Put<'_> = &mut |own, value| put(&[&of, own].concat(), value);
+            match &guarded.0 {
+                Ok(job) => (self.series)(job, put),
+                Err(_) => (self.undecodable)(put),
+            }
         }
     }
 }
@@ -177,7 +197,7 @@ fn text(of: &Option<String>) -> &str {
 
 /// The series of these jobs, family after family.
 pub(super) fn families<'a>(
-    jobs: impl Iterator<Item = &'a RLHFJob> + Clone,
+    jobs: impl Iterator<Item = &'a Guarded> + Clone,
 ) -> impl Iterator<Item = prometheus::Result<Vec<MetricFamily>>> {
     FAMILIES.iter().map(move |family| family.of(jobs.clone()))
 }
