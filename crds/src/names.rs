@@ -80,7 +80,7 @@ fn unique(prefix: &str, of: &[&str], rest: usize) -> String {
     format!("{}-{}", cut.trim_end_matches('-'), hash(of))
 }
 
-/// The headless Service of a stage, and the beginning of the names of its other children.
+/// The beginning of the names of a stage's children.
 pub fn stage(job: &str, uid: &str, stage: &str) -> String {
     unique(&format!("{job}-{stage}"), &[uid, stage], NUMBERS)
 }
@@ -90,10 +90,15 @@ pub fn attempt(job: &str, uid: &str, stage: &str, attempt: u32) -> String {
     format!("{}-{attempt}", self::stage(job, uid, stage))
 }
 
-/// The ConfigMap with a stage's config. What is in it is part of the name, since it is immutable, and another version of the
-/// operator, or a change while the job was suspended, may write another.
-pub fn config_map(job: &str, uid: &str, stage: &str, config: &str) -> String {
-    format!("{}-{}", self::stage(job, uid, stage), hash(&[config]))
+/// The headless Service of a job, by which ranks find the first of their attempt.
+pub fn service(job: &str, uid: &str) -> String {
+    unique(job, &[uid], NUMBERS)
+}
+
+/// The ConfigMap with the configs of all of a job's stages. What is in it is part of the name, since it is immutable, and
+/// another version of the operator, or a change while the job was suspended, may write another.
+pub fn config_map(job: &str, uid: &str, configs: &str) -> String {
+    unique(&format!("{job}-config"), &[uid, configs], 0)
 }
 
 /// The Secret with the key to the progress of a job's trainers. The tag follows from the job's UID and the key, so that
@@ -134,7 +139,7 @@ mod tests {
     fn names_that_look_alike_when_put_together_are_apart() {
         assert_ne!(stage("demo", "1", "x-sft"), stage("demo-x", "2", "sft"));
         assert_ne!(stage("demo", "1", "sft"), stage("demo", "2", "sft"), "a job that is created anew");
-        assert_ne!(config_map("demo", "1", "sft", "{}"), config_map("demo", "1", "sft", "{ }"));
+        assert_ne!(config_map("demo", "1", "{}"), config_map("demo", "1", "{ }"));
         assert_eq!(attempt("demo", "1", "sft", 3), format!("{}-3", stage("demo", "1", "sft")));
     }
 
@@ -148,7 +153,11 @@ mod tests {
                 pod.len() <= 63 && pod.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-'),
                 "{pod}"
             );
-            assert!(config_map(&job, "uid", &stage, "x").len() <= 63 && network_policy(&job, "uid").len() <= 63);
+            assert!(
+                config_map(&job, "uid", "x").len() <= 63
+                    && service(&job, "uid").len() <= 63
+                    && network_policy(&job, "uid").len() <= 63
+            );
             assert!(progress_secret(&job, "tag").len() <= 63);
         }
     }

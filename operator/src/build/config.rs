@@ -1,16 +1,18 @@
 //! What a trainer is told: the stage config and its ConfigMap.
 //!
-//! The config is the same for every attempt of a stage, so one immutable ConfigMap serves them all.
+//! The config is the same for every attempt of a stage, and those of all stages are known when the job starts, so one
+//! immutable ConfigMap serves them all.
 
-use super::{Settings, Task, allowed, labels, metadata};
+use super::{Settings, Task, allowed, job_labels, metadata};
 use k8s_openapi::api::core::v1::ConfigMap;
 use kube::ResourceExt;
-use rlhf_api::config::{CONFIG_FILE, JobRef, PrepareConfig, StageConfig, StagePaths, volume_path};
+use rlhf_api::config::{JobRef, PrepareConfig, StageConfig, StagePaths, volume_path};
 use rlhf_api::job::{RLHFJob, Stage, out_of_range};
 use rlhf_api::names;
 use rlhf_api::reference::ModelRef;
 use rlhf_api::stage::StageKind;
 use serde::Serialize;
+use std::collections::BTreeMap;
 
 /// A spec that admission should have refused.
 #[derive(Debug, thiserror::Error)]
@@ -74,18 +76,27 @@ pub fn check(job: &RLHFJob, settings: &Settings) -> Result<(), SpecError> {
     prepare_config(job).map(|_| ())
 }
 
-pub(super) fn build(job: &RLHFJob, task: Task<'_>) -> Result<ConfigMap, SpecError> {
-    let text = match task {
+/// One ConfigMap with an entry for each task.
+pub(super) fn build(job: &RLHFJob) -> Result<ConfigMap, SpecError> {
+    let config = |task: Task<'_>| match task {
         Task::Prepare => json(task.name(), &prepare_config(job)?),
         Task::Stage(stage) => json(task.name(), &stage_config(job, stage)?),
-    }?;
-    let name = names::config_map(&job.name_any(), &job.uid().unwrap_or_default(), task.name(), &text);
+    };
+    let data = Task::all(job).map(|task| Ok((entry(task), config(task)?)));
+    let data = data.collect::<Result<BTreeMap<_, _>, SpecError>>()?;
+    let all = data.values().map(String::as_str).collect::<Vec<_>>().concat();
+    let name = names::config_map(&job.name_any(), &job.uid().unwrap_or_default(), &all);
     Ok(ConfigMap {
-        metadata: metadata(job, name, labels(job, task)),
+        metadata: metadata(job, name, job_labels(job)),
         immutable: Some(true),
-        data: Some([(CONFIG_FILE.to_owned(), text)].into()),
+        data: Some(data),
         ..Default::default()
     })
+}
+
+/// The entry with a task's config.
+pub(super) fn entry(task: Task<'_>) -> String {
+    format!("{}.json", task.name())
 }
 
 fn json(stage: &str, config: &impl Serialize) -> Result<String, SpecError> {

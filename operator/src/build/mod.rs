@@ -108,9 +108,9 @@ pub struct Children {
     pub network_policy: Option<NetworkPolicy>,
     /// The key to the progress of the job's trainers, the same for all of its stages.
     pub secret: Option<KeySecret>,
-    /// The config, the same for every attempt.
+    /// The configs, the same for all of the job's stages.
     pub config_map: ConfigMap,
-    /// The first pod's name in DNS, the same for every attempt. Before the Job, so that it is there when pods look.
+    /// The names of first pods in DNS, the same for all of the job's stages. Before the Job, so that it is there when pods look.
     pub service: Option<Service>,
     /// What makes a gang of the attempt's pods. Before the Job, since pods wait for it.
     pub pod_group: Option<PodGroup>,
@@ -123,8 +123,8 @@ pub struct Children {
 /// # Errors
 /// The spec says what admission should have refused.
 pub fn children(job: &RLHFJob, task: Task<'_>, attempt: Attempt, settings: &Settings) -> Result<Children, SpecError> {
-    let service = matches!(task, Task::Stage(_)).then(|| service::build(job, task));
-    let config_map = config::build(job, task)?;
+    let service = matches!(task, Task::Stage(_)).then(|| service::build(job));
+    let config_map = config::build(job)?;
     Ok(Children {
         stage: task.name().to_owned(),
         first: never_made(job, task),
@@ -170,10 +170,6 @@ fn job_labels(job: &RLHFJob) -> BTreeMap<String, String> {
 fn user_labels(template: &PodTemplate) -> BTreeMap<String, String> {
     let own = |key: &str| key.starts_with(names::LABEL_PREFIX) || key == names::LABEL_MANAGED_BY;
     template.labels.iter().filter(|(k, _)| !own(k)).map(|(k, v)| (k.clone(), v.clone())).collect()
-}
-
-fn child_name(job: &RLHFJob, task: Task<'_>) -> String {
-    names::stage(&job.name_any(), &job.uid().unwrap_or_default(), task.name())
 }
 
 fn attempt_name(job: &RLHFJob, task: Task<'_>, attempt: u32) -> String {
@@ -259,6 +255,10 @@ pub(crate) mod tests {
             },
         }))
         .unwrap()
+    }
+
+    fn service_name() -> String {
+        names::service("demo", "0123456789-abc")
     }
 
     /// The name of what belongs to the stage `tune`.
@@ -395,10 +395,10 @@ pub(crate) mod tests {
         let volumes: BTreeMap<_, _> =
             pod(&children).volumes.unwrap().into_iter().map(|v| (v.name.clone(), v)).collect();
         assert_eq!(volumes[&mounts["/data"]].persistent_volume_claim.as_ref().unwrap().claim_name, "claim");
-        assert_eq!(
-            volumes[&mounts["/etc/rlhf"]].config_map.as_ref().unwrap().name,
-            children.config_map.metadata.name.clone().unwrap()
-        );
+        let config = volumes[&mounts["/etc/rlhf"]].config_map.as_ref().unwrap();
+        assert_eq!(config.name, children.config_map.metadata.name.clone().unwrap());
+        let entries: Vec<_> = config.items.iter().flatten().map(|i| (i.key.as_str(), i.path.as_str())).collect();
+        assert_eq!(entries, [("tune.json", "config.json")], "a pod sees its own config");
         assert_eq!(volumes[&mounts["/dev/shm"]].empty_dir.as_ref().unwrap().medium.as_deref(), Some("Memory"));
     }
 
@@ -407,7 +407,7 @@ pub(crate) mod tests {
         let children = build(&job(), 1, 2);
         assert_eq!(
             env_value(&children, env::MASTER_ADDR).as_deref(),
-            Some("demo-tune-prgzn-2-0.demo-tune-prgzn.team.svc")
+            Some(format!("{TUNE}-2-0.{}.team.svc", service_name()).as_str())
         );
         assert_eq!(env_value(&children, env::MASTER_PORT).as_deref(), Some("29500"));
         assert_eq!(env_value(&children, env::NNODES).as_deref(), Some("2"));
@@ -423,7 +423,7 @@ pub(crate) mod tests {
         let rank = container(&children).env.unwrap().into_iter().find(|e| e.name == env::NODE_RANK).unwrap();
         let path = rank.value_from.unwrap().field_ref.unwrap().field_path;
         assert_eq!(path, format!("metadata.annotations['{INDEX_KEY}']"));
-        assert_eq!(pod(&children).subdomain.as_deref(), Some(TUNE));
+        assert_eq!(pod(&children).subdomain, Some(service_name()));
         let set: Vec<_> = container(&children).env.unwrap().into_iter().map(|e| e.name).collect();
         assert_eq!(set.len(), env::RESERVED.len(), "each of the contract's variables, once: {set:?}");
     }
@@ -488,15 +488,24 @@ pub(crate) mod tests {
     fn the_service_names_this_jobs_first_pod_before_it_is_ready() {
         let service = build(&job(), 1, 1).service.unwrap();
         let spec = service.spec.unwrap();
-        assert_eq!(service.metadata.name.as_deref(), Some(TUNE));
+        assert_eq!(service.metadata.name, Some(service_name()));
+        assert_eq!(build(&job(), 2, 1).service.unwrap().metadata.name, Some(service_name()), "one for all stages");
         assert_eq!((spec.cluster_ip.as_deref(), spec.publish_not_ready_addresses), (Some("None"), Some(true)));
         assert_eq!(spec.ports.unwrap()[0].port, 29500);
         let mut selector = spec.selector.unwrap();
         assert_eq!(selector.remove(INDEX_KEY).as_deref(), Some("0"));
-        let template = build(&job(), 1, 5).job.spec.unwrap().template.metadata.unwrap().labels.unwrap();
-        assert!(selector.iter().all(|(k, v)| template.get(k) == Some(v)), "{selector:?}");
+        for (stage, attempt) in [(1, 5), (3, 1)] {
+            let pod = build(&job(), stage, attempt).job.spec.unwrap().template;
+            let labels = pod.metadata.unwrap().labels.unwrap();
+            assert!(selector.iter().all(|(k, v)| labels.get(k) == Some(v)), "{selector:?}");
+            assert_eq!(pod.spec.unwrap().subdomain, Some(service_name()));
+        }
         assert_eq!(selector[names::LABEL_JOB_UID], "0123456789-abc");
-        assert!(!selector.contains_key(names::LABEL_ATTEMPT), "one Service serves every attempt");
+        let of_some = |label| selector.contains_key(label);
+        assert!(
+            !of_some(names::LABEL_ATTEMPT) && !of_some(names::LABEL_STAGE),
+            "one serves every attempt at all stages"
+        );
     }
 
     #[test]
@@ -551,7 +560,7 @@ pub(crate) mod tests {
             (Some("high"), Some("nvidia"))
         );
         assert_eq!(env_value(&children, "NCCL_DEBUG").as_deref(), Some("INFO"));
-        assert_eq!(env_value(&children, env::MASTER_ADDR), Some(format!("{TUNE}-1-0.{TUNE}.team.svc")));
+        assert_eq!(env_value(&children, env::MASTER_ADDR), Some(format!("{TUNE}-1-0.{}.team.svc", service_name())));
         let (labels, annotations) = (children.job.metadata.labels.unwrap(), children.job.metadata.annotations.unwrap());
         assert_eq!((labels["team"].as_str(), annotations["note"].as_str()), ("a", "x"));
     }
@@ -559,8 +568,9 @@ pub(crate) mod tests {
     #[test]
     fn configs_say_where_each_stage_starts_and_writes() {
         let config = |index| -> StageConfig {
-            let data = build(&job(), index, 1).config_map.data.unwrap();
-            serde_json::from_str(&data["config.json"]).unwrap()
+            let job = job();
+            let data = build(&job, index, 1).config_map.data.unwrap();
+            serde_json::from_str(&data[&config::entry(Task::all(&job).nth(index).unwrap())]).unwrap()
         };
         let (tune, judge, act) = (config(1), config(2), config(3));
         assert_eq!(tune.paths.start_model, "models/base");
@@ -580,7 +590,7 @@ pub(crate) mod tests {
     fn prepare_is_told_every_stage_in_order() {
         let children = build(&job(), 0, 1);
         assert_eq!(children.config_map.immutable, Some(true));
-        let config: PrepareConfig = serde_json::from_str(&children.config_map.data.unwrap()["config.json"]).unwrap();
+        let config: PrepareConfig = serde_json::from_str(&children.config_map.data.unwrap()["prepare.json"]).unwrap();
         assert_eq!(config.stages.iter().map(|s| s.stage.as_str()).collect::<Vec<_>>(), ["tune", "judge", "act"]);
     }
 

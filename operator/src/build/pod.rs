@@ -3,20 +3,20 @@
 //! It meets the `restricted` Pod Security Standard and holds no credentials of the API server. What a user's pod
 //! template says is merged first, so that the operator's own fields win.
 
-use super::{Attempt, Settings, Task, attempt_name, child_name, pod_group, secret, user_labels};
+use super::{Attempt, Settings, Task, attempt_name, config, pod_group, secret, service, user_labels};
 use crate::view::{CONTAINER, INDEX_KEY};
 use k8s_openapi::api::core::v1::{
     Affinity, Capabilities, ConfigMapVolumeSource, Container, ContainerPort, EmptyDirVolumeSource, EnvVar,
-    EnvVarSource, HTTPGetAction, LocalObjectReference, ObjectFieldSelector, PersistentVolumeClaimVolumeSource,
-    PodAffinityTerm, PodAntiAffinity, PodSecurityContext, PodSpec, PodTemplateSpec, Probe, ResourceClaim,
-    ResourceRequirements, SeccompProfile, SecretKeySelector, SecurityContext, Volume, VolumeMount,
-    WeightedPodAffinityTerm,
+    EnvVarSource, HTTPGetAction, KeyToPath, LocalObjectReference, ObjectFieldSelector,
+    PersistentVolumeClaimVolumeSource, PodAffinityTerm, PodAntiAffinity, PodSecurityContext, PodSpec, PodTemplateSpec,
+    Probe, ResourceClaim, ResourceRequirements, SeccompProfile, SecretKeySelector, SecurityContext, Volume,
+    VolumeMount, WeightedPodAffinityTerm,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use kube::ResourceExt;
-use rlhf_api::config::{CONFIG_DIR, HTTP_PORT, RENDEZVOUS_PORT, VOLUME_DIR, env};
+use rlhf_api::config::{CONFIG_DIR, CONFIG_FILE, HTTP_PORT, RENDEZVOUS_PORT, VOLUME_DIR, env};
 use rlhf_api::job::{Compute, PodIdentity, RLHFJob};
 use rlhf_api::names;
 use std::collections::BTreeMap;
@@ -29,7 +29,7 @@ pub(super) fn build(
     attempt: Attempt,
     compute: &Compute,
     own_labels: BTreeMap<String, String>,
-    config: &str,
+    config_map: &str,
     settings: &Settings,
 ) -> PodTemplateSpec {
     let given = compute.pod_template.clone();
@@ -38,7 +38,7 @@ pub(super) fn build(
         metadata: Some(ObjectMeta { labels: Some(labels), annotations: Some(given.annotations), ..Default::default() }),
         spec: Some(PodSpec {
             restart_policy: Some("Never".into()),
-            subdomain: matches!(task, Task::Stage(_)).then(|| child_name(job, task)),
+            subdomain: matches!(task, Task::Stage(_)).then(|| service::name(job)),
             termination_grace_period_seconds: Some(compute.grace_period_seconds.into()),
             automount_service_account_token: Some(false),
             enable_service_links: Some(false),
@@ -54,7 +54,7 @@ pub(super) fn build(
             image_pull_secrets: some(pull_secrets(given.image_pull_secrets, settings)),
             resource_claims: some(given.resource_claims),
             scheduling_group: pod_group::membership(job, task, attempt, compute, settings),
-            volumes: Some(volumes(job, config).into_iter().chain(given.volumes).collect()),
+            volumes: Some(volumes(job, task, config_map).into_iter().chain(given.volumes).collect()),
             containers: vec![container(job, task, attempt, compute, settings)],
             ..Default::default()
         }),
@@ -184,7 +184,7 @@ fn progress_key(job: &RLHFJob, settings: &Settings) -> EnvVar {
 /// The DNS name of the attempt's first pod. It carries the attempt's number, so that no rank ever meets rank 0 of
 /// another attempt. The cluster's domain is left to the resolver's search list.
 fn master(job: &RLHFJob, task: Task<'_>, attempt: u32) -> String {
-    let (host, service) = (attempt_name(job, task, attempt), child_name(job, task));
+    let (host, service) = (attempt_name(job, task, attempt), service::name(job));
     format!("{host}-0.{service}.{}.svc", job.namespace().unwrap_or_default())
 }
 
@@ -261,12 +261,13 @@ const CONFIG: &str = "config";
 const TMP: &str = "tmp";
 const SHM: &str = "shm";
 
-fn volumes(job: &RLHFJob, config: &str) -> Vec<Volume> {
+fn volumes(job: &RLHFJob, task: Task<'_>, config_map: &str) -> Vec<Volume> {
     let claim = PersistentVolumeClaimVolumeSource {
         claim_name: job.spec.storage.volume_claim.claim_name.clone(),
         ..Default::default()
     };
-    let config = ConfigMapVolumeSource { name: config.into(), ..Default::default() };
+    let own = KeyToPath { key: config::entry(task), path: CONFIG_FILE.into(), ..Default::default() };
+    let config = ConfigMapVolumeSource { name: config_map.into(), items: Some(vec![own]), ..Default::default() };
     let memory = EmptyDirVolumeSource { medium: Some("Memory".into()), ..Default::default() };
     vec![
         Volume { name: DATA.into(), persistent_volume_claim: Some(claim), ..Default::default() },
