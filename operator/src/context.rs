@@ -4,11 +4,14 @@
 use crate::build::Settings;
 use crate::children::Children;
 use crate::clock::Clock;
+use crate::deciding::Deciding;
+use crate::known::Known;
 use crate::lease::Leadership;
 use crate::listed::Listed;
 use crate::metrics::Metrics;
 use crate::progress::ProgressReader;
 use crate::retries::Retries;
+use crate::turns::Turns;
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::Pod;
@@ -39,6 +42,12 @@ pub struct Context {
     pub retries: Retries,
     /// The time that passes go by.
     pub clock: Clock,
+    /// What was made for jobs.
+    pub known: Known,
+    /// Where it is decided what follows.
+    pub deciding: Deciding,
+    /// Whose pass is next.
+    pub turns: Turns,
     /// Whether this operator may write.
     pub leadership: Leadership,
 }

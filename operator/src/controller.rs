@@ -1,12 +1,9 @@
-//! The driver: watches, and one pass over one job as observe, decide, apply.
+//! The driver: what the operator watches, and what each event leads to: a [pass](crate::pass) over one job.
 
-use crate::apply::{self, apply};
 use crate::children::{Child, Children};
 use crate::context::Context;
-use crate::decide::decide;
 use crate::listed::{Listed, Watch};
-use crate::metrics::Reason;
-use crate::observe::{self, observe, still_holds};
+use crate::pass::{error_policy, reconcile};
 use backon::ExponentialBuilder;
 use futures::future::BoxFuture;
 use futures::{FutureExt, Stream, StreamExt, TryStreamExt};
@@ -14,8 +11,7 @@ use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::Pod;
 use kube::core::DeserializeGuard;
-use kube::runtime::controller::{Action, Config};
-use kube::runtime::events::{Event, EventType};
+use kube::runtime::controller::Config;
 use kube::runtime::reflector::{self, ObjectRef, Store};
 use kube::runtime::watcher::ExponentialBackoff;
 use kube::runtime::{Controller, WatchStreamExt, watcher};
@@ -27,123 +23,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// Passes that run at the same time, each over another job.
-const CONCURRENCY: u16 = 16;
+pub const CONCURRENCY: usize = 16;
 /// A gang's pods change together; their events are answered by one pass.
 const DEBOUNCE: Duration = Duration::from_millis(100);
-/// A pass is a handful of requests. One that takes longer is given up, so that a silent API server holds up nothing.
-const PASS_LIMIT: Duration = Duration::from_secs(30);
-/// After a pass that met a change in flight, for the case that the change's own event is not coming.
-const AFTER_CHANGE: Duration = Duration::from_secs(1);
-
 /// An RLHFJob, or what could not be read as one.
 pub type Guarded = DeserializeGuard<RLHFJob>;
-
-/// A pass that failed and is tried again.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// A read failed.
-    #[error(transparent)]
-    Observe(#[from] observe::Error),
-    /// A write failed.
-    #[error(transparent)]
-    Apply(#[from] apply::Error),
-    /// The API server did not answer.
-    #[error("the pass took longer than {} seconds", PASS_LIMIT.as_secs())]
-    TimedOut,
-}
-
-impl Error {
-    /// The value of the metric's label.
-    fn reason(&self) -> Reason {
-        match self {
-            Error::Observe(_) => Reason::Observe,
-            Error::Apply(apply::Error::Stale) => Reason::Stale,
-            Error::Apply(_) => Reason::Apply,
-            Error::TimedOut => Reason::TimedOut,
-        }
-    }
-}
-
-/// One pass over one job.
-pub async fn reconcile(guarded: Arc<Guarded>, ctx: Arc<Context>) -> Result<Action, Error> {
-    let _measured = ctx.metrics.pass();
-    match &guarded.0 {
-        Ok(job) => tokio::time::timeout(PASS_LIMIT, pass(job, &ctx)).await.map_err(|_| Error::TimedOut)?,
-        Err(invalid) => {
-            ctx.metrics.failed(Reason::Undecodable);
-            let error = &invalid.error;
-            tracing::warn!(
-                job = guarded.name_any(),
-                namespace = guarded.namespace(),
-                error,
-                "an RLHFJob cannot be read and is left alone"
-            );
-            tell_undecodable(&guarded, error, &ctx).await;
-            Ok(Action::await_change())
-        }
-    }
-}
-
-async fn pass(job: &RLHFJob, ctx: &Context) -> Result<Action, Error> {
-    if job.spec.managed_by.as_ref().is_some_and(|by| by != names::MANAGED_BY) {
-        return Ok(Action::await_change());
-    }
-    let now = ctx.clock.now();
-    let observed = observe(job, ctx, now).await?;
-    let decision = decide(job, &observed, &ctx.settings, now);
-    if decision.touches_children() && !still_holds(job, &decision, ctx).await? {
-        return Err(apply::Error::Stale.into());
-    }
-    if !ctx.leadership.holds() {
-        // Another may lead by now. The process is about to end, and starts anew as a candidate.
-        return Ok(Action::requeue(AFTER_CHANGE));
-    }
-    match apply(job, &decision, ctx).await {
-        Ok(true) => {}
-        // The next pass tells of it in status.
-        Ok(false) => return Ok(Action::requeue(Duration::ZERO)),
-        Err(apply::Error::Gone) => return Ok(Action::await_change()),
-        Err(error) => return Err(error.into()),
-    }
-    match decision.requeue.and_then(|wait| Duration::try_from(wait).ok()) {
-        Some(wait) => {
-            ctx.retries.passed(job);
-            Ok(Action::requeue(wait))
-        }
-        None => {
-            // What was refused is tried again after a wait; where there is none, nothing is.
-            ctx.retries.forget(&job.namespace().unwrap_or_default(), &job.name_any());
-            Ok(Action::await_change())
-        }
-    }
-}
-
-async fn tell_undecodable(guarded: &Guarded, error: &str, ctx: &Context) {
-    let event = Event {
-        type_: EventType::Warning,
-        reason: "Undecodable".into(),
-        note: Some(crate::classify::bounded(format!(
-            "this operator cannot read the object: {error}; is the CRD of another version?"
-        ))),
-        action: "Reconcile".into(),
-        secondary: None,
-    };
-    if let Err(error) = ctx.recorder.publish(&event, &guarded.object_ref(&())).await {
-        tracing::warn!(%error, "an event was lost");
-    }
-}
-
-fn error_policy(guarded: Arc<Guarded>, error: &Error, ctx: Arc<Context>) -> Action {
-    ctx.metrics.failed(error.reason());
-    let (namespace, name) = (guarded.namespace().unwrap_or_default(), guarded.name_any());
-    if matches!(error, Error::Apply(apply::Error::Stale)) {
-        tracing::debug!(job = name, namespace, %error, "decides anew");
-        return Action::requeue(AFTER_CHANGE);
-    }
-    let wait = ctx.retries.failed(&namespace, &name);
-    tracing::warn!(job = name, namespace, %error, retry_seconds = wait.as_secs(), "a pass failed");
-    Action::requeue(wait)
-}
 
 /// The API of a kind in the watched namespace, or in all.
 pub(crate) fn scoped<K>(client: &Client, namespace: Option<&str>) -> Api<K>
@@ -193,14 +77,23 @@ impl Watches {
             .reflect(self.rlhf_jobs);
         let stream = tell(stream, Watch::RlhfJobs, listed).applied_objects();
         let controller = Controller::for_stream(stream, store)
-            .with_config(Config::default().concurrency(CONCURRENCY).debounce(DEBOUNCE))
+            // Whose turn it is, [`Turns`](crate::turns::Turns) say: the controller itself would take jobs as they come.
+            .with_config(Config::default().concurrency(0).debounce(DEBOUNCE))
             .watches_stream(jobs, |job| owner(&job))
             .watches_stream(pods, |pod| owner(&pod))
-            .graceful_shutdown_on(shutdown);
+            .graceful_shutdown_on({
+                let turns = ctx.turns.clone();
+                async move {
+                    shutdown.await;
+                    turns.close();
+                }
+            });
         let run = controller.run(reconcile, error_policy, ctx.clone()).for_each(move |result| {
             if let Err(kube::runtime::controller::Error::ObjectNotFound(gone)) = &result {
                 let namespace = gone.namespace.as_deref().unwrap_or_default();
                 ctx.retries.forget(namespace, &gone.name);
+                ctx.known.forget(namespace, &gone.name);
+                ctx.deciding.forget(namespace, &gone.name);
                 ctx.metrics.forget(namespace, &gone.name);
             } else if let Err(kube::runtime::controller::Error::QueueError(error)) = &result {
                 tracing::warn!(%error, "a watch failed and is started again");

@@ -12,15 +12,18 @@ use rlhf_api::names::FIELD_MANAGER;
 use rlhf_operator::build::{Allowances, NetworkRules, Settings};
 use rlhf_operator::clock::Clock;
 use rlhf_operator::context::Context;
-use rlhf_operator::controller::Watches;
+use rlhf_operator::controller::{CONCURRENCY, Watches};
+use rlhf_operator::deciding::Deciding;
 use rlhf_operator::http::{Served, serve};
 use rlhf_operator::keys::ProgressKeys;
+use rlhf_operator::known::Known;
 use rlhf_operator::lease::{Candidate, Leadership, Lost};
 use rlhf_operator::listed::Listed;
 use rlhf_operator::metrics::Metrics;
 use rlhf_operator::progress::ProgressReader;
 use rlhf_operator::requirements::{self, check_crd, check_fields, check_pod_groups};
 use rlhf_operator::retries::Retries;
+use rlhf_operator::turns::Turns;
 use std::error::Error;
 use std::io::{ErrorKind, IsTerminal};
 use std::net::{Ipv4Addr, Ipv6Addr};
@@ -177,6 +180,9 @@ async fn run(args: Args) -> Result<(), Box<dyn Error>> {
         progress: ProgressReader::new()?,
         retries: Retries::default(),
         clock: Clock::default(),
+        known: Known::default(),
+        deciding: Deciding::default(),
+        turns: Turns::new(CONCURRENCY),
         leadership,
     });
     let controller = watches.run(ctx, namespace, told(stopping));

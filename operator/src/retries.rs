@@ -1,5 +1,5 @@
-//! What failed passes leave behind until they succeed: how often in a row a job's passes failed, and what the API
-//! server refused of each stage. It is kept in memory only: an operator that starts anew tries anew. Waits go by a clock
+//! What failed passes leave behind until they succeed: how often in a row a job's passes failed or were out of date, and
+//! what the API server refused of each stage. It is kept in memory only: an operator that starts anew tries anew. Waits go by a clock
 //! that nobody sets.
 
 use crate::decide::Trouble;
@@ -13,12 +13,16 @@ use std::time::{Duration, Instant};
 const LONGEST: Duration = Duration::from_secs(300);
 /// The first wait after a refusal: somebody has to do something first.
 const AFTER_REFUSAL: Duration = Duration::from_secs(5);
+/// The first wait after a pass that met a change in flight, for the case that the change's own event is not coming.
+const AFTER_CHANGE: Duration = Duration::from_secs(1);
 /// The first wait after an error.
 const AFTER_ERROR: Duration = Duration::from_secs(1);
 
 #[derive(Default)]
 struct Entry {
     errors: u32,
+    /// Passes in a row that decided on what had changed meanwhile.
+    stale: u32,
     /// By the stage.
     refusals: BTreeMap<String, Refusal>,
 }
@@ -87,11 +91,20 @@ impl Retries {
         doubled(AFTER_ERROR, entry.errors)
     }
 
+    /// Notes that what was decided was out of date, and says how often in a row that was so, and how long to wait. Mostly
+    /// the change is on its way; where it never comes, nothing is asked again and again.
+    pub fn stale(&self, namespace: &str, name: &str) -> (u32, Duration) {
+        let mut all = self.lock();
+        let entry = all.entry((namespace.to_owned(), name.to_owned())).or_default();
+        entry.stale += 1;
+        (entry.stale, doubled(AFTER_CHANGE, entry.stale))
+    }
+
     /// A pass succeeded, and told what was news; what was refused stays until it is made.
     pub fn passed(&self, job: &RLHFJob) {
         let mut all = self.lock();
         if let Some(entry) = all.get_mut(&key(job)) {
-            entry.errors = 0;
+            (entry.errors, entry.stale) = (0, 0);
             entry.refusals.values_mut().for_each(|refusal| refusal.is_news = false);
             if entry.refusals.is_empty() {
                 all.remove(&key(job));
@@ -123,8 +136,13 @@ mod tests {
         let retries = Retries::default();
         let waits: Vec<_> = (0..12).map(|_| retries.failed("team", "demo").as_secs()).collect();
         assert_eq!(waits, [1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300, 300]);
+        let stale: Vec<_> =
+            (0..11).map(|_| retries.stale("team", "demo")).map(|(n, wait)| (n, wait.as_secs())).collect();
+        assert_eq!(stale[..3], [(1, 1), (2, 2), (3, 4)]);
+        assert_eq!(stale[10], (11, 300));
         retries.passed(&job());
         assert_eq!(retries.failed("team", "demo").as_secs(), 1);
+        assert_eq!(retries.stale("team", "demo").0, 1);
     }
 
     /// The first attempt of a stage is refused.

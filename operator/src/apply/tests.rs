@@ -3,36 +3,41 @@
 use super::*;
 use crate::build::{self, Task, tests};
 use crate::children::Children;
+use crate::classify::NODE_LOST;
 use crate::clock::Clock;
-use crate::decide::{Event, Observed, Trouble, decide};
+use crate::decide::{Event, JobRef, Observed, PodRef, Trouble, decide};
+use crate::deciding::Deciding;
+use crate::known::Known;
 use crate::lease::Leadership;
 use crate::listed::Listed;
 use crate::metrics::Metrics;
 use crate::observe::still_holds;
 use crate::progress::ProgressReader;
 use crate::retries::Retries;
+use crate::turns::Turns;
 use http::{Request, Response};
 use http_body_util::BodyExt;
+use jiff::Timestamp;
 use kube::Client;
 use kube::client::Body;
 use kube::runtime::events::Recorder;
-
-use serde_json::Value;
+use rlhf_api::names::{self, FIELD_MANAGER};
+use serde_json::{Value, json};
 use std::sync::{Arc, Mutex};
 
 /// A request as the API server sees it.
 #[derive(Clone, Debug)]
-struct Seen {
+pub(crate) struct Seen {
     line: String,
     query: String,
     body: Value,
 }
 
-type Log = Arc<Mutex<Vec<Seen>>>;
+pub(crate) type Log = Arc<Mutex<Vec<Seen>>>;
 
 /// A context whose API server answers by a table of request lines (`METHOD kind/name[/status]`); anything else is created,
 /// patched, deleted or not found.
-fn server(answers: Vec<(&'static str, u16, Value)>) -> (Context, Log) {
+pub(crate) fn server(answers: Vec<(&'static str, u16, Value)>) -> (Context, Log) {
     let log = Log::default();
     let seen = log.clone();
     let answers = Arc::new(answers);
@@ -49,7 +54,7 @@ fn server(answers: Vec<(&'static str, u16, Value)>) -> (Context, Log) {
                 Some((_, code, answer)) => (*code, answer.clone()),
                 None if line.starts_with("GET") => (404, failure("NotFound", 404)),
                 None if line.starts_with("DELETE") => (200, json!({"kind": "Status", "status": "Success"})),
-                None if line.starts_with("PUT rlhfjobs") => (200, serde_json::to_value(tests::job()).unwrap()),
+                None if line.starts_with("PATCH rlhfjobs") => (200, serde_json::to_value(tests::job()).unwrap()),
                 None => (201, body.clone()),
             };
             seen.lock().unwrap().push(Seen { line, query: parts.uri.query().unwrap_or_default().into(), body });
@@ -58,8 +63,12 @@ fn server(answers: Vec<(&'static str, u16, Value)>) -> (Context, Log) {
             )
         }
     });
-    let client = Client::new(service, "team");
-    let ctx = Context {
+    (context(Client::new(service, "team")), log)
+}
+
+/// A process that has just begun to lead.
+pub(crate) fn context(client: Client) -> Context {
+    Context {
         recorder: Recorder::new(client.clone(), FIELD_MANAGER.into()),
         client,
         jobs: Children::default(),
@@ -70,25 +79,36 @@ fn server(answers: Vec<(&'static str, u16, Value)>) -> (Context, Log) {
         progress: ProgressReader::new().unwrap(),
         retries: Retries::default(),
         clock: Clock::default(),
+        known: Known::default(),
+        deciding: Deciding::default(),
+        turns: Turns::new(16),
         leadership: Leadership::held(),
-    };
-    (ctx, log)
+    }
 }
 
-fn failure(reason: &str, code: u16) -> Value {
+pub(crate) fn failure(reason: &str, code: u16) -> Value {
     json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": reason, "code": code, "message": format!("it is {reason}")})
 }
 
-fn lines(log: &Log) -> Vec<String> {
+pub(crate) fn lines(log: &Log) -> Vec<String> {
     log.lock().unwrap().iter().map(|s| s.line.clone()).collect()
 }
 
-fn body(log: &Log, line: &str) -> Value {
+/// What was written, in the order of the alphabet, since what a Job needs is made all at once. Dry runs write nothing.
+fn writes(log: &Log) -> Vec<String> {
+    let seen = log.lock().unwrap();
+    let writes = seen.iter().filter(|s| !s.line.starts_with("GET") && !s.query.contains("dryRun=All"));
+    let mut lines: Vec<_> = writes.map(|s| s.line.clone()).collect();
+    lines.sort();
+    lines
+}
+
+pub(crate) fn body(log: &Log, line: &str) -> Value {
     log.lock().unwrap().iter().find(|s| s.line == line).unwrap().body.clone()
 }
 
 /// The first pass: prepare gets its number and its children.
-fn first() -> (RLHFJob, Decision) {
+pub(crate) fn first() -> (RLHFJob, Decision) {
     let job = tests::job();
     let decision = decide(&job, &Observed::default(), &tests::settings(), Timestamp::UNIX_EPOCH);
     (job, decision)
@@ -116,13 +136,23 @@ async fn case_37_status_is_written_before_anything_is_made_and_the_job_last() {
     let (ctx, log) = server(vec![]);
     let (job, decision) = first();
     assert!(apply(&job, &decision, &ctx).await.unwrap());
+    let seen = lines(&log);
+    assert_eq!(seen[0], "PATCH rlhfjobs/demo/status");
+    assert_eq!(seen.last().unwrap(), "POST jobs");
     assert_eq!(
-        lines(&log),
-        ["PUT rlhfjobs/demo/status", "POST events", "POST networkpolicies", "POST configmaps", "POST jobs",]
+        writes(&log),
+        [
+            "PATCH networkpolicies/demo-trainers-qz4zp",
+            "PATCH rlhfjobs/demo/status",
+            "POST configmaps",
+            "POST events",
+            "POST jobs"
+        ]
     );
-    let status = body(&log, "PUT rlhfjobs/demo/status");
-    assert_eq!(status["metadata"]["resourceVersion"], "7", "a status decided from an old one must fail");
-    assert_eq!(status["status"]["prepare"]["attempt"], 1);
+    let status = body(&log, "PATCH rlhfjobs/demo/status");
+    let version = json!({"op": "replace", "path": "/metadata/resourceVersion", "value": "7"});
+    assert_eq!(status[0], version, "a status decided from an old one must fail");
+    assert_eq!((&status[1]["path"], &status[1]["value"]["prepare"]["attempt"]), (&json!("/status"), &json!(1)));
     assert_eq!(body(&log, "POST events")["reason"], Event::StageStarted.reason());
 }
 
@@ -133,11 +163,18 @@ async fn a_stage_gets_its_service_before_its_pods() {
     let mut decision = two_stages(&job);
     decision.make.truncate(1);
     apply(&job, &decision, &ctx).await.unwrap();
-    let posts: Vec<_> = lines(&log).into_iter().filter(|l| l.starts_with("POST")).collect();
     assert_eq!(
-        posts,
-        ["POST networkpolicies", "POST secrets", "POST configmaps", "POST services", "POST podgroups", "POST jobs"]
+        writes(&log),
+        [
+            "PATCH networkpolicies/demo-trainers-qz4zp",
+            "POST configmaps",
+            "POST jobs",
+            "POST podgroups",
+            "POST secrets",
+            "POST services"
+        ]
     );
+    assert_eq!(lines(&log).last().map(String::as_str), Some("POST jobs"));
     assert!(!lines(&log).iter().any(|l| l.starts_with("DELETE")), "a first attempt has none before it");
     assert!(!lines(&log).iter().any(|l| l.starts_with("GET secrets")), "no Secret is read");
 }
@@ -161,10 +198,10 @@ async fn a_later_attempt_takes_the_groups_of_earlier_ones_away() {
 
 #[tokio::test]
 async fn a_status_that_is_out_of_date_stops_every_other_write() {
-    let (ctx, log) = server(vec![("PUT rlhfjobs/demo/status", 409, failure("Conflict", 409))]);
+    let (ctx, log) = server(vec![("PATCH rlhfjobs/demo/status", 409, failure("Conflict", 409))]);
     let (job, decision) = first();
     assert!(matches!(apply(&job, &decision, &ctx).await, Err(Error::Stale)));
-    assert_eq!(lines(&log), ["PUT rlhfjobs/demo/status"]);
+    assert_eq!(lines(&log), ["PATCH rlhfjobs/demo/status"]);
 }
 
 #[tokio::test]
@@ -178,33 +215,20 @@ async fn case_18_and_40_a_pass_that_changes_nothing_asks_nothing() {
 
 #[tokio::test]
 async fn case_30_somebody_elses_object_is_left_alone_and_named_and_other_stages_go_on() {
-    let foreign = json!({"metadata": {"name": "demo-tune-prgzn", "ownerReferences": [
+    let foreign = json!({"metadata": {"name": "demo-tune-prgzn-1", "ownerReferences": [
         {"apiVersion": "v1", "kind": "Team", "name": "other", "uid": "another", "controller": true}]}});
-    let (ctx, log) = server(vec![("GET services/demo-tune-prgzn", 200, foreign)]);
+    let (ctx, log) = server(vec![("GET jobs/demo-tune-prgzn-1", 200, foreign)]);
     let job = started();
     assert!(!apply(&job, &two_stages(&job), &ctx).await.unwrap());
     let [Trouble { stage, message, permanent: false, .. }] = &ctx.retries.troubles(&job)[..] else {
         panic!("{:?}", ctx.retries.troubles(&job))
     };
     assert_eq!(stage, "tune");
-    assert!(message.starts_with("Service demo-tune-prgzn exists and belongs to Team other"), "{message}");
-    let writes: Vec<_> = lines(&log).into_iter().filter(|l| !l.starts_with("GET")).collect();
-    assert_eq!(
-        writes,
-        [
-            ["POST networkpolicies", "POST secrets", "POST configmaps"].as_slice(),
-            &[
-                "POST networkpolicies",
-                "POST secrets",
-                "POST configmaps",
-                "POST services",
-                "POST podgroups",
-                "POST jobs"
-            ],
-        ]
-        .concat(),
-        "no Job of the blocked stage"
-    );
+    assert!(message.starts_with("Job demo-tune-prgzn-1 exists and belongs to Team other"), "{message}");
+    let seen = log.lock().unwrap();
+    let made: Vec<_> = seen.iter().filter(|s| s.line == "POST jobs").map(|s| &s.body["metadata"]["labels"]).collect();
+    assert_eq!(made.len(), 1, "no Job of the blocked stage");
+    assert_eq!(made[0][names::LABEL_STAGE], "judge");
 }
 
 #[tokio::test]
@@ -216,25 +240,45 @@ async fn what_is_there_before_a_stages_first_attempt_is_looked_at() {
         let taken = failure("AlreadyExists", 409);
         let (ctx, log) = server(vec![("POST jobs", 409, taken), ("GET jobs/demo-prepare-mfgjn-1", 200, there)]);
         assert_eq!(apply(&job, &decision, &ctx).await.unwrap(), !foreign);
-        assert_eq!(lines(&log)[4..], ["POST jobs", "GET jobs/demo-prepare-mfgjn-1"]);
+        assert_eq!(lines(&log)[lines(&log).len() - 2..], ["POST jobs", "GET jobs/demo-prepare-mfgjn-1"]);
     }
 }
 
+/// A refusal by the API server's own validation of a Job.
+fn invalid(name: &str) -> Value {
+    json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": "Invalid", "code": 422,
+        "message": format!("Job.batch \"{name}\" is invalid: spec.template.spec.containers[0].resources.requests: Invalid value: \"8\": must be less than or equal to cpu limit of 4"),
+        "details": {"name": name, "group": "batch", "kind": "Job", "causes": [
+            {"reason": "FieldValueInvalid", "message": "Invalid value", "field": "spec.template.spec.containers[0].resources.requests"}]}})
+}
+
+/// What a policy of the cluster's answers.
+fn denied(code: u16, reason: &str) -> Value {
+    json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": reason, "code": code,
+        "message": "jobs.batch \"x\" is forbidden: ValidatingAdmissionPolicy 'p' with binding 'b' denied request: no",
+        "details": {"name": "x", "group": "batch", "kind": "jobs", "causes": [{"message": "no"}]}})
+}
+
 #[tokio::test]
-async fn case_3_a_job_that_the_api_server_calls_invalid_is_refused_for_good_and_a_forbidden_one_is_not() {
-    for (reason, code, permanent) in [("Invalid", 422, true), ("Forbidden", 403, false)] {
-        let (ctx, _) = server(vec![("POST jobs", code, failure(reason, code))]);
+async fn case_3_and_29_a_field_that_is_invalid_is_refused_for_good_unless_the_stage_has_run_and_a_denial_never_is() {
+    for (name, code, answer, attempt, permanent) in [
+        ("an invalid field", 422, invalid("x"), 1, true),
+        ("an invalid field of a stage that has run", 422, invalid("x"), 2, false),
+        ("a policy's 422", 422, denied(422, "Invalid"), 1, false),
+        ("a policy's 422 in the middle of a run", 422, denied(422, "Invalid"), 2, false),
+        ("a policy's 403", 403, denied(403, "Forbidden"), 2, false),
+    ] {
+        let (ctx, _) = server(vec![("POST jobs", code, answer)]);
         let job = started();
-        assert!(!apply(&job, &two_stages(&job), &ctx).await.unwrap());
+        let mut decision = two_stages(&job);
+        decision.status.stages.iter_mut().for_each(|slot| slot.attempt = attempt);
+        assert!(!apply(&job, &decision, &ctx).await.unwrap());
         let troubles = ctx.retries.troubles(&job);
-        assert_eq!(
-            troubles.iter().map(|t| t.stage.as_str()).collect::<Vec<_>>(),
-            ["judge", "tune"],
-            "each stage's own"
-        );
+        let stages: Vec<_> = troubles.iter().map(|t| t.stage.as_str()).collect();
+        assert_eq!(stages, ["judge", "tune"], "each stage's own");
         for trouble in troubles {
-            assert_eq!(trouble.permanent, permanent, "{reason}");
-            assert!(trouble.message.contains(&format!("it is {reason}")) && !trouble.retry_after.is_zero());
+            assert_eq!(trouble.permanent, permanent, "{name}");
+            assert!(trouble.message.contains("is refused by the API server: ") && !trouble.retry_after.is_zero());
         }
     }
 }
@@ -256,49 +300,26 @@ async fn case_5_a_webhook_that_cannot_be_called_is_a_refusal_that_may_pass() {
 #[tokio::test]
 async fn an_api_server_that_fails_or_is_overloaded_ends_the_pass_and_is_held_against_nobody() {
     for (reason, code) in [("TooManyRequests", 429), ("InternalError", 500), ("ServiceUnavailable", 503)] {
-        for line in ["PUT rlhfjobs/demo/status", "POST networkpolicies", "POST configmaps", "POST jobs"] {
+        let policy = "PATCH networkpolicies/demo-trainers-qz4zp";
+        for line in ["PATCH rlhfjobs/demo/status", policy, "POST configmaps", "POST jobs"] {
             let (ctx, log) = server(vec![(line, code, failure(reason, code))]);
             let (job, decision) = first();
+            ctx.known.check_done(&job);
             let error = apply(&job, &decision, &ctx).await.unwrap_err();
             assert!(matches!(error, Error::Api { .. }), "{line}, {code}: {error}");
-            assert_eq!(lines(&log).last().map(String::as_str), Some(line), "nothing is written after it");
+            let made = writes(&log).iter().filter(|l| *l == "POST jobs").count();
+            assert_eq!(made, usize::from(line == "POST jobs"), "no Job without what it needs: {line}");
+            assert!(ctx.retries.troubles(&job).is_empty());
         }
+        let (ctx, log) = server(vec![("POST jobs", code, failure(reason, code))]);
+        let (job, decision) = first();
+        assert!(matches!(apply(&job, &decision, &ctx).await, Err(Error::Api { .. })), "asked by a dry run");
+        assert!(ctx.retries.troubles(&job).is_empty() && !lines(&log).contains(&"POST configmaps".to_owned()));
         // An event is no more than news.
         let (ctx, log) = server(vec![("POST events", code, failure(reason, code))]);
         let (job, decision) = first();
         assert!(apply(&job, &decision, &ctx).await.unwrap());
         assert!(lines(&log).contains(&"POST jobs".to_owned()));
-    }
-}
-
-#[tokio::test]
-async fn a_config_of_another_version_is_replaced() {
-    let job = started();
-    let mut old = serde_json::to_value(&two_stages(&job).make[0].config_map).unwrap();
-    old["metadata"]["uid"] = json!("old");
-    old["data"]["config.json"] = json!("{}");
-    let there = ("GET configmaps/demo-tune-prgzn-dqpqb", 200, old);
-    let (ctx, log) = server(vec![there.clone()]);
-    let mut decision = two_stages(&job);
-    decision.make.truncate(1);
-    apply(&job, &decision, &ctx).await.unwrap();
-    let of_config: Vec<_> = lines(&log).into_iter().filter(|l| l.contains("configmaps")).collect();
-    assert_eq!(
-        of_config,
-        ["GET configmaps/demo-tune-prgzn-dqpqb", "DELETE configmaps/demo-tune-prgzn-dqpqb", "POST configmaps"]
-    );
-    assert_eq!(body(&log, "DELETE configmaps/demo-tune-prgzn-dqpqb")["preconditions"]["uid"], "old");
-    for (code, reason, wanted) in
-        [(404, "NotFound", Some(true)), (409, "Conflict", None), (403, "Forbidden", Some(false))]
-    {
-        let (ctx, log) =
-            server(vec![there.clone(), ("DELETE configmaps/demo-tune-prgzn-dqpqb", code, failure(reason, code))]);
-        let written = apply(&job, &decision, &ctx).await;
-        assert!(
-            matches!(written, Ok(_) | Err(Error::Stale)) && written.as_ref().ok().copied() == wanted,
-            "{written:?}"
-        );
-        assert_eq!(lines(&log).contains(&"POST configmaps".to_owned()), wanted == Some(true));
     }
 }
 
@@ -318,7 +339,7 @@ async fn a_secret_that_is_there_is_the_jobs_own() {
 }
 
 #[tokio::test]
-async fn a_network_policy_of_other_settings_is_changed_and_one_of_the_same_is_not() {
+async fn a_network_policy_of_other_settings_is_applied_and_one_of_the_same_is_not() {
     let job = started();
     let mut old = serde_json::to_value(one_stage(&job).make[0].network_policy.as_ref().unwrap()).unwrap();
     old["metadata"]["uid"] = json!("old");
@@ -330,6 +351,8 @@ async fn a_network_policy_of_other_settings_is_changed_and_one_of_the_same_is_no
         let patch = "PATCH networkpolicies/demo-trainers-qz4zp";
         assert_eq!(lines(&log).iter().any(|l| l == patch), patched);
         if patched {
+            let query = log.lock().unwrap().iter().find(|s| s.line == patch).unwrap().query.clone();
+            assert!(query.contains("force=true") && query.contains("fieldManager=rlhf-operator"), "applied: {query}");
             let patch = body(&log, patch);
             assert_eq!(patch["metadata"]["uid"], "old");
             assert_eq!(patch["spec"]["ingress"].as_array().map(Vec::len), Some(2));
@@ -407,7 +430,7 @@ async fn a_job_that_another_manages_is_left_alone() {
     let mut job = tests::job();
     job.spec.managed_by = Some("kueue.x-k8s.io/multikueue".into());
     let guarded = Arc::new(kube::core::DeserializeGuard(Ok(job)));
-    let action = crate::controller::reconcile(guarded, Arc::new(ctx)).await.unwrap();
+    let action = crate::pass::reconcile(guarded, Arc::new(ctx)).await.unwrap();
     assert_eq!(action, kube::runtime::controller::Action::await_change());
     assert!(lines(&log).is_empty());
 }
@@ -437,4 +460,169 @@ async fn a_pod_that_nobody_controls_is_deleted_with_its_grace_and_no_other_of_it
     assert_eq!(lines(&log), ["DELETE pods/p"]);
     let deletion = body(&log, "DELETE pods/p");
     assert_eq!((&deletion["gracePeriodSeconds"], &deletion["preconditions"]["uid"]), (&Value::Null, &json!("uid-p")));
+}
+
+/// Writes of what all stages share, sorted.
+fn shared(log: &Log) -> Vec<String> {
+    let of =
+        |line: &String| ["secrets", "networkpolicies", "configmaps", "services"].iter().any(|kind| line.contains(kind));
+    writes(log).into_iter().filter(of).collect()
+}
+
+#[tokio::test]
+async fn what_all_stages_share_is_written_once_and_made_again_where_it_is_gone() {
+    let job = started();
+    let first = |decision: Decision| {
+        let make = decision.make.into_iter().map(|children| build::Children { first: true, ..children });
+        Decision { make: make.collect(), ..decision }
+    };
+    let needed = one_stage(&job).make[0].needed().unwrap();
+    let body = |kind: &str| needed.iter().find(|child| child.resource.plural == kind).unwrap();
+    let config: &'static str = Box::leak(format!("GET configmaps/{}", body("configmaps").name).into_boxed_str());
+    let there = [
+        ("GET networkpolicies/demo-trainers-qz4zp", "networkpolicies"),
+        (config, "configmaps"),
+        ("GET services/demo-qz4zp", "services"),
+    ];
+    let there: Vec<_> = there.map(|(line, kind)| (line, 200, body(kind).body.clone())).into();
+
+    let (ctx, log) = server(there);
+    let once = ["POST configmaps", "POST secrets", "POST services"];
+    apply(&job, &first(two_stages(&job)), &ctx).await.unwrap();
+    assert_eq!(shared(&log), once, "of two stages, with a policy that is as it should be");
+    log.lock().unwrap().clear();
+    apply(&job, &one_stage(&job), &ctx).await.unwrap();
+    assert_eq!(shared(&log), ["POST secrets"], "a later attempt looks, and may not look at a Secret");
+    log.lock().unwrap().clear();
+    ctx.known.forget("team", "demo");
+    apply(&job, &first(one_stage(&job)), &ctx).await.unwrap();
+    assert_eq!(shared(&log), once, "an operator that starts anew knows nothing");
+
+    let (ctx, log) = server(vec![]);
+    apply(&job, &first(one_stage(&job)), &ctx).await.unwrap();
+    log.lock().unwrap().clear();
+    apply(&job, &first(one_stage(&job)), &ctx).await.unwrap();
+    let again = ["PATCH networkpolicies/demo-trainers-qz4zp", "POST configmaps", "POST services"];
+    assert_eq!(shared(&log), again, "somebody has deleted it");
+}
+
+fn dry_runs(log: &Log) -> Vec<String> {
+    let seen = log.lock().unwrap();
+    let asked = seen.iter().filter(|s| s.query.contains("dryRun=All"));
+    asked.map(|s| s.body["metadata"]["labels"][names::LABEL_STAGE].as_str().unwrap().to_owned()).collect()
+}
+
+#[tokio::test]
+async fn before_prepare_the_api_server_is_asked_about_every_stages_job_once() {
+    let (ctx, log) = server(vec![]);
+    let (mut job, decision) = first();
+    for _ in 0..3 {
+        apply(&job, &decision, &ctx).await.unwrap();
+    }
+    assert_eq!(dry_runs(&log), ["tune", "judge", "act"]);
+    let seen = lines(&log);
+    let at = |line: &str| seen.iter().position(|l| l == line).unwrap();
+    assert!(at("PATCH rlhfjobs/demo/status") < at("POST jobs") && at("POST jobs") < at("POST configmaps"));
+    job.metadata.generation = Some(2);
+    apply(&job, &decision, &ctx).await.unwrap();
+    assert_eq!(dry_runs(&log).len(), 6, "the spec has changed");
+}
+
+#[tokio::test]
+async fn a_later_stage_that_would_be_refused_is_found_before_prepare_is_made() {
+    for (answer, code, permanent) in [(invalid("x"), 422, true), (denied(403, "Forbidden"), 403, false)] {
+        let (ctx, log) = server(vec![("POST jobs", code, answer)]);
+        let (job, decision) = first();
+        assert!(!apply(&job, &decision, &ctx).await.unwrap());
+        assert_eq!(writes(&log), ["PATCH rlhfjobs/demo/status", "POST events"], "nothing is made");
+        let [Trouble { stage, attempt: 1, message, permanent: for_good, .. }] = &ctx.retries.troubles(&job)[..] else {
+            panic!("{:?}", ctx.retries.troubles(&job))
+        };
+        assert_eq!((stage.as_str(), *for_good), ("prepare", permanent));
+        assert!(message.starts_with("stage tune: Job "), "{message}");
+        apply(&job, &decision, &ctx).await.unwrap();
+        assert_eq!(dry_runs(&log).len(), 6, "it is asked again until it is let through");
+    }
+    let mut not_asked = denied(400, "BadRequest");
+    not_asked["message"] = json!("admission webhook \"w\" does not support dry run");
+    let (ctx, log) = server(vec![("POST jobs", 400, not_asked)]);
+    let (job, decision) = first();
+    assert!(!apply(&job, &decision, &ctx).await.unwrap());
+    assert_eq!(
+        ctx.retries.troubles(&job)[0].message.matches("stage tune").count(),
+        0,
+        "what cannot be asked is no refusal"
+    );
+    assert!(lines(&log).contains(&"POST configmaps".to_owned()));
+}
+
+#[tokio::test]
+async fn a_status_is_written_over_defaults_that_do_not_stand_there_and_keeps_what_a_newer_operator_wrote() {
+    let status = "PATCH rlhfjobs/demo/status";
+    let there = json!({"metadata": {"name": "demo", "resourceVersion": "7"},
+        "status": {"newer": 1, "prepare": {"name": "prepare", "newer": true}}});
+    let missing = || failure("Invalid", 422);
+    for (version, wanted) in [("7", false), ("8", true)] {
+        let mut there = there.clone();
+        there["metadata"]["resourceVersion"] = json!(version);
+        let (ctx, log) = server(vec![(status, 422, missing()), ("GET rlhfjobs/demo", 200, there)]);
+        let (mut job, decision) = first();
+        job.status = Some(rlhf_api::job::RLHFJobStatus::default());
+        let written = apply(&job, &decision, &ctx).await;
+        assert_eq!(matches!(written, Err(Error::Stale)), wanted, "{written:?}");
+        let last = log.lock().unwrap().iter().rfind(|s| s.line == status).unwrap().body.to_string();
+        assert!(!last.contains("newer") && !last.contains("remove"), "what is not known is not touched: {last}");
+    }
+}
+
+fn undecodable(status: Value) -> Arc<crate::controller::Guarded> {
+    let error = "unknown variant";
+    let mut raw = serde_json::to_value(tests::job()).unwrap();
+    raw["spec"]["stages"] = json!([{"name": 5}]);
+    raw["status"] = status;
+    let guarded: crate::controller::Guarded = serde_json::from_value(raw).unwrap();
+    assert!(guarded.0.is_err(), "{error}");
+    Arc::new(guarded)
+}
+
+#[tokio::test]
+async fn case_7_a_job_that_cannot_be_read_says_so_in_a_condition_once_and_keeps_all_else() {
+    let mut there = serde_json::to_value(tests::job()).unwrap();
+    there["status"] = json!({"newer": 1, "conditions": [{"type": "Complete", "status": "False"}]});
+    let (ctx, log) = server(vec![("GET rlhfjobs/demo", 200, there.clone())]);
+    let ctx = Arc::new(ctx);
+    let action = crate::pass::reconcile(undecodable(json!({})), ctx.clone()).await.unwrap();
+    assert_eq!(action, kube::runtime::controller::Action::await_change());
+    assert_eq!(lines(&log), ["GET rlhfjobs/demo", "PATCH rlhfjobs/demo/status", "POST events"]);
+    let patch = body(&log, "PATCH rlhfjobs/demo/status");
+    assert_eq!(patch[0]["value"], "7");
+    assert_eq!((&patch[1]["op"], &patch[1]["path"]), (&json!("add"), &json!("/status/conditions/1")));
+    let condition = &patch[1]["value"];
+    assert_eq!(
+        (&condition["type"], &condition["status"], &condition["reason"]),
+        (&json!("Unsupported"), &json!("True"), &json!("Undecodable"))
+    );
+    assert_eq!(patch.as_array().unwrap().len(), 2);
+
+    there["status"]["conditions"].as_array_mut().unwrap().push(condition.clone());
+    let (ctx, log) = server(vec![("GET rlhfjobs/demo", 200, there)]);
+    crate::pass::reconcile(undecodable(json!({})), Arc::new(ctx)).await.unwrap();
+    assert_eq!(lines(&log), ["GET rlhfjobs/demo"], "it is said");
+}
+
+#[tokio::test]
+async fn a_condition_that_a_job_is_not_supported_goes_once_it_is() {
+    let (_, decision) = first();
+    let mut status = decision.status;
+    let before = status.clone();
+    unsupported::take_back(&mut status, Some(1));
+    assert_eq!(status, before, "it never was");
+    let condition = json!([{"type": "Unsupported", "status": "True", "reason": "Undecided", "message": "m",
+        "lastTransitionTime": "2026-01-01T00:00:00Z"}]);
+    status.conditions = serde_json::from_value(condition).unwrap();
+    unsupported::take_back(&mut status, Some(1));
+    assert_eq!(status.conditions[0].status, "False");
+    status.conditions[0].status = "True".into();
+    unsupported::take_back(&mut status, Some(1));
+    assert_eq!(status.conditions[0].status, "True", "another reason is the rules' own");
 }

@@ -4,6 +4,7 @@
 //! an owner reference by which it is deleted with its job. Names come from [`rlhf_api::names`].
 
 mod allowances;
+mod child;
 mod config;
 mod job;
 mod network_policy;
@@ -14,6 +15,7 @@ mod secret;
 mod service;
 
 pub use allowances::Allowances;
+pub use child::{Child, Upgrade};
 pub use config::SpecError;
 pub use config::check;
 pub(crate) use config::existing_models;

@@ -1,0 +1,277 @@
+//! One pass over one job, once it has its turn: observe, decide, apply; and when the next is due.
+
+use crate::apply::unsupported::{self, Why};
+use crate::apply::{self, apply};
+use crate::context::Context;
+use crate::controller::Guarded;
+use crate::decide::{Decision, Observed, decide};
+use crate::deciding::Undecided;
+use crate::metrics::Reason;
+use crate::observe::{self, observe, still_holds};
+use futures::future::BoxFuture;
+use jiff::Timestamp;
+use kube::runtime::controller::Action;
+use kube::{Resource, ResourceExt};
+use rlhf_api::job::RLHFJob;
+use rlhf_api::names;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// A pass is a handful of requests. One that takes longer is given up, so that a silent API server holds up nothing.
+const PASS_LIMIT: Duration = Duration::from_secs(30);
+/// A change that is not there after so many looks is not on its way.
+const STALE_IS_TOLD: u32 = 5;
+
+/// A pass that failed and is tried again.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A read failed.
+    #[error(transparent)]
+    Observe(#[from] observe::Error),
+    /// A write failed.
+    #[error(transparent)]
+    Apply(#[from] apply::Error),
+    /// The API server did not answer.
+    #[error("the pass took longer than {} seconds", PASS_LIMIT.as_secs())]
+    TimedOut,
+    /// It could not be decided what follows.
+    #[error(transparent)]
+    Undecided(#[from] Undecided),
+}
+
+impl Error {
+    /// The value of the metric's label.
+    fn reason(&self) -> Reason {
+        match self {
+            Error::Observe(_) => Reason::Observe,
+            Error::Apply(apply::Error::Stale) => Reason::Stale,
+            Error::Apply(_) => Reason::Apply,
+            Error::TimedOut => Reason::TimedOut,
+            Error::Undecided(_) => Reason::Undecided,
+        }
+    }
+}
+
+/// One pass over one job, once it has its turn.
+///
+/// # Errors
+/// A read or a write failed, or nothing could be decided.
+pub async fn reconcile(guarded: Arc<Guarded>, ctx: Arc<Context>) -> Result<Action, Error> {
+    // Many wait here, each of which keeps no more than this.
+    let Some(_turn) = ctx.turns.take(guarded.meta().namespace.as_deref().unwrap_or_default()).await else {
+        return Ok(Action::await_change());
+    };
+    let _measured = ctx.metrics.pass();
+    let pass: BoxFuture<'static, _> = Box::pin(pass(guarded, ctx));
+    tokio::time::timeout(PASS_LIMIT, pass).await.map_err(|_| Error::TimedOut)?
+}
+
+async fn pass(guarded: Arc<Guarded>, ctx: Arc<Context>) -> Result<Action, Error> {
+    let job = match &guarded.0 {
+        Ok(job) => job,
+        Err(invalid) => return tell_undecodable(&guarded, &invalid.error, &ctx).await,
+    };
+    if job.spec.managed_by.as_ref().is_some_and(|by| by != names::MANAGED_BY) {
+        return Ok(Action::await_change());
+    }
+    let now = ctx.clock.now();
+    let observed = observe(job, &ctx, now).await?;
+    let decision = match decision(&guarded, job, observed, now, &ctx).await {
+        Ok(decision) => decision,
+        Err(Undecided::Waits(wait)) => return Ok(Action::requeue(wait)),
+        Err(undecided) => {
+            let message = format!("{undecided}; it is tried again, less and less often");
+            unsupported::tell(job, Why::Undecided, message, &ctx).await.map_err(not_told)?;
+            return Err(undecided.into());
+        }
+    };
+    match write(job, &decision, &ctx).await {
+        Ok(true) => Ok(settled(job, &decision, &ctx)),
+        // The next pass tells of it in status.
+        Ok(false) => Ok(Action::requeue(Duration::ZERO)),
+        Err(Error::Apply(apply::Error::Stale)) => Ok(out_of_date(job, &decision, &ctx).await),
+        Err(Error::Apply(apply::Error::Gone)) => Ok(Action::await_change()),
+        Err(error) => Err(error),
+    }
+}
+
+/// What follows, by rules that run elsewhere.
+async fn decision(
+    guarded: &Arc<Guarded>,
+    job: &RLHFJob,
+    observed: Observed,
+    now: Timestamp,
+    ctx: &Arc<Context>,
+) -> Result<Decision, Undecided> {
+    let (of, with) = (guarded.clone(), ctx.clone());
+    let rules = move || of.0.as_ref().map(|job| decide(job, &observed, &with.settings, now)).unwrap_or_default();
+    let mut decision = ctx.deciding.decide(job, rules).await?;
+    unsupported::take_back(&mut decision.status, job.metadata.generation);
+    Ok(decision)
+}
+
+/// Writes what was decided, if it still holds.
+async fn write(job: &RLHFJob, decision: &Decision, ctx: &Context) -> Result<bool, Error> {
+    if decision.touches_children() && !still_holds(job, decision, ctx).await? {
+        return Err(apply::Error::Stale.into());
+    }
+    if !ctx.leadership.holds() {
+        // Another may lead by now. The process is about to end, and starts anew as a candidate.
+        return Err(apply::Error::Stale.into());
+    }
+    Ok(apply(job, decision, ctx).await?)
+}
+
+/// When to look again after a pass that has done all.
+fn settled(job: &RLHFJob, decision: &Decision, ctx: &Context) -> Action {
+    match decision.requeue.and_then(|wait| Duration::try_from(wait).ok()) {
+        Some(wait) => {
+            ctx.retries.passed(job);
+            Action::requeue(wait)
+        }
+        None => {
+            if decision.status.phase.is_terminal() {
+                ctx.known.forget(&job.namespace().unwrap_or_default(), &job.name_any());
+            }
+            // What was refused is tried again after a wait; where there is none, nothing is.
+            ctx.retries.forget(&job.namespace().unwrap_or_default(), &job.name_any());
+            Action::await_change()
+        }
+    }
+}
+
+/// When to look again after a decision that was out of date. What stays so is told: by the next pass, of a stage whose
+/// attempt is to be made; of all else by an event.
+async fn out_of_date(job: &RLHFJob, decision: &Decision, ctx: &Context) -> Action {
+    ctx.metrics.failed(Reason::Stale);
+    let (namespace, name) = (job.namespace().unwrap_or_default(), job.name_any());
+    let (times, wait) = ctx.retries.stale(&namespace, &name);
+    tracing::debug!(job = name, namespace, times, "what was decided is out of date");
+    if times >= STALE_IS_TOLD {
+        let slots = decision.make.iter().filter_map(|children| decision.status.slot(&children.stage));
+        let message =
+            "no watch tells of a Job or pod of it that the API server still has; remove those that have no owner";
+        slots.for_each(|slot| ctx.retries.refused(job, slot, message.into(), false));
+    }
+    if times == STALE_IS_TOLD && decision.make.is_empty() {
+        let note = format!(
+            "{times} passes in a row have decided on what had changed meanwhile: who writes to the job or its Jobs?"
+        );
+        apply::warn(job, "Conflict", note, ctx).await;
+    }
+    Action::requeue(wait)
+}
+
+/// Says on an object that it cannot be read. All that can be done for it is to wait for another version of it, or of this.
+async fn tell_undecodable(guarded: &Guarded, error: &str, ctx: &Context) -> Result<Action, Error> {
+    ctx.metrics.failed(Reason::Undecodable);
+    tracing::warn!(
+        job = guarded.name_any(),
+        namespace = guarded.namespace(),
+        error,
+        "an RLHFJob cannot be read and is left alone"
+    );
+    let message = format!("this operator cannot read the object: {error}; is the CRD of another version?");
+    unsupported::tell(guarded, Why::Undecodable, message, ctx).await.map_err(not_told)?;
+    Ok(Action::await_change())
+}
+
+fn not_told(source: kube::Error) -> Error {
+    match source {
+        kube::Error::Api(status) if status.is_conflict() => apply::Error::Stale.into(),
+        source => apply::Error::Api { what: "that a job is not supported".into(), source }.into(),
+    }
+}
+
+/// How long to wait after a pass that failed.
+pub fn error_policy(guarded: Arc<Guarded>, error: &Error, ctx: Arc<Context>) -> Action {
+    ctx.metrics.failed(error.reason());
+    let (namespace, name) = (guarded.namespace().unwrap_or_default(), guarded.name_any());
+    let wait = ctx.retries.failed(&namespace, &name);
+    tracing::warn!(job = name, namespace, %error, retry_seconds = wait.as_secs(), "a pass failed");
+    Action::requeue(wait)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::apply::tests::{Log, body, failure, lines, server};
+    use crate::build::tests::job;
+    use crate::deciding::Deciding;
+    use crate::listed::Watch;
+    use kube::core::DeserializeGuard;
+    use serde_json::{Value, json};
+
+    /// A process that has listed everything, and whose API server answers by a table.
+    fn ready(answers: Vec<(&'static str, u16, Value)>) -> (Arc<Context>, Log) {
+        let (ctx, log) = server(answers);
+        [Watch::RlhfJobs, Watch::Jobs, Watch::Pods].into_iter().for_each(|watch| ctx.listed.done(watch));
+        (Arc::new(ctx), log)
+    }
+
+    fn guarded(job: RLHFJob) -> Arc<Guarded> {
+        Arc::new(DeserializeGuard(Ok(job)))
+    }
+
+    #[tokio::test]
+    async fn a_status_that_stays_out_of_date_is_decided_on_less_and_less_often_and_told() {
+        let (ctx, log) = ready(vec![("PATCH rlhfjobs/demo/status", 409, failure("Conflict", 409))]);
+        let mut waits = Vec::new();
+        for _ in 0..9 {
+            waits.push(reconcile(guarded(job()), ctx.clone()).await.unwrap());
+        }
+        let wanted = [1, 2, 4, 8, 16, 32, 64, 128, 256].map(|seconds| Action::requeue(Duration::from_secs(seconds)));
+        assert_eq!(waits, wanted);
+        assert!(!lines(&log).contains(&"POST jobs".to_owned()));
+        let trouble = &ctx.retries.troubles(&job())[0];
+        assert!(trouble.stage == "prepare" && !trouble.permanent && trouble.is_news, "{trouble:?}");
+    }
+
+    #[tokio::test]
+    async fn case_28_an_orphan_that_no_watch_tells_of_makes_no_hot_loop_and_is_told_in_status() {
+        let orphan = json!({"metadata": {"name": "p", "uid": "p", "labels": {"rlhf.dev/attempt": "1", "rlhf.dev/stage": "prepare"},
+            "annotations": {crate::view::INDEX_KEY: "0"}}, "status": {"phase": "Running"}});
+        let (ctx, log) = ready(vec![
+            ("GET rlhfjobs/demo", 200, json!({"metadata": {"name": "demo", "resourceVersion": "7"}})),
+            ("GET jobs", 200, json!({"metadata": {}, "items": []})),
+            ("GET pods", 200, json!({"metadata": {}, "items": [orphan]})),
+        ]);
+        let mut job = job();
+        job.status = Some(decide(&job, &Observed::default(), &ctx.settings, Timestamp::now()).status);
+        let mut waits = Vec::new();
+        for _ in 0..5 {
+            waits.push(reconcile(guarded(job.clone()), ctx.clone()).await.unwrap());
+        }
+        assert_eq!(waits.last(), Some(&Action::requeue(Duration::from_secs(16))), "{waits:?}");
+        log.lock().unwrap().clear();
+        reconcile(guarded(job.clone()), ctx.clone()).await.unwrap();
+        let told = body(&log, "PATCH rlhfjobs/demo/status").to_string();
+        assert!(told.contains("\"Waiting\"") && told.contains("no watch tells of"), "{told}");
+        assert!(!lines(&log).contains(&"GET pods".to_owned()), "nothing is asked before the wait is over");
+    }
+
+    #[test]
+    fn a_job_on_which_nothing_can_be_decided_in_time_gets_a_condition_and_is_left_for_a_while() {
+        let runtime =
+            tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(1).build().unwrap();
+        runtime.block_on(async {
+            // No decision begins while the one thread for them is taken.
+            let (release, taken) = std::sync::mpsc::channel::<()>();
+            tokio::task::spawn_blocking(move || taken.recv());
+            let there = serde_json::to_value(job()).unwrap();
+            let (ctx, log) = ready(vec![("GET rlhfjobs/demo", 200, there)]);
+            let deciding = Deciding::within(Duration::from_millis(20));
+            let ctx = Arc::new(Context { deciding, ..Arc::into_inner(ctx).unwrap() });
+            let error = reconcile(guarded(job()), ctx.clone()).await.unwrap_err();
+            assert!(matches!(error, Error::Undecided(Undecided::TooLong { .. })), "{error}");
+            let patch = body(&log, "PATCH rlhfjobs/demo/status").to_string();
+            assert!(patch.contains("\"Unsupported\"") && patch.contains("\"Undecided\""), "{patch}");
+            assert!(lines(&log).contains(&"POST events".to_owned()));
+            log.lock().unwrap().clear();
+            let again = reconcile(guarded(job()), ctx.clone()).await.unwrap();
+            assert_ne!(again, Action::await_change());
+            assert!(lines(&log).is_empty(), "it is not tried again at once");
+            drop(release);
+        });
+    }
+}
