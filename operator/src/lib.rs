@@ -14,6 +14,7 @@ pub mod controller;
 pub mod decide;
 pub mod deciding;
 pub mod http;
+pub mod images;
 pub mod keys;
 pub mod known;
 pub mod lease;
