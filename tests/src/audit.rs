@@ -10,7 +10,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 
-/// A write that the API server has answered.
+/// A write that the API server has answered; dry runs are none.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Write {
@@ -23,6 +23,8 @@ pub struct Write {
     user: User,
     object_ref: Option<ObjectRef>,
     response_status: Option<Status>,
+    #[serde(default, rename = "requestURI")]
+    uri: String,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -76,6 +78,11 @@ impl Write {
         self.object_ref.as_ref().is_some_and(|o| o.resource == "leases")
     }
 
+    /// Whether it asks only what a write would do.
+    fn is_dry_run(&self) -> bool {
+        self.uri.contains("dryRun=All")
+    }
+
     fn is_by(&self, user: &str) -> bool {
         self.user.username == user
     }
@@ -111,7 +118,7 @@ impl Log {
             if line.contains(text) {
                 let write: Write =
                     serde_json::from_str(&line).with_context(|| format!("the audit log's line {line}"))?;
-                found.extend(Some(write).filter(|w| w.stage == "ResponseComplete" && wanted(w)));
+                found.extend(Some(write).filter(|w| w.stage == "ResponseComplete" && !w.is_dry_run() && wanted(w)));
             }
         }
         Ok(found)
