@@ -186,7 +186,8 @@ pub struct ParamSpec {
 }
 
 impl ModelSpec {
-    /// The segments in forward order.
+    /// The segments in forward order: for who runs them. Nothing that only counts goes through them, as a shape that is only
+    /// said to be one may have any number of layers.
     pub fn segments(&self) -> Vec<Segment> {
         let blocks = (0..self.layers).map(Segment::Block);
         std::iter::once(Segment::Embed).chain(blocks).chain([Segment::Head]).collect()
@@ -204,9 +205,13 @@ impl ModelSpec {
         list.0
     }
 
-    /// All parameters of the model.
+    /// All parameters of the model; the largest number where there are more.
     pub fn parameter_count(&self, head: HeadKind) -> i64 {
-        self.segments().into_iter().flat_map(|s| self.params(s, head)).map(|p| p.shape.iter().product::<i64>()).sum()
+        let numel = |p: ParamSpec| p.shape.iter().fold(1, |n: i64, side| n.saturating_mul(*side));
+        let of = |segment| self.params(segment, head).into_iter().map(numel).fold(0, i64::saturating_add);
+        let layers = i64::try_from(self.layers).unwrap_or(i64::MAX);
+        let blocks = of(Segment::Block(0)).saturating_mul(layers);
+        of(Segment::Embed).saturating_add(blocks).saturating_add(of(Segment::Head))
     }
 
     fn embed_params(&self, list: &mut ParamList) {
@@ -229,7 +234,7 @@ impl ModelSpec {
 
     /// The linears of a block: their shapes `[out, in]`, and whether they have a bias.
     pub fn linears(&self) -> impl Iterator<Item = (Linear, [i64; 2], bool)> {
-        let (query, key_value) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
+        let [query, key_value] = [self.heads, self.kv_heads].map(|heads| heads.saturating_mul(self.head_dim));
         let of = move |linear| match linear {
             Linear::Query => ([query, self.hidden], self.qkv_bias),
             Linear::Key | Linear::Value => ([key_value, self.hidden], self.qkv_bias),

@@ -190,7 +190,7 @@ pub fn estimate(task: &Task, machines: &Machines, strategy: Strategy) -> Plan {
     let models = models(task, setting);
     let (device, host) = models
         .iter()
-        .flat_map(|m| m.pieces().map(|piece| m.resident(piece)))
+        .flat_map(|m| m.pieces().map(|pieces| m.resident(pieces)))
         .fold((DeviceBytes::default(), HostBytes::default()), |(device, host), (d, h)| (device + d, host + h));
     let (phase, most) = phases(task, &models)
         .into_iter()
@@ -198,7 +198,7 @@ pub fn estimate(task: &Task, machines: &Machines, strategy: Strategy) -> Plan {
         .unwrap_or(("rest", DeviceBytes::default()));
     let ranks = f64::from(machines.devices);
     let pieces = models.iter().flat_map(Placed::pieces);
-    let trained: f64 = pieces.filter(|(_, trained)| *trained).map(|(elements, _)| elements).sum();
+    let trained: f64 = pieces.filter(|p| p.trained).map(|p| p.count * p.elements).sum();
     // Rank 0 alone writes the model.
     let (loading, writing) = (ranks * loading(&models, host.total()), writing(&models, setting));
     Plan {
@@ -212,7 +212,7 @@ pub fn estimate(task: &Task, machines: &Machines, strategy: Strategy) -> Plan {
 }
 
 /// The models of a stage, in the order in which they are loaded.
-fn models(task: &Task, setting: Setting) -> Vec<Placed<'_>> {
+pub(crate) fn models(task: &Task, setting: Setting) -> Vec<Placed<'_>> {
     let model = |spec, head, trained| Placed::new(spec, head, trained, setting);
     match (&task.stage, &task.lora) {
         (Stage::Sft, None) => vec![model(&task.model, HeadKind::Lm, Trained::Whole)],
@@ -269,13 +269,15 @@ fn phases(task: &Task, models: &[Placed<'_>]) -> Vec<(&'static str, DeviceBytes)
 
 /// What a rank's host memory needs at the height of loading beyond `at_rest`: a chunk's values as they come from the file
 /// and joined to a flat buffer, both in fp32, beside what has been loaded before; and the values of all of a model's adapters.
+/// Of several chunks of one size, the last one is the height.
 fn loading(models: &[Placed<'_>], at_rest: f64) -> f64 {
     let (mut loaded, mut most) = (0.0, 0.0);
     for model in models {
-        let first = model.loaded_first().map(|piece| (piece, 0.0));
-        for (piece, values) in first.chain(model.loaded_last().map(|piece| (piece, model.adapter_values()))) {
-            loaded += model.resident(piece).1.total();
-            most = f64::max(most, loaded + 2.0 * FP32 * piece.0 + values);
+        let first = model.loaded_first().map(|pieces| (pieces, 0.0));
+        let last = model.loaded_last().map(|pieces| (pieces, model.adapter_values()));
+        for (pieces, values) in first.into_iter().chain(last).filter(|(pieces, _)| pieces.count > 0.0) {
+            loaded += model.resident(pieces).1.total();
+            most = f64::max(most, loaded + 2.0 * FP32 * pieces.elements + values);
         }
     }
     (most - at_rest).max(0.0)

@@ -1,7 +1,7 @@
 //! A model under a strategy: what it keeps on device and host, and what running it brings.
 
 use crate::estimate::{DeviceBytes, HEAD_SLICE_BYTES, HostBytes, ROLLOUT_ROWS};
-use crate::segment::{Chunks, FP32, Pass, chunk};
+use crate::segment::{Chunks, FP32, Pass, attention_widths, chunk};
 use rlhf_api::model::{HeadKind, ModelSpec};
 use rlhf_api::stage::{Lora, Offload, Precision, Recompute, Sharding, Strategy};
 
@@ -140,6 +140,14 @@ pub(crate) struct Placed<'a> {
     adapters: f64,
 }
 
+/// So many chunks of so many elements each.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Pieces {
+    pub count: f64,
+    pub elements: f64,
+    pub trained: bool,
+}
+
 /// Elements of a model's chunks of which gradients are taken.
 struct Gradients {
     embed: f64,
@@ -168,28 +176,29 @@ impl<'a> Placed<'a> {
         Self { shares: true, ..self }
     }
 
-    /// The chunks that are in memory for this model: elements, and whether they are trained.
-    pub fn pieces(&self) -> impl Iterator<Item = (f64, bool)> {
-        self.loaded_first().chain(self.loaded_last())
+    /// The chunks that are in memory for this model.
+    pub fn pieces(&self) -> [Pieces; 5] {
+        let ([embed, blocks, language_head], [scalar_head, adapters]) = (self.loaded_first(), self.loaded_last());
+        [embed, blocks, language_head, scalar_head, adapters]
     }
 
     /// What is loaded before the adapters' values are there, in order.
-    pub fn loaded_first(&self) -> impl Iterator<Item = (f64, bool)> {
+    pub fn loaded_first(&self) -> [Pieces; 3] {
         let trained = self.trained == Trained::Whole;
-        let language_head = usize::from(self.head == HeadKind::Lm);
-        let chunks = [(1, self.chunks.embed), (self.spec.layers, self.chunks.block), (language_head, self.chunks.head)];
-        let shares = self.shares;
-        let there = chunks.into_iter().filter(move |_| !shares);
-        there.flat_map(move |(count, elements)| std::iter::repeat_n((elements, trained), count))
+        let Chunks { embed, block, head, layers } = self.chunks;
+        let language_head = if self.head == HeadKind::Lm { 1.0 } else { 0.0 };
+        let there = if self.shares { 0.0 } else { 1.0 };
+        [(1.0, embed), (layers, block), (language_head, head)]
+            .map(|(count, elements)| Pieces { count: there * count, elements, trained })
     }
 
     /// A scalar head, and the adapters, in order.
-    pub fn loaded_last(&self) -> impl Iterator<Item = (f64, bool)> {
+    pub fn loaded_last(&self) -> [Pieces; 2] {
         let trained = self.trained != Trained::Nothing;
-        let adapters = if self.lora.is_some() { self.spec.layers } else { 0 };
-        let scalar_head = usize::from(self.head == HeadKind::Scalar);
-        let chunks = [(scalar_head, self.chunks.head), (adapters, self.adapters)];
-        chunks.into_iter().flat_map(move |(count, elements)| std::iter::repeat_n((elements, trained), count))
+        let adapters = if self.lora.is_some() { self.chunks.layers } else { 0.0 };
+        let scalar_head = if self.head == HeadKind::Scalar { 1.0 } else { 0.0 };
+        [(scalar_head, self.chunks.head), (adapters, self.adapters)]
+            .map(|(count, elements)| Pieces { count, elements, trained })
     }
 
     /// Bytes of the adapters' fp32 values, from which their chunks are made.
@@ -230,10 +239,10 @@ impl<'a> Placed<'a> {
         }
     }
 
-    /// What a rank keeps all the time of a chunk of so many elements, `trained` or not.
-    pub fn resident(&self, (elements, trained): (f64, bool)) -> (DeviceBytes, HostBytes) {
+    /// What a rank keeps all the time of some chunks.
+    pub fn resident(&self, pieces: Pieces) -> (DeviceBytes, HostBytes) {
         let (mut device, mut host) = (DeviceBytes::default(), HostBytes::default());
-        let set = &self.setting;
+        let (set, elements, trained) = (&self.setting, pieces.elements * pieces.count, pieces.trained);
         let parameters = set.bytes() * elements * set.resting_share();
         *(if set.streams() { &mut host.parameters } else { &mut device.parameters }) = parameters;
         if !trained {
@@ -417,7 +426,7 @@ impl<'a> Placed<'a> {
         let (spec, set) = (self.spec, &self.setting);
         let rows = rows.min(ROLLOUT_ROWS);
         let prompt = time.saturating_sub(new_tokens).max(1);
-        let row = 2.0 * (spec.kv_heads * spec.head_dim) as f64 * set.bytes();
+        let row = attention_widths(spec).1 * set.bytes();
         let cache = f64::from(rows) * f64::from(time) * row * self.chunks.layers;
         let prompts = self.pass(rows, prompt);
         // Rows of unequal length have a mask, once as flags and once as numbers.

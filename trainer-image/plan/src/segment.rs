@@ -1,6 +1,7 @@
 //! What one segment takes: the elements of its chunk, and the tensors that running it makes.
 //!
-//! Sizes are `f64`, whole numbers below 2^53, which no product of dimensions can make wrap.
+//! Sizes are `f64`, whole numbers below 2^53, which no product of dimensions can make wrap. Shapes are taken as they are said
+//! to be, so nothing here runs as often, or takes as much room, as a dimension or the number of layers says.
 
 use rlhf_api::model::{HeadKind, Mlp, ModelSpec, Norm, ParamSpec, Segment};
 use rlhf_api::stage::{Linear, Lora};
@@ -18,6 +19,12 @@ pub(crate) struct Chunks {
     pub block: f64,
     pub head: f64,
     pub layers: f64,
+}
+
+/// Numbers a token in all queries, and in all keys and values.
+pub(crate) fn attention_widths(spec: &ModelSpec) -> (f64, f64) {
+    let head_dim = spec.head_dim as f64;
+    (spec.heads as f64 * head_dim, 2.0 * spec.kv_heads as f64 * head_dim)
 }
 
 /// Elements of the chunk of these parameters, padded to a multiple of `parts`.
@@ -75,8 +82,8 @@ impl Pass<'_> {
 
     /// Bytes that autograd saves of a block, its input apart.
     pub fn saved(&self, spec: &ModelSpec) -> f64 {
-        let (hidden, query) = (spec.hidden as f64, (spec.heads * spec.head_dim) as f64);
-        let key_value = (2 * spec.kv_heads * spec.head_dim) as f64;
+        let hidden = spec.hidden as f64;
+        let (query, key_value) = attention_widths(spec);
         let after_attention = self.tensor(hidden);
         let projections = self.tensor(query + key_value);
         let norms = self.saved_norm(spec, self.keeps_input_of(&[Linear::Query, Linear::Key, Linear::Value]))
@@ -121,7 +128,7 @@ impl Pass<'_> {
     /// Attention's output and the logarithms of its sums; without a fused kernel also the weights, and queries, keys and
     /// values for every head in fp32.
     fn saved_attention(&self, spec: &ModelSpec) -> f64 {
-        let query = (spec.heads * spec.head_dim) as f64;
+        let (query, _) = attention_widths(spec);
         if self.fused {
             self.tensor(query) + FP32 * self.tokens() * spec.heads as f64
         } else {
@@ -167,8 +174,8 @@ impl Pass<'_> {
 
     /// Bytes beside its input at the height of a block's forward without a graph, over `keys` keys a row.
     pub fn forward(&self, spec: &ModelSpec, keys: f64) -> f64 {
-        let (hidden, query) = (spec.hidden as f64, (spec.heads * spec.head_dim) as f64);
-        let key_value = (2 * spec.kv_heads * spec.head_dim) as f64;
+        let hidden = spec.hidden as f64;
+        let (query, key_value) = attention_widths(spec);
         let ffn = spec.ffn as f64;
         // While an adapter's output is added, the output, the adapter's and their sum are there.
         let tensors = match spec.mlp {

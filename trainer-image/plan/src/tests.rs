@@ -1,5 +1,6 @@
 //! The figures that the plan is known by, and what must hold for every one.
 
+use crate::placed::{Pieces, Setting};
 use crate::*;
 use proptest::prelude::*;
 use rlhf_api::model::{HeadKind, Mlp, ModelSpec, Norm, Positions};
@@ -179,6 +180,53 @@ prop_compose! {
     }
 }
 
+prop_compose! {
+    /// Whatever numbers somebody may write into a report.
+    fn any_model()(
+        model in model(), layers in any::<usize>(), sizes in any::<[i64; 6]>(), positive in any::<bool>(),
+    ) -> ModelSpec {
+        let [vocab, hidden, heads, kv_heads, head_dim, ffn] =
+            sizes.map(|n| if positive { n.checked_abs().unwrap_or(i64::MAX).max(1) } else { n });
+        ModelSpec { vocab, hidden, layers, heads, kv_heads, head_dim, ffn, max_positions: vocab, ..model }
+    }
+}
+
+prop_compose! {
+    fn any_task()(
+        task in task(), model in any_model(), other in any_model(), rank in any::<u32>(), rows in any::<u32>(), time in any::<u32>(),
+        rollout in any::<[u32; 2]>(),
+    ) -> Task {
+        let [rollout_rows, new_tokens] = rollout;
+        let ranked = |lora: Option<Lora>| lora.map(|lora| Lora { rank, ..lora });
+        let stage = match task.stage {
+            Stage::Ppo { reward_lora, .. } => {
+                Stage::Ppo { reward: other, reward_lora: ranked(reward_lora), rollout_rows, new_tokens }
+            }
+            stage => stage,
+        };
+        Task { stage, model, lora: ranked(task.lora), rows, time }
+    }
+}
+
+prop_compose! {
+    fn any_machines()(
+        nodes in any::<u32>(), devices in any::<u32>(), device_memory in any::<Option<u64>>(), host_memory in any::<u64>(),
+    ) -> Machines {
+        Machines { nodes, devices, device_memory, host_memory }
+    }
+}
+
+#[test]
+fn a_shape_that_no_machine_could_hold_is_answered_at_once() {
+    let model = ModelSpec { layers: 1_000_000_000_000, vocab: 1_000_000_000_000_000, ..preset("24b").unwrap() };
+    let started = std::time::Instant::now();
+    let text = choose(&ppo(model.clone(), 8), &gpus(8, 8), bf16()).unwrap_err().to_string();
+    assert!(text.contains("none of 24 strategies fits"), "{text}");
+    assert_eq!(model.parameter_count(HeadKind::Lm), i64::MAX);
+    // Twenty-four strategies of four models; a loop over the layers of one alone would take an hour.
+    assert!(started.elapsed() < std::time::Duration::from_secs(10));
+}
+
 /// What lies on a device and a host all the time.
 fn at_rest(plan: &Plan) -> (f64, f64) {
     let HostBytes { parameters, optimizer, gradients, .. } = plan.host;
@@ -204,6 +252,41 @@ proptest! {
             before = next.plan;
             steps += 1;
             prop_assert!(steps < 24);
+        }
+    }
+
+    #[test]
+    fn any_shape_is_answered_and_never_with_less_than_its_weights(
+        task in any_task(), machines in any_machines(), strategy in strategy(),
+    ) {
+        let _ = choose(&task, &machines, bf16()).map_err(|e| e.to_string());
+        next_more_frugal(&task, &machines, strategy, bf16());
+        let plan = estimate(&task, &machines, strategy);
+        let Verdict { device_lacks, host_lacks, .. } = Verdict::new(plan, &machines);
+        prop_assert!(plan.device.total().is_finite() && plan.host.total().is_finite());
+        prop_assert!(device_lacks >= 0.0 && host_lacks >= 0.0);
+        let ModelSpec { hidden, ffn, layers, vocab, .. } = task.model.clone();
+        if hidden > 0 && ffn > 0 && vocab > 0 {
+            let weights = hidden as f64 * (vocab as f64 + ffn as f64 * layers as f64);
+            let ranks = f64::from(machines.world_size().max(1));
+            let held = plan.device.parameters * ranks + plan.host.parameters * f64::from(machines.nodes);
+            prop_assert!(machines.devices == 0 || machines.nodes == 0 || held >= 0.99 * 2.0 * weights, "{} for {} weights", held, weights);
+        }
+    }
+
+    /// Chunks are counted, never gone through: the same comes of going through them.
+    #[test]
+    fn so_many_chunks_are_as_many_single_ones(task in task(), strategy in strategy(), world in 1u32..9, gpu in any::<bool>()) {
+        let setting = Setting { strategy, world: world.into(), gpu };
+        for model in estimate::models(&task, setting) {
+            for pieces in model.pieces() {
+                let one = model.resident(Pieces { count: 1.0, ..pieces });
+                let summed = (0..pieces.count as usize).fold((0.0, 0.0), |(d, h), _| (d + one.0.total(), h + one.1.total()));
+                let (device, host) = model.resident(pieces);
+                for (whole, summed) in [(device.total(), summed.0), (host.total(), summed.1)] {
+                    prop_assert!((whole - summed).abs() <= 1e-9 * summed, "{} {}", whole, summed);
+                }
+            }
         }
     }
 
