@@ -45,6 +45,9 @@ pub struct Progress {
     /// Grows as long as the trainer works, between steps too: with each micro-batch and each token of a rollout.
     #[serde(default)]
     pub activity: u64,
+    /// What the trainer does while it makes no steps, such as the file that it reads or the ranks that it waits for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub doing: Option<String>,
     /// The last step's figures, such as `loss`, `reward`, `kl` and `tokensPerSecond`.
     #[serde(default)]
     pub metrics: BTreeMap<String, f64>,

@@ -3,6 +3,7 @@
 use crate::error::{Error, Result};
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 /// Writes one file over what was there.
@@ -46,6 +47,59 @@ pub fn remove_dir(path: &Path) -> Result<()> {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::storage(path, e)),
         _ => Ok(()),
     }
+}
+
+/// Removes a file; one that is not there is fine.
+///
+/// # Errors
+/// Names the path where storage failed.
+pub fn remove_file(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::storage(path, e)),
+        _ => Ok(()),
+    }
+}
+
+/// The names of what lies in a folder; of one that is not there, none.
+///
+/// # Errors
+/// Names the path where storage failed.
+pub fn names(dir: &Path) -> Result<Vec<String>> {
+    let failed = |e| Error::storage(dir, e);
+    let entries = match fs::read_dir(dir) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(vec![]),
+        entries => entries.map_err(failed)?,
+    };
+    entries.map(|e| Ok(e.map_err(failed)?.file_name().into_string().unwrap_or_default())).collect()
+}
+
+/// Opens a file for reading. A pipe, a device, a socket or a folder is refused by what it is: to open or to read it may take
+/// for ever, or is of no use.
+///
+/// # Errors
+/// It cannot be opened, or is no file.
+pub fn open(path: &Path) -> std::io::Result<File> {
+    let refuse = |metadata: &fs::Metadata| match special(metadata.file_type()) {
+        None => Ok(()),
+        Some(kind) => Err(std::io::Error::other(format!("it is {kind}, not a file"))),
+    };
+    refuse(&fs::metadata(path)?)?;
+    // What was a file a moment ago may be a pipe now.
+    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    refuse(&file.metadata()?)?;
+    Ok(file)
+}
+
+/// What a file is that is none.
+pub fn special(file_type: fs::FileType) -> Option<&'static str> {
+    [
+        (file_type.is_dir(), "a folder"),
+        (file_type.is_fifo(), "a named pipe"),
+        (file_type.is_socket(), "a socket"),
+        (file_type.is_char_device() || file_type.is_block_device(), "a device"),
+    ]
+    .into_iter()
+    .find_map(|(is, name)| is.then_some(name))
 }
 
 /// Flushes every file in a folder and the folder itself.
@@ -143,6 +197,33 @@ pub fn sibling(path: &Path, suffix: &str) -> PathBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_no_file_is_refused_at_once_by_what_it_is() {
+        let root = tempfile::tempdir().unwrap();
+        let at = |name: &str| root.path().join(name);
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            at("pipe"),
+            rustix::fs::FileType::Fifo,
+            rustix::fs::Mode::from_raw_mode(0o600),
+            0,
+        )
+        .unwrap();
+        let _socket = std::os::unix::net::UnixListener::bind(at("socket")).unwrap();
+        std::os::unix::fs::symlink("/dev/zero", at("link")).unwrap();
+        fs::write(at("file"), "x").unwrap();
+        for (path, kind) in [
+            (at("pipe"), "a named pipe"),
+            (at("socket"), "a socket"),
+            (at("link"), "a device"),
+            (root.path().to_path_buf(), "a folder"),
+        ] {
+            assert_eq!(open(&path).unwrap_err().to_string(), format!("it is {kind}, not a file"));
+        }
+        assert!(open(&at("file")).is_ok());
+        assert_eq!(open(&at("none")).unwrap_err().kind(), std::io::ErrorKind::NotFound);
+    }
 
     #[test]
     fn a_folder_is_replaced_whole_or_not_at_all() {

@@ -86,7 +86,12 @@ fn train(options: &Options, environment: Environment, shown: &OnceLock<Telemetry
         );
     }
     serve(options.http_port, environment.local_rank, &telemetry)?;
-    let peers = meet(&environment, &config.value, &config.digest, device)?;
+    let told = telemetry.clone();
+    let waiting = move |word: &str| {
+        tracing::warn!("waiting: {word}");
+        told.doing(format!("waiting for the other ranks: {word}"));
+    };
+    let peers = meet(&environment, &config.value, &config.digest, device, &waiting)?;
     let group = Rc::new(Group::new(peers, rank, world_size, device)?);
     tracing::info!(
         attempt = environment.attempt,
@@ -131,7 +136,11 @@ fn threads(wanted: Option<&str>, workers: u32) -> Result<i32> {
     }
 }
 
-fn serve(first_port: u16, local_rank: u32, telemetry: &Telemetry) -> Result<()> {
+/// Serves what a process with this local rank tells, where a port is given.
+///
+/// # Errors
+/// As [`http::serve`].
+pub fn serve(first_port: u16, local_rank: u32, telemetry: &Telemetry) -> Result<()> {
     if first_port == 0 {
         return Ok(());
     }
@@ -142,12 +151,14 @@ fn serve(first_port: u16, local_rank: u32, telemetry: &Telemetry) -> Result<()> 
     http::serve(port, telemetry.clone(), std::env::var(env::PROGRESS_KEY).ok().filter(|key| !key.is_empty()))
 }
 
-/// Meets the other ranks and makes sure that all have the same config; `None` for a rank alone.
+/// Meets the other ranks and makes sure that all have the same config; `None` for a rank alone. `waiting` hears from time to
+/// time for whom or what.
 pub(crate) fn meet(
     environment: &Environment,
     config: &StageConfig,
     digest: &[u8; 32],
     device: Device,
+    waiting: &dyn Fn(&str),
 ) -> Result<Option<ProcessGroup>> {
     let (rank, world_size) = (environment.rank(), environment.world_size());
     if world_size == 1 {
@@ -157,7 +168,7 @@ pub(crate) fn meet(
     tracing::info!("waiting for {world_size} ranks at {host}:{port}");
     let store =
         Rendezvous { host, port, rank, world_size, attempt: environment.attempt, deadline: RENDEZVOUS_DEADLINE }
-            .connect()?;
+            .connect_telling(waiting)?;
     let timeout = Duration::from_secs(config.collective_timeout_seconds.into());
     let group = match device {
         Device::Cuda(index) => ProcessGroup::nccl(&store, rank, world_size, index, timeout)?,

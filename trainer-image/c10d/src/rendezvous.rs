@@ -3,10 +3,11 @@
 //! Rank 0 serves the store; the others look its name up and connect, again and again, until one deadline: in Kubernetes a
 //! pod's name appears many seconds late, and may first point at the pod of the attempt before. So every key carries the
 //! attempt's number, a client stays only where the server shows the number it looks for, and nobody leaves before all
-//! have come.
+//! have come. Who waits tells from time to time for what: a name that does not resolve, a port that refuses or does not
+//! answer, ranks that are missing.
 
 use std::io;
-use std::net::{IpAddr, ToSocketAddrs};
+use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -16,6 +17,10 @@ use crate::{Error, Result, Store};
 const RETRY: Duration = Duration::from_millis(200);
 /// How long one connection, or one look for the attempt's key, may take.
 const TRY: Duration = Duration::from_secs(3);
+/// Between two words about what is waited for.
+const TELL: Duration = Duration::from_secs(10);
+/// Missing ranks that are named.
+const NAMED: usize = 32;
 /// What "no deadline" comes to.
 const LONGEST: Duration = Duration::from_secs(30 * 24 * 3600);
 
@@ -42,44 +47,55 @@ impl Rendezvous {
     /// deadline, [`Error::Timeout`] with what was missing. Rank 0's store is the server: it, or a group made from it, has
     /// to live as long as anyone uses the store.
     pub fn connect(&self) -> Result<Store> {
-        self.connect_with(|host, port| Ok((host, port).to_socket_addrs()?.map(|address| address.ip()).collect()))
+        self.connect_telling(&|_| ())
     }
 
-    fn connect_with(&self, resolve: impl Fn(&str, u16) -> io::Result<Vec<IpAddr>>) -> Result<Store> {
+    /// As [`Rendezvous::connect`]; `told` hears every ten seconds what is waited for, and since when.
+    pub fn connect_telling(&self, told: &dyn Fn(&str)) -> Result<Store> {
+        self.connect_with(told, |host, port| Ok((host, port).to_socket_addrs()?.map(|address| address.ip()).collect()))
+    }
+
+    fn connect_with(
+        &self,
+        told: &dyn Fn(&str),
+        resolve: impl Fn(&str, u16) -> io::Result<Vec<IpAddr>>,
+    ) -> Result<Store> {
         if self.rank >= self.world_size {
             return Err(Error::Torch(format!("rank {} of {} does not exist", self.rank, self.world_size)));
         }
-        let end = Instant::now() + self.deadline.min(LONGEST);
-        let store = if self.rank == 0 { self.serve(end)? } else { self.join(end, resolve)? };
+        let started = Instant::now();
+        let mut wait = Wait { started, end: started + self.deadline.min(LONGEST), next: started + TELL, told };
+        let store = if self.rank == 0 { self.serve(&mut wait)? } else { self.join(&mut wait, resolve)? };
         store.set_timeout(self.deadline)?;
         self.announce(&store)?;
         if self.rank == 0 {
-            self.gather(&store, end)?
+            self.gather(&store, &mut wait)?
         } else {
-            self.await_all(&store, end)?
+            self.await_all(&store, &mut wait)?
         }
         Ok(store)
     }
 
     /// Starts the server. The port may still be taken by the attempt before, which is on its way out.
-    fn serve(&self, end: Instant) -> Result<Store> {
-        let store = retry(end, || Store::tcp("127.0.0.1", self.port, true, 0, remaining(end)))
-            .map_err(|e| e.context(&format!("rank 0 cannot serve the store on port {}", self.port)))?;
+    fn serve(&self, wait: &mut Wait<'_>) -> Result<Store> {
+        let context = |e: Error| e.context(&format!("rank 0 cannot serve the store on port {}", self.port));
+        let store =
+            wait.retry(|left| Store::tcp("127.0.0.1", self.port, true, 0, left).map_err(context))?;
         let store = store.prefix(&self.prefix())?;
         store.set("serving", b"")?;
         Ok(store)
     }
 
     /// Finds the server of this attempt.
-    fn join(&self, end: Instant, resolve: impl Fn(&str, u16) -> io::Result<Vec<IpAddr>>) -> Result<Store> {
+    fn join(&self, wait: &mut Wait<'_>, resolve: impl Fn(&str, u16) -> io::Result<Vec<IpAddr>>) -> Result<Store> {
         let Rendezvous { host, port, rank, .. } = self;
-        let found = retry(end, || {
+        let found = wait.retry(|left| {
             let mut result = Err(Error::Distributed(format!("the name {host} has no address")));
             let addresses = resolve(host, *port);
             for address in
                 addresses.map_err(|e| Error::Distributed(format!("the name {host} does not resolve ({e})")))?
             {
-                result = self.try_address(address, end);
+                result = self.try_address(address, left);
                 if result.is_ok() {
                     break;
                 }
@@ -91,11 +107,14 @@ impl Rendezvous {
         })
     }
 
-    fn try_address(&self, address: IpAddr, end: Instant) -> Result<Store> {
-        let store = Store::tcp(&address.to_string(), self.port, false, 0, remaining(end).min(TRY))?;
+    fn try_address(&self, address: IpAddr, left: Duration) -> Result<Store> {
+        let (at, most) = (SocketAddr::new(address, self.port), left.clamp(RETRY, TRY));
+        // The store's own client does not tell a port that refuses from one that does not answer.
+        TcpStream::connect_timeout(&at, most).map_err(|e| Error::Distributed(unreachable(at, most, &e)))?;
+        let store = Store::tcp(&address.to_string(), self.port, false, 0, most)?;
         let store = store.prefix(&self.prefix())?;
-        let stale = |e: Error| e.context(&format!("the store at {address} does not serve attempt {}", self.attempt));
-        store.wait("serving", remaining(end).min(TRY)).map_err(stale)?;
+        let stale = |e: Error| e.context(&format!("the store at {at} does not serve attempt {}", self.attempt));
+        store.wait("serving", most).map_err(stale)?;
         Ok(store)
     }
 
@@ -111,38 +130,56 @@ impl Rendezvous {
     }
 
     /// Rank 0: waits for all, then lets them go.
-    fn gather(&self, store: &Store, end: Instant) -> Result<()> {
-        for rank in 1..self.world_size {
-            if let Err(error) = store.wait(&present(rank), remaining(end)) {
-                return Err(self.missing(store, error));
-            }
-        }
-        store.set("complete", b"")
-    }
-
-    /// Names the ranks that did not come.
-    fn missing(&self, store: &Store, error: Error) -> Error {
-        let absent = |rank: &u32| store.add(&present(*rank), 0).is_ok_and(|count| count == 0);
-        let absent: Vec<String> = (1..self.world_size).filter(absent).map(|rank| rank.to_string()).collect();
-        match error {
+    fn gather(&self, store: &Store, wait: &mut Wait<'_>) -> Result<()> {
+        let late = |e: Error| match e {
             Error::Timeout(_) => Error::Timeout(format!(
                 "of {} ranks of attempt {}, these did not come in {:?}: {}",
                 self.world_size,
                 self.attempt,
                 self.deadline,
-                absent.join(", ")
+                self.missing(store)
             )),
             other => other,
+        };
+        (1..self.world_size).try_for_each(|rank| self.await_key(store, wait, &present(rank))).map_err(late)?;
+        store.set("complete", b"")
+    }
+
+    /// Another rank: waits for rank 0's word that all have come.
+    fn await_all(&self, store: &Store, wait: &mut Wait<'_>) -> Result<()> {
+        let Rendezvous { rank, attempt, world_size, deadline, .. } = self;
+        self.await_key(store, wait, "complete").map_err(|e| {
+            let missing = match &e {
+                Error::Timeout(_) => format!(" (missing: {})", self.missing(store)),
+                _ => String::new(),
+            };
+            e.context(&format!(
+                "rank {rank} is here, but not all {world_size} ranks of attempt {attempt} in {deadline:?}{missing}"
+            ))
+        })
+    }
+
+    /// Waits for a key, and tells who is missing meanwhile.
+    fn await_key(&self, store: &Store, wait: &mut Wait<'_>, key: &str) -> Result<()> {
+        loop {
+            match store.wait(key, wait.left().min(TELL)) {
+                Err(Error::Timeout(_)) if wait.left() > RETRY => {
+                    wait.tell(|| format!("ranks that have not come: {}", self.missing(store)));
+                }
+                result => return result,
+            }
         }
     }
 
-    fn await_all(&self, store: &Store, end: Instant) -> Result<()> {
-        let Rendezvous { rank, attempt, world_size, deadline, .. } = self;
-        store.wait("complete", remaining(end)).map_err(|e| {
-            e.context(&format!(
-                "rank {rank} is here, but not all {world_size} ranks of attempt {attempt} in {deadline:?}"
-            ))
-        })
+    /// The ranks that have not come, as a list; empty where the store does not tell.
+    fn missing(&self, store: &Store) -> String {
+        let absent = |rank: &u32| store.add(&present(*rank), 0).is_ok_and(|count| count == 0);
+        let absent: Vec<u32> = (0..self.world_size).filter(absent).take(NAMED + 1).collect();
+        let mut named: Vec<String> = absent.iter().take(NAMED).map(u32::to_string).collect();
+        if absent.len() > NAMED {
+            named.push("and more".into());
+        }
+        named.join(", ")
     }
 
     fn prefix(&self) -> String {
@@ -154,16 +191,50 @@ fn present(rank: u32) -> String {
     format!("present-{rank}")
 }
 
-fn remaining(end: Instant) -> Duration {
-    end.saturating_duration_since(Instant::now())
+/// What a connection that did not come about means.
+fn unreachable(at: SocketAddr, tried: Duration, error: &io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::ConnectionRefused => format!("{at} refuses connections: rank 0 does not serve there (yet)"),
+        io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => {
+            format!("{at} did not answer within {tried:?}: its machine is gone, or a network policy or firewall is between")
+        }
+        _ => format!("{at} cannot be reached ({error})"),
+    }
 }
 
-/// Tries until it works or the deadline passes; then the last error. Only what may get better is tried again.
-fn retry<T>(end: Instant, mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
-    loop {
-        match attempt() {
-            Err(Error::Distributed(_) | Error::Timeout(_)) if remaining(end) > RETRY => sleep(RETRY),
-            result => return result,
+/// A wait until a deadline, and who is told about it.
+struct Wait<'a> {
+    started: Instant,
+    end: Instant,
+    next: Instant,
+    told: &'a dyn Fn(&str),
+}
+
+impl Wait<'_> {
+    fn left(&self) -> Duration {
+        self.end.saturating_duration_since(Instant::now())
+    }
+
+    /// Tells what is waited for, if it is time.
+    fn tell(&mut self, what: impl FnOnce() -> String) {
+        let now = Instant::now();
+        if now >= self.next {
+            self.next = now + TELL;
+            (self.told)(&format!("{} (for {} s)", what(), (now - self.started).as_secs()));
+        }
+    }
+
+    /// Tries until it works or the deadline passes; then the last error. Only what may get better is tried again. `attempt`
+    /// hears how much time is left.
+    fn retry<T>(&mut self, mut attempt: impl FnMut(Duration) -> Result<T>) -> Result<T> {
+        loop {
+            match attempt(self.left()) {
+                Err(e @ (Error::Distributed(_) | Error::Timeout(_))) if self.left() > RETRY => {
+                    self.tell(|| e.to_string());
+                    sleep(RETRY);
+                }
+                result => return result,
+            }
         }
     }
 }
@@ -194,7 +265,7 @@ mod tests {
         thread::scope(|scope| {
             let server = scope.spawn(move || meeting(port, 0, 2, 1).connect().unwrap());
             let lookups = Cell::new(0);
-            let store = meeting(port, 1, 2, 1).connect_with(|host, _| {
+            let store = meeting(port, 1, 2, 1).connect_with(&|_| (), |host, _| {
                 assert_eq!(host, "trainer-0.job");
                 lookups.set(lookups.get() + 1);
                 match lookups.get() {
@@ -218,7 +289,7 @@ mod tests {
             let stale = Cell::new(Some(meeting(port, 0, 1, 1).connect().unwrap()));
             let server = scope.spawn(move || meeting(port, 0, 2, 2).connect().unwrap());
             let tries = Cell::new(0);
-            let store = meeting(port, 1, 2, 2).connect_with(|_, _| {
+            let store = meeting(port, 1, 2, 2).connect_with(&|_| (), |_, _| {
                 tries.set(tries.get() + 1);
                 if tries.get() == 2 {
                     stale.take();
@@ -237,9 +308,9 @@ mod tests {
         let resolve = |_: &str, _: u16| Ok(vec![LOCAL]);
         thread::scope(|scope| {
             let server = scope.spawn(move || meeting(port, 0, 2, 1).connect().unwrap());
-            meeting(port, 1, 2, 1).connect_with(resolve).unwrap();
+            meeting(port, 1, 2, 1).connect_with(&|_| (), resolve).unwrap();
             let _server = server.join().unwrap();
-            let again = meeting(port, 1, 2, 1).connect_with(resolve).err().unwrap();
+            let again = meeting(port, 1, 2, 1).connect_with(&|_| (), resolve).err().unwrap();
             assert!(matches!(&again, Error::Distributed(m) if m.contains("has joined attempt 1 before")), "{again:?}");
         });
     }

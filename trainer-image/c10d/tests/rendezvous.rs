@@ -33,6 +33,32 @@ fn rank_0_may_come_late() {
     });
 }
 
+/// Who waits is told for whom or what, before it gives up.
+#[test]
+fn a_wait_says_what_it_is_for() {
+    c10d::init(true);
+    let words = |rank: u32, host: &str| {
+        let deadline = Duration::from_secs(11);
+        let meeting = Rendezvous { host: host.into(), port: free_port(), rank, world_size: 3, attempt: 4, deadline };
+        let heard = std::cell::RefCell::new(Vec::new());
+        assert!(meeting.connect_telling(&|word| heard.borrow_mut().push(word.to_owned())).is_err());
+        heard.into_inner()
+    };
+    std::thread::scope(|scope| {
+        let waits = [
+            (0, "127.0.0.1", ["ranks that have not come: 1, 2", "for 10 s"]),
+            (1, "127.0.0.1", ["refuses connections", "for 10 s"]),
+            (2, "no-such-host.invalid", ["the name no-such-host.invalid does not resolve", "for 10 s"]),
+        ];
+        for (rank, host, parts) in waits {
+            scope.spawn(move || {
+                let heard = words(rank, host);
+                assert!(heard.iter().any(|word| parts.iter().all(|part| word.contains(part))), "{heard:?}");
+            });
+        }
+    });
+}
+
 fn alone(rank: u32, host: &str, deadline: Duration) -> Error {
     c10d::init(true);
     let meeting = Rendezvous { host: host.into(), port: free_port(), rank, world_size: 3, attempt: 4, deadline };
@@ -60,5 +86,49 @@ fn a_name_that_never_resolves_is_named() {
 #[test]
 fn a_server_that_never_comes_is_named() {
     let error = alone(2, "127.0.0.1", Duration::from_secs(1));
-    assert_says(&error, &["rank 2 did not find rank 0 at 127.0.0.1:"]);
+    assert_says(&error, &["rank 2 did not find rank 0 at 127.0.0.1:", "refuses connections"]);
+}
+
+/// Packets to it are dropped, as a network policy does: its queue of connections is full and nobody takes one.
+#[test]
+fn a_server_that_does_not_answer_is_told_from_one_that_is_not_there() {
+    let mute = Mute::new();
+    c10d::init(true);
+    let deadline = Duration::from_secs(5);
+    let meeting = Rendezvous { host: "127.0.0.1".into(), port: mute.port, rank: 1, world_size: 2, attempt: 1, deadline };
+    assert_says(&meeting.connect().err().unwrap(), &["rank 1 did not find rank 0", "did not answer within", "network policy"]);
+}
+
+/// A port that takes no more connections.
+struct Mute {
+    port: u16,
+    _listener: std::net::TcpListener,
+    _queue: Vec<std::net::TcpStream>,
+}
+
+impl Mute {
+    fn new() -> Self {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        // The kernel drops what comes once the queue is full: that is when a connection is not made at once.
+        let connect = || std::net::TcpStream::connect_timeout(&address, Duration::from_millis(300)).ok();
+        let queue = std::iter::from_fn(connect).take(10_000).collect();
+        Self { port: address.port(), _listener: listener, _queue: queue }
+    }
+}
+
+#[test]
+fn a_rank_that_waits_names_those_that_are_missing() {
+    let body = |rank: Rank| {
+        c10d::init(true);
+        // Rank 0's store goes with it, so it gives up last.
+        let deadline = Duration::from_secs(if rank.rank == 0 { 20 } else { 3 });
+        let error = Rendezvous { world_size: 3, deadline, ..rank.rendezvous() }.connect().err().unwrap();
+        if rank.rank == 0 {
+            assert_says(&error, &["these did not come in 20s: 2"]);
+        } else {
+            assert_says(&error, &["rank 1 is here, but not all 3 ranks of attempt 1 in 3s (missing: 2)"]);
+        }
+    };
+    ranks::run("a_rank_that_waits_names_those_that_are_missing", 2, body);
 }

@@ -153,7 +153,7 @@ fn context(options: &Options) -> Result<Context> {
     let (rank, world_size) = (environment.rank(), environment.world_size());
     let telemetry = Telemetry::new(&config.job, &config.stage, 1, rank, world_size)?;
     let device = worker::device(environment.local_rank);
-    let peers = worker::meet(&environment, &config, &[0; 32], device)?;
+    let peers = worker::meet(&environment, &config, &[0; 32], device, &|word| tracing::warn!("waiting: {word}"))?;
     let group = Rc::new(Group::new(peers, rank, world_size, device)?);
     Ok(Context::new(config, environment, group, telemetry, Shutdown::default(), device))
 }

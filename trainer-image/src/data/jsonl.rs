@@ -1,14 +1,24 @@
 //! JSON Lines: one object a line, read as a stream.
 
 use crate::error::{Error, Result};
+use crate::files;
 use serde_json::{Map, Value};
 use std::fmt::Display;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A longer line is a mistake, such as a whole file without line breaks, and is not read into memory.
 const MAX_LINE_BYTES: usize = 64 << 20;
+
+/// Records that this process has read.
+static READ: AtomicU64 = AtomicU64::new(0);
+
+/// How many records this process has read so far: a sign of life while it reads a large file.
+pub fn records_read() -> u64 {
+    READ.load(Ordering::Relaxed)
+}
 
 /// One line's object, and where it stands.
 pub(super) struct Record<'a> {
@@ -32,6 +42,7 @@ pub(super) fn read(path: &Path, expected: &str, mut visit: impl FnMut(&Record<'_
         if !bytes.trim_ascii().is_empty() {
             let fields = parse(&bytes).map_err(|what| at(path, line, format!("{what}; expected {expected}")))?;
             visit(&Record { path, expected, line, fields })?;
+            READ.fetch_add(1, Ordering::Relaxed);
         }
     }
     Ok(())
@@ -41,9 +52,7 @@ fn open(path: &Path) -> Result<File> {
     let missing = |what: &dyn Display| {
         Error::input(format!("{}: {what}; a dataset is a JSON Lines file on the job's volume", path.display()))
     };
-    let file = File::open(path).map_err(|e| missing(&e))?;
-    let is_file = file.metadata().map_err(|e| missing(&e))?.is_file();
-    if is_file { Ok(file) } else { Err(missing(&"not a file")) }
+    files::open(path).map_err(|e| missing(&e))
 }
 
 fn parse(bytes: &[u8]) -> std::result::Result<Map<String, Value>, String> {

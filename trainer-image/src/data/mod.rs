@@ -16,6 +16,7 @@ mod rankings;
 mod sft;
 mod split;
 
+pub use jsonl::records_read;
 pub use prompts::{Prompt, load_prompts};
 pub use rankings::{Ranking, load_rankings};
 pub use sft::{SftSample, load_sft};

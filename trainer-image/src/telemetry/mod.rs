@@ -13,6 +13,7 @@ mod pace;
 pub use figure::Figure;
 pub use metrics::Phase;
 
+use crate::data::records_read;
 use crate::error::Result;
 use figure::log_line;
 use metrics::Metrics;
@@ -37,6 +38,7 @@ struct Inner {
 struct State {
     progress: Progress,
     pace: Pace,
+    counts_records: bool,
 }
 
 impl Telemetry {
@@ -79,6 +81,7 @@ impl Telemetry {
         let eta_seconds = state.pace.seconds_for(total.saturating_sub(step)).filter(|_| total > 0);
         state.progress.step = step;
         state.progress.eta_seconds = eta_seconds;
+        state.progress.doing = None;
         drop(state);
         log_line("step", Some((step, total)), eta_seconds, figures);
     }
@@ -100,6 +103,22 @@ impl Telemetry {
     /// The seconds counted under `phase` so far.
     pub fn phase_seconds(&self, phase: Phase) -> f64 {
         self.0.metrics.seconds(phase)
+    }
+
+    /// Says what is done now, until the next step is reported.
+    pub fn doing(&self, what: impl Into<String>) {
+        self.state().progress.doing = Some(what.into());
+    }
+
+    /// Tells how many records have been read as the figure `records`, for a work that does nothing else.
+    pub fn count_records(&self) {
+        self.state().counts_records = true;
+    }
+
+    /// Says that `done` parts of a work that has no steps of its own are done.
+    pub fn part_done(&self, done: u64) {
+        metrics::set(&self.0.metrics.step, done as f64);
+        self.state().progress.step = done;
     }
 
     /// Shows that the trainer works, though a step may take long.
@@ -129,9 +148,18 @@ impl Telemetry {
         self.state().progress.checkpoint = Some(checkpoint);
     }
 
-    /// How far the stage is: the document served as `/progress`.
+    /// How far the stage is: the document served as `/progress`. To read records is to be active.
     pub fn progress(&self) -> Progress {
-        self.state().progress.clone()
+        let (mut progress, counts_records) = {
+            let state = self.state();
+            (state.progress.clone(), state.counts_records)
+        };
+        let records = records_read();
+        progress.activity = progress.activity.saturating_add(records);
+        if counts_records {
+            progress.metrics.insert("records".into(), records as f64);
+        }
+        progress
     }
 
     /// The Prometheus text, with memory as it is now.
@@ -196,9 +224,9 @@ mod tests {
             [("evalReward", 2.0), ("kl", 0.25), ("reward", 1.5)].map(|(k, v)| (k.to_owned(), v)).into()
         );
         assert_eq!(progress.checkpoint.unwrap().step, 5);
-        assert_eq!(progress.activity, 0);
+        let before = progress.activity;
         telemetry.alive();
-        assert_eq!(telemetry.progress().activity, 1);
+        assert!(telemetry.progress().activity > before);
         for (metric, value) in [
             ("rlhf_reward", 1.5),
             ("rlhf_eval_reward", 2.0),
@@ -217,6 +245,18 @@ mod tests {
             sample(&telemetry, "rlhf_info", &[("attempt", "2"), ("world_size", "4"), ("version", version)]),
             Some(1.0)
         );
+    }
+
+    #[test]
+    fn what_is_done_between_steps_is_said_until_the_next_one() {
+        let telemetry = telemetry();
+        assert_eq!(telemetry.progress().doing, None);
+        telemetry.doing("waiting for ranks 1, 2");
+        telemetry.part_done(3);
+        let progress = telemetry.progress();
+        assert_eq!((progress.doing.as_deref(), progress.step), (Some("waiting for ranks 1, 2"), 3));
+        telemetry.record_step(4, &[]);
+        assert_eq!(telemetry.progress().doing, None);
     }
 
     #[test]
