@@ -15,6 +15,7 @@ use crate::ending;
 use crate::environment::{Environment, LOCAL_RANK};
 use crate::error::{Error, Result};
 use crate::shutdown::on_signal;
+use crate::telemetry::http;
 use crate::worker::{Options, REPORT_FILE};
 use crate::{config_file, files};
 use combine::combine;
@@ -52,7 +53,23 @@ fn launch(options: &Options) -> Result<TerminationMessage> {
     }
     tracing::info!("started {} workers", environment.workers_per_node);
     reap(sender, || wait(WaitOptions::empty()))?;
-    Ok(combine(&supervise(gang, &events, GRACE)?))
+    let first = environment.node_rank * environment.workers_per_node;
+    let told = |rank| {
+        if rank == first {
+            answer_for_first(options.http_port);
+        }
+    };
+    Ok(combine(&supervise(gang, &events, GRACE, told)?))
+}
+
+/// The kubelet asks the first worker whether the pod is well. Where that has ended and others go on, they may take long (to
+/// write a checkpoint, to notice that a peer is gone) and are not to be killed for it.
+fn answer_for_first(port: u16) {
+    if port != 0
+        && let Err(error) = http::serve_health(port)
+    {
+        tracing::warn!("nobody answers for the pod's health any more: {error}");
+    }
 }
 
 fn worker_command(options: &Options, local_rank: u32, report: &Path) -> Result<Command> {

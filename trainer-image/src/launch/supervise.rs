@@ -84,8 +84,14 @@ impl Drop for Gang {
     }
 }
 
-/// Waits until every worker has ended; their ends, in the order of time.
-pub(super) fn supervise(mut gang: Gang, events: &Receiver<Event>, grace: Duration) -> Result<Vec<End>> {
+/// Waits until every worker has ended; their ends, in the order of time. `told` hears of the rank of each that ends before
+/// the last one.
+pub(super) fn supervise(
+    mut gang: Gang,
+    events: &Receiver<Event>,
+    grace: Duration,
+    mut told: impl FnMut(u32),
+) -> Result<Vec<End>> {
     let (mut ends, mut pressure, mut deadline) = (Vec::new(), Pressure::None, None);
     while !gang.0.is_empty() {
         match next(events, deadline) {
@@ -98,6 +104,9 @@ pub(super) fn supervise(mut gang: Gang, events: &Receiver<Event>, grace: Duratio
                 let end = ended(worker, ending, pressure >= Pressure::Terminating);
                 if pressure == Pressure::None && !in_agreement(end.ending) {
                     (pressure, deadline) = (Pressure::Noticing, Some(Instant::now() + grace));
+                }
+                if !gang.0.is_empty() {
+                    told(end.rank);
                 }
                 ends.push(end);
             }
@@ -169,7 +178,7 @@ mod tests {
             (0..3000).take_while(|_| waiting()).for_each(|_| std::thread::sleep(Duration::from_millis(10)));
             sender.send(Event::Asked).unwrap();
         }
-        supervise(gang, &events, grace).unwrap()
+        supervise(gang, &events, grace, |_| ()).unwrap()
     }
 
     /// The ends in the order of time.
@@ -235,7 +244,7 @@ mod tests {
         let group = Pid::from_raw(*gang.0.keys().next().unwrap()).unwrap();
         waitpgid(group, WaitOptions::empty()).unwrap();
         reap(sender, move || waitpgid(group, WaitOptions::empty())).unwrap();
-        assert!(supervise(gang, &events, LONG).is_err_and(|e| e.message.contains("SIGCHLD")));
+        assert!(supervise(gang, &events, LONG, |_| ()).is_err_and(|e| e.message.contains("SIGCHLD")));
     }
 
     #[test]

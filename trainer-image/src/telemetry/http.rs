@@ -1,4 +1,8 @@
-//! The worker's HTTP server: `/metrics` for Prometheus, `/progress` for the operator, `/healthz` for anyone.
+//! The worker's HTTP server: `/metrics` for Prometheus, `/progress` for the operator, `/healthz` for the kubelet.
+//!
+//! `/healthz` answers as long as the process is there and its threads get to run: from before data and models are loaded,
+//! however long a step takes, to the end. A process that is stopped, swapped out for good or gone does not answer. The
+//! launcher answers for a first worker that has ended while others go on.
 //!
 //! Where the operator has set a key, `/progress` is for those who send it as their bearer token. It is compared in
 //! constant time and never logged.
@@ -19,6 +23,8 @@ use std::net::{Ipv4Addr, Ipv6Addr, TcpListener};
 use std::sync::Arc;
 use subtle::ConstantTimeEq;
 
+const HEALTH: &str = "/healthz";
+
 /// What the pages are made of, and who may see them.
 #[derive(Clone)]
 struct Served {
@@ -32,23 +38,34 @@ struct Served {
 /// # Errors
 /// A port that cannot be had: Prometheus and the operator would look for this worker in vain.
 pub fn serve(port: u16, telemetry: Telemetry, key: Option<String>) -> Result<()> {
+    serve_on(bind(port)?, router(Served { telemetry, key: key.map(Arc::from) }))
+}
+
+/// Serves `/healthz` alone on `port`, until the process ends.
+///
+/// # Errors
+/// The port cannot be had.
+pub fn serve_health(port: u16) -> Result<()> {
+    serve_on(bind(port)?, Router::new().route(HEALTH, get(async || "ok")))
+}
+
+fn bind(port: u16) -> Result<TcpListener> {
     let listener = match TcpListener::bind((Ipv6Addr::UNSPECIFIED, port)) {
         Err(e) if e.kind() == ErrorKind::AddrInUse => Err(e),
         // The kernel has no IPv6.
         Err(_) => TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)),
         bound => bound,
     };
-    let listener = listener.map_err(|e| {
+    listener.map_err(|e| {
         Error::config(format!("port {port}, where this worker serves /metrics and /progress, cannot be used: {e}; end what uses it, or choose other ports with --http-port"))
-    })?;
-    serve_on(listener, Served { telemetry, key: key.map(Arc::from) })
+    })
 }
 
-fn serve_on(listener: TcpListener, served: Served) -> Result<()> {
+fn serve_on(listener: TcpListener, router: Router) -> Result<()> {
     let failed = |e: std::io::Error| Error::bug(format!("the HTTP server cannot start: {e}"));
     listener.set_nonblocking(true).map_err(failed)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().map_err(failed)?;
-    let serve = async move { axum::serve(tokio::net::TcpListener::from_std(listener)?, router(served)).await };
+    let serve = async move { axum::serve(tokio::net::TcpListener::from_std(listener)?, router).await };
     let run = move || {
         if let Err(e) = runtime.block_on(serve) {
             tracing::error!("the HTTP server ended: {e}");
@@ -61,7 +78,7 @@ fn router(served: Served) -> Router {
     Router::new()
         .route("/metrics", get(metrics))
         .route("/progress", get(progress))
-        .route("/healthz", get(async || "ok"))
+        .route(HEALTH, get(async || "ok"))
         .with_state(served)
 }
 
@@ -116,7 +133,7 @@ mod tests {
     fn the_three_pages_show_the_telemetry_as_it_is_now() {
         let (telemetry, listener) = (telemetry(), TcpListener::bind("127.0.0.1:0").unwrap());
         let address = listener.local_addr().unwrap();
-        serve_on(listener, Served { telemetry: telemetry.clone(), key: None }).unwrap();
+        serve_on(listener, router(Served { telemetry: telemetry.clone(), key: None })).unwrap();
         telemetry.record_step(3, &[(Figure::Loss, 0.5)]);
 
         let (head, body) = fetch(address, "/progress");
@@ -140,7 +157,7 @@ mod tests {
     fn with_a_key_progress_is_for_those_who_have_it_and_the_rest_for_all() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
-        serve_on(listener, Served { telemetry: telemetry(), key: Some("0a1b2c".into()) }).unwrap();
+        serve_on(listener, router(Served { telemetry: telemetry(), key: Some("0a1b2c".into()) })).unwrap();
         for (line, status) in [
             ("", 401),
             ("Authorization: Bearer 0a1b2c\r\n", 200),
