@@ -40,9 +40,14 @@ fn two_pods(volume: &Volume) -> [Running; 2] {
 
 /// Checks that the next attempt goes on from the newest checkpoint, for three more steps.
 fn goes_on(volume: &Volume, launch: Launch) {
+    goes_on_as(volume, launch, 2);
+}
+
+/// The same of an attempt with this number.
+fn goes_on_as(volume: &Volume, launch: Launch, attempt: u32) {
     let last = *volume.checkpoints("sft").last().unwrap();
-    volume.succeed(&launch.with("/maxSteps", json!(last + 3)).attempt(2));
-    assert_eq!(volume.trained("sft", 2), [last + 1, last + 2, last + 3]);
+    volume.succeed(&launch.with("/maxSteps", json!(last + 3)).attempt(attempt));
+    assert_eq!(volume.trained("sft", attempt.into()), [last + 1, last + 2, last + 3]);
 }
 
 /// Checks that a pod ended because its peer was lost, and knows the newest checkpoint.
@@ -82,6 +87,36 @@ fn a_rank_that_hangs_is_given_up_after_the_collective_timeout() {
     kill_process(pod_1.worker(0), Signal::CONT).unwrap();
     pod_1.wait().expect(75, "PeerLost", &[]);
     goes_on(&volume, endless(sft()));
+}
+
+/// An attempt that was given up while its node was cut off, and its successor, at work at once.
+#[test]
+fn an_attempt_that_was_given_up_publishes_nothing_any_more() {
+    let volume = Volume::new("gpt2");
+    let zombie = volume.start(&endless(sft().processes(2)));
+    wait_until("five steps", || volume.curve("sft", "loss").len() >= 5);
+    for rank in [0, 1] {
+        kill_process(zombie.worker(rank), Signal::STOP).unwrap();
+    }
+    let before = *volume.checkpoints("sft").last().unwrap();
+    let pod = Pod { name: "-second".into(), ..Pod::default() };
+    let second = volume.start_as(&endless(sft().processes(2)).attempt(2), &pod);
+    wait_until("three checkpoints of the second attempt", || volume.checkpoints("sft")[0] > before);
+    for rank in [0, 1] {
+        kill_process(zombie.worker(rank), Signal::CONT).unwrap();
+    }
+    zombie.wait().expect(75, "PeerLost", &["attempt 2 has taken over", "attempt 1 writes nothing any more"]);
+    let meanwhile = *volume.checkpoints("sft").last().unwrap();
+    assert_eq!(volume.checkpoints("sft").len(), 3, "those of the second attempt alone");
+    wait_until("more checkpoints", || volume.checkpoints("sft")[0] > meanwhile);
+    second.signal(Signal::TERM);
+    let end = second.wait();
+    end.expect(143, "Terminated", &[]);
+    assert_eq!(volume.checkpoints("sft").last().copied(), end.checkpoint());
+    // One that starts late is refused as well.
+    let late = volume.run(&endless(sft()).attempt(1));
+    late.expect(75, "PeerLost", &["attempt 2 has taken over"]);
+    goes_on_as(&volume, endless(sft()), 3);
 }
 
 #[test]
@@ -137,6 +172,30 @@ fn a_name_and_a_port_may_come_late() {
     let pod_0 = volume.start_as(&short, &Pod::of_gang(0, 2, port));
     pod_0.wait().expect(0, "Done", &[]);
     pod_1.wait().expect(0, "Done", &[]);
+}
+
+/// The rendezvous goes on for long; what it waits for is said meanwhile.
+#[test]
+fn a_rendezvous_says_what_it_waits_for() {
+    let volume = Volume::new("gpt2");
+    let port = free_port();
+    let alone = |node: u32, host: &str| {
+        let pod = Pod { http_port: free_port(), ..Pod::of_gang(node, 3, port) }.env("MASTER_ADDR", host);
+        (pod.http_port, volume.start_as(&sft(), &pod))
+    };
+    let waits = [
+        (alone(0, "127.0.0.1"), "ranks that have not come: 1, 2"),
+        (alone(2, "no-such-host.invalid"), "the name no-such-host.invalid does not resolve"),
+    ];
+    for ((http_port, pod), word) in waits {
+        let doing = || -> Option<String> {
+            let progress: Value = serde_json::from_str(&fetch(http_port, "/progress")?).ok()?;
+            Some(progress["doing"].as_str()?.to_owned())
+        };
+        wait_until("a word about the wait", || doing().is_some_and(|doing| doing.contains(word)));
+        assert_eq!(fetch(http_port, "/healthz").as_deref(), Some("ok"));
+        assert!(pod.log().contains(word), "{}", pod.log());
+    }
 }
 
 #[test]

@@ -5,7 +5,7 @@
 
 mod common;
 
-use common::{Volume, finished, ppo, relative_gap, reward, rewound, sft, wait_until};
+use common::{Launch, Pod, Volume, finished, ppo, relative_gap, reward, rewound, sft, wait_until};
 use serde_json::json;
 use std::fs;
 use std::process::Command;
@@ -78,15 +78,57 @@ fn a_damaged_checkpoint_is_skipped_for_the_one_before() {
     }
 }
 
+/// The launch as a job that is made anew with the same run path starts it.
+fn anew(launch: &Launch) -> Launch {
+    let mut launch = launch.clone();
+    launch.config["job"] = json!({"namespace": "n", "name": "j", "uid": "another"});
+    launch
+}
+
 #[test]
-fn a_checkpoint_of_another_job_is_not_resumed_from() {
-    let whole = finished("gpt2", &sft());
-    let volume = rewound(&whole, "gpt2", "sft", 20);
-    let mut other = sft().attempt(2);
-    other.config["job"]["uid"] = json!("another");
-    let end = volume.succeed(&other);
-    assert!(end.log.contains("belongs to stage 'sft' of the job with UID u"), "{}", end.log);
-    assert_eq!(volume.trained("sft", 2).first(), Some(&1));
+fn a_job_made_anew_goes_on_with_the_run_at_its_path() {
+    let launch = sft().processes(2);
+    let whole = finished("gpt2", &launch);
+    let volume = rewound(&whole, "gpt2", "sft", 10);
+    // The job before was at its seventh attempt.
+    volume.succeed(&launch.clone().with("/maxSteps", json!(11)).attempt(7));
+    fs::remove_dir_all(volume.path("jobs/j/sft/model")).unwrap();
+    let end = volume.succeed(&anew(&launch));
+    assert!(end.log.contains("resumed") && end.log.contains("step-11"), "{}", end.log);
+    assert!(volume.weights("sft") == whole.weights("sft"));
+}
+
+#[test]
+fn a_stage_that_is_done_ends_at_once_with_what_it_said() {
+    let launch = sft().processes(2);
+    let volume = Volume::new("gpt2");
+    let first = volume.succeed(&launch);
+    let lines = volume.history("sft").len();
+    let written = fs::metadata(volume.path("jobs/j/sft/model/model.safetensors")).unwrap().modified().unwrap();
+    for again in [anew(&launch), launch.clone().processes(1).micro(2).attempt(2)] {
+        let strict = Pod { strict: true, ..Pod::default() };
+        let end = volume.start_as(&again, &strict).wait();
+        end.expect(0, "Done", &[]);
+        assert_eq!((&end.message["output"], &end.message["step"]), (&first.message["output"], &json!(20)));
+        assert!(end.log.contains("the stage is done already"), "{}", end.log);
+    }
+    assert_eq!(volume.history("sft").len(), lines);
+    assert_eq!(fs::metadata(volume.path("jobs/j/sft/model/model.safetensors")).unwrap().modified().unwrap(), written);
+    // Without the model it is not done, whatever is said beside it.
+    fs::remove_dir_all(volume.path("jobs/j/sft/model")).unwrap();
+    volume.succeed(&launch.attempt(3));
+    assert!(volume.path("jobs/j/sft/model/model.safetensors").exists());
+}
+
+#[test]
+fn a_run_of_another_config_is_refused_with_what_differs() {
+    let launch = sft();
+    let volume = finished("gpt2", &launch);
+    let weights = volume.weights("sft");
+    let other = anew(&launch).with("/maxSteps", json!(40)).processes(2);
+    let end = volume.start_as(&other, &Pod { strict: true, ..Pod::default() }).wait();
+    end.expect(64, "BadConfig", &["jobs/j/sft holds a run", "kind.sft.maxSteps was 20 and is 40", "storage.runPath"]);
+    assert!(volume.weights("sft") == weights && volume.checkpoints("sft") == [10, 20]);
 }
 
 #[test]

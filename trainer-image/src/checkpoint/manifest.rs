@@ -2,6 +2,7 @@
 
 use crate::engine::LossScale;
 use crate::error::{Error, Result};
+use crate::run::RunId;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -12,14 +13,13 @@ use std::path::Path;
 /// The manifest's file name.
 pub(super) const MANIFEST: &str = "manifest.json";
 /// The version of the layout.
-pub(super) const FORMAT: u32 = 2;
+pub(super) const FORMAT: u32 = 3;
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(super) struct Manifest {
     pub format: u32,
-    pub job_uid: String,
-    pub stage: String,
+    pub run: RunId,
     pub step: u64,
     pub models: BTreeMap<String, ModelEntry>,
     pub state: Value,
@@ -56,9 +56,9 @@ impl Manifest {
         if manifest.format == FORMAT { Ok(manifest) } else { Err(ReadError::Format(manifest.format)) }
     }
 
-    /// Whether the checkpoint was written by this stage of this job.
-    pub fn is_of(&self, job_uid: &str, stage: &str) -> bool {
-        self.job_uid == job_uid && self.stage == stage
+    /// Whether the checkpoint was written by this run.
+    pub fn is_of(&self, run: RunId) -> bool {
+        self.run == run
     }
 }
 

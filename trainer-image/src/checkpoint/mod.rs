@@ -12,6 +12,8 @@ use crate::engine::{Chunk, Group, Model};
 use crate::environment::Environment;
 use crate::error::{Error, Result};
 use crate::files;
+use crate::lease::Lease;
+use crate::run::RunId;
 use crate::telemetry::memory;
 use manifest::{FileEntry, MANIFEST, Manifest, ModelEntry, ReadError};
 use rlhf_api::config::StageConfig;
@@ -25,14 +27,13 @@ use std::time::Duration;
 /// Time between two looks at what others are still writing.
 const POLL: Duration = Duration::from_millis(20);
 
-/// The checkpoints of one stage of one job.
+/// The checkpoints of one run.
 pub struct Checkpoints {
     dir: PathBuf,
     relative: String,
-    job_uid: String,
-    stage: String,
+    run: RunId,
     keep: usize,
-    attempt: u32,
+    lease: Lease,
     /// Ranks that share this one's memory.
     workers_per_node: u64,
     data: String,
@@ -94,16 +95,15 @@ pub struct Restored {
 }
 
 impl Checkpoints {
-    /// The checkpoints of the stage with this config, whose data have this hash.
-    pub fn new(config: &StageConfig, environment: &Environment, data: [u8; 32]) -> Self {
+    /// The checkpoints of a run of the stage with this config, whose data have this hash.
+    pub fn new(config: &StageConfig, environment: &Environment, run: RunId, lease: &Lease, data: [u8; 32]) -> Self {
         Self {
-            attempt: environment.attempt,
+            lease: lease.clone(),
+            run,
             workers_per_node: environment.workers_per_node.into(),
             data: manifest::hex(&data),
             dir: environment.volume.join(&config.paths.checkpoints),
             relative: config.paths.checkpoints.clone(),
-            job_uid: config.job.uid.clone(),
-            stage: config.stage.clone(),
             keep: config.checkpoint.keep as usize,
         }
     }
@@ -132,8 +132,8 @@ impl Checkpoints {
         state: &Value,
         told: impl FnOnce(Checkpoint) + Send + 'static,
     ) -> Result<Saving> {
-        // The attempt is in the name, so that a rank of an older attempt that is not gone yet writes elsewhere.
-        let temporary = files::sibling(&self.path(step), &format!("attempt-{}.tmp", self.attempt));
+        // The lease is in the name, so that a rank of an older attempt that is not gone yet writes elsewhere.
+        let temporary = files::sibling(&self.path(step), &format!("lease-{}.tmp", self.lease.number()));
         if group.is_first() {
             files::remove_dir(&temporary)?;
             files::make_dir(&temporary)?;
@@ -190,6 +190,7 @@ impl Checkpoints {
         }
         files::write(&temporary.join(MANIFEST), &manifest.to_json()?)?;
         files::sync_dir(temporary)?;
+        self.lease.check()?;
         files::publish_dir(temporary, &self.path(manifest.step))?;
         told(self.describe(manifest.step));
         self.prune(manifest.step)
@@ -204,8 +205,7 @@ impl Checkpoints {
         };
         Manifest {
             format: manifest::FORMAT,
-            job_uid: self.job_uid.clone(),
-            stage: self.stage.clone(),
+            run: self.run,
             step,
             models: models.iter().map(|(name, model)| (name.to_string(), entry(model))).collect::<BTreeMap<_, _>>(),
             state: state.clone(),
@@ -217,12 +217,12 @@ impl Checkpoints {
     /// Deletes all but the newest checkpoints of this job, and what interrupted saves left.
     fn prune(&self, newest: u64) -> Result<()> {
         let own = |step: &u64| {
-            Manifest::read(&self.path(*step)).is_ok_and(|m| m.is_of(&self.job_uid, &self.stage)) && *step <= newest
+            Manifest::read(&self.path(*step)).is_ok_and(|m| m.is_of(self.run)) && *step <= newest
         };
         for step in self.steps()?.into_iter().filter(own).skip(self.keep) {
             files::remove_dir(&self.path(step))?;
         }
-        for name in self.names()?.iter().filter(|n| attempt_of(n).is_some_and(|attempt| attempt <= self.attempt)) {
+        for name in self.names()?.iter().filter(|n| lease_of(n).is_some_and(|lease| lease <= self.lease.number())) {
             files::remove_dir(&self.dir.join(name))?;
         }
         Ok(())
@@ -230,13 +230,7 @@ impl Checkpoints {
 
     /// What lies in the checkpoints' folder.
     fn names(&self) -> Result<Vec<String>> {
-        let failed = |e| Error::storage(&self.dir, e);
-        let entries = match std::fs::read_dir(&self.dir) {
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(vec![]),
-            entries => entries.map_err(failed)?,
-        };
-        let names = entries.map(|e| Ok(e.map_err(failed)?.file_name().into_string().unwrap_or_default()));
-        names.collect()
+        files::names(&self.dir)
     }
 
     /// The steps of the checkpoints on disk, newest first.
@@ -247,7 +241,7 @@ impl Checkpoints {
         Ok(steps)
     }
 
-    /// Restores the newest checkpoint that is whole and belongs to this job and stage; every rank must call it.
+    /// Restores the newest checkpoint that is whole and belongs to this run; every rank must call it.
     /// Damaged ones are skipped with the reason in the log.
     ///
     /// # Errors
@@ -274,7 +268,7 @@ impl Checkpoints {
         Error::input(format!("{}: {what}; delete the checkpoint to start the stage anew", self.path(step).display()))
     }
 
-    /// The newest checkpoint of this job and stage whose files are what they were. Each rank reads its share of the
+    /// The newest checkpoint of this run whose files are what they were. Each rank reads its share of the
     /// files, and all of them go through the same checkpoints. Rank 0 sets damaged ones aside.
     fn newest(&self, group: &Group) -> Result<Option<(u64, Manifest)>> {
         let mut steps = if group.is_first() { self.steps()? } else { vec![] }.into_iter();
@@ -304,9 +298,8 @@ impl Checkpoints {
             Err(ReadError::Io(e)) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::storage(path, e)),
             Err(e) => return Ok(Err(Unusable::Damaged(e.to_string()))),
         };
-        if !manifest.is_of(&self.job_uid, &self.stage) {
-            let Manifest { stage, job_uid, .. } = manifest;
-            return Ok(Err(Unusable::Foreign(format!("it belongs to stage '{stage}' of the job with UID {job_uid}"))));
+        if !manifest.is_of(self.run) {
+            return Ok(Err(Unusable::Foreign(format!("it belongs to run {}, not to {}", manifest.run, self.run))));
         }
         for file in group.share(&manifest.files) {
             match file.is_intact(path) {
@@ -319,10 +312,10 @@ impl Checkpoints {
     }
 }
 
-/// The attempt that was writing the folder of this name, if it is one of an unfinished checkpoint. Those of a later attempt
-/// are not touched: this process may be one that should be gone.
-fn attempt_of(name: &str) -> Option<u32> {
-    name.strip_suffix(".tmp")?.rsplit_once("attempt-")?.1.parse().ok()
+/// The lease of who was writing the folder of this name, if it is one of an unfinished checkpoint. Those of a later lease are
+/// not touched: this process may be one that should be gone.
+fn lease_of(name: &str) -> Option<u32> {
+    name.strip_suffix(".tmp")?.rsplit_once("lease-")?.1.parse().ok()
 }
 
 /// Why a checkpoint is not resumed from.
@@ -336,9 +329,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_unfinished_checkpoint_tells_the_attempt_that_was_writing_it() {
-        let path = files::sibling(Path::new("checkpoints/step-20"), "attempt-3.tmp");
-        assert_eq!(attempt_of(path.file_name().unwrap().to_str().unwrap()), Some(3));
-        assert_eq!(["step-20", "step-20.damaged", "step-20.old", "x.tmp"].map(attempt_of), [None; 4]);
+    fn an_unfinished_checkpoint_tells_the_lease_under_which_it_was_written() {
+        let path = files::sibling(Path::new("checkpoints/step-20"), "lease-3.tmp");
+        assert_eq!(lease_of(path.file_name().unwrap().to_str().unwrap()), Some(3));
+        assert_eq!(["step-20", "step-20.damaged", "step-20.old", "x.tmp"].map(lease_of), [None; 4]);
     }
 }

@@ -7,7 +7,9 @@ use crate::engine::{Backbone, Group, HEAD_SLICE_BYTES, Model, Placement, ScalarI
 use crate::environment::Environment;
 use crate::error::{Error, Result};
 use crate::files;
+use crate::lease::{Holder, Lease};
 use crate::model::{Adapters, HeadKind, ScoreNormalisation, Source};
+use crate::run::{Done, Run, RunId};
 use crate::shutdown::Shutdown;
 use crate::telemetry::{Figure, Phase, Telemetry};
 use crate::tokenizer::Tokenizer;
@@ -25,6 +27,12 @@ use tch::Device;
 /// A file beside the stage's model with one JSON line for each step: the stage's learning curves.
 const HISTORY: &str = "metrics.jsonl";
 
+/// What rank 0 finds as a stage begins.
+enum Begun {
+    Done(Done),
+    Goes(RunId, Lease),
+}
+
 /// A worker's surroundings.
 pub struct Context {
     /// The stage's config.
@@ -41,6 +49,8 @@ pub struct Context {
     pub device: Device,
     /// What [`Context::agree_on_data`] found.
     data: OnceCell<[u8; 32]>,
+    /// What [`Context::begin`] found: the run, and the right to write.
+    begun: OnceCell<(RunId, Lease)>,
     /// The checkpoint that is being written.
     saving: RefCell<Option<Saving>>,
 }
@@ -63,8 +73,78 @@ impl Context {
             shutdown,
             device,
             data: OnceCell::new(),
+            begun: OnceCell::new(),
             saving: RefCell::new(None),
         }
+    }
+
+    /// Begins the stage, or goes on with it: makes sure that its folder holds no other run, and takes the right to write there.
+    /// Where the stage is done already, this is how it ended. Every rank must call it.
+    ///
+    /// # Errors
+    /// What was begun in the folder is another run, a later attempt has taken over, storage failed, or a peer was lost.
+    pub fn begin(&self) -> Result<Option<Output>> {
+        let run = self.run();
+        let holder = Holder { job_uid: self.config.job.uid.clone(), attempt: self.environment.attempt };
+        let mut found = None;
+        self.group.while_first(|| {
+            found = match run.done()? {
+                Some(done) => Some(Begun::Done(done)),
+                None => {
+                    let lease = Lease::take(run.dir(), holder)?;
+                    let id = run.begin()?;
+                    run.unfinish()?;
+                    Some(Begun::Goes(id, lease))
+                }
+            };
+            Ok(())
+        })?;
+        let told = match &found {
+            Some(Begun::Goes(id, lease)) => [i64::from(lease.number()), (*id).into()],
+            _ => [0, 0],
+        };
+        let [number, id] = [self.group.from_first(told[0])?, self.group.from_first(told[1])?];
+        let lease = match found {
+            Some(Begun::Done(done)) => return Ok(Some(self.already(done))),
+            Some(Begun::Goes(_, lease)) => lease,
+            None if number == 0 => return Ok(run.done()?.map(|done| self.already(done))),
+            None => Lease::of_first(u32::try_from(number).unwrap_or_default()),
+        };
+        let _ = self.begun.set((id.into(), lease));
+        Ok(None)
+    }
+
+    /// Tells of a stage that an attempt before has brought to its end.
+    fn already(&self, done: Done) -> Output {
+        tracing::info!(step = done.step, path = done.output.path, "the stage is done already: its output is on the volume");
+        self.telemetry.set_total_steps(done.step);
+        self.telemetry.resume_at(done.step);
+        done.output
+    }
+
+    /// Says that the stage has left all that it leaves. Every rank must call it.
+    ///
+    /// # Errors
+    /// A later attempt has taken over, storage failed, or a peer was lost.
+    pub fn complete(&self, output: &Output) -> Result<()> {
+        let (run, (id, lease), step) = (self.run(), self.begun(), self.telemetry.progress().step);
+        self.group.while_first(|| {
+            lease.check()?;
+            run.finish(id, step, output)
+        })
+    }
+
+    fn run(&self) -> Run {
+        Run::new(&self.config, &self.environment.volume)
+    }
+
+    fn begun(&self) -> (RunId, Lease) {
+        self.begun.get().cloned().unwrap_or_default()
+    }
+
+    /// The right to write what the stage leaves. What is to get its final name asks it first.
+    pub fn lease(&self) -> Lease {
+        self.begun().1
     }
 
     /// Makes sure that every rank has read the same rows of tokens, and remembers them for checkpoints: a run on other
@@ -96,8 +176,7 @@ impl Context {
 
     /// The stage's own folder, which holds its model, checkpoints, samples and learning curves.
     pub fn stage_dir(&self) -> PathBuf {
-        let output = self.path(&self.config.paths.output);
-        output.parent().map_or(output.clone(), PathBuf::from)
+        self.run().dir().to_path_buf()
     }
 
     /// The file of a dataset.
@@ -177,7 +256,8 @@ impl Context {
     /// The stage's checkpoints.
     pub fn checkpoints(&self) -> Checkpoints {
         let data = self.data.get().copied().unwrap_or_default();
-        Checkpoints::new(&self.config, &self.environment, data)
+        let (run, lease) = self.begun();
+        Checkpoints::new(&self.config, &self.environment, run, &lease, data)
     }
 
     /// Resumes from the newest checkpoint, if there is one, and says so. From here on the stage listens for requests to

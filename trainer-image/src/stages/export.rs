@@ -38,10 +38,13 @@ pub(super) fn write(
         }
         Ok(())
     })?;
+    let lease = context.lease();
     context.group.while_first(move || {
         let tokenizer = Tokenizer::load(&base_model)?;
         let writer = writer.ok_or_else(|| Error::bug("a model is finished before it is begun"))?;
+        lease.check()?;
         writer.finish(score, |dir| tokenizer.copy_files(dir))?;
+        lease.check()?;
         // Only then, so that no adapters lie beside a model that is not theirs.
         match adapters {
             None => files::remove_dir(&beside),

@@ -15,15 +15,20 @@ use crate::error::Result;
 use rlhf_api::report::Output;
 use rlhf_api::stage::StageKind;
 
-/// Runs the stage to its end (or resumes it) and writes its model.
+/// Runs the stage to its end (or resumes it) and writes its model. One that an attempt before has brought to its end is done.
 ///
 /// # Errors
 /// With the exit code that the operator acts on; [`rlhf_api::report::ExitCode::Terminated`] after a checkpoint where
 /// the process was asked to stop.
 pub fn run(context: Context) -> Result<Output> {
-    context.conclude(match context.config.kind.clone() {
+    if let Some(output) = context.begin()? {
+        return Ok(output);
+    }
+    let output = context.conclude(match context.config.kind.clone() {
         StageKind::Sft(settings) => sft::run(&context, &settings),
         StageKind::RewardModel(settings) => reward_model::run(&context, &settings),
         StageKind::Ppo(settings) => ppo::run(&context, &settings),
-    })
+    })?;
+    context.complete(&output)?;
+    Ok(output)
 }

@@ -3,6 +3,8 @@
 
 #![allow(dead_code)] // each test binary uses a part
 
+use rlhf_api::config::StageConfig;
+use rlhf_trainer::run::Run;
 use rustix::process::{Pid, Signal, kill_process};
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
@@ -101,6 +103,9 @@ impl Volume {
         let name = format!("{}{}", launch.config["stage"].as_str().unwrap(), pod.name);
         let config = self.path(&format!("{name}.json"));
         fs::write(&config, launch.config.to_string()).unwrap();
+        if !pod.strict {
+            self.adopt(launch);
+        }
         let (log, termination) = (self.path(&format!("{name}.log")), self.path(&format!("{name}.end")));
         let _ = fs::remove_file(&termination);
         let output = fs::File::create(&log).unwrap();
@@ -123,6 +128,22 @@ impl Volume {
             .spawn()
             .unwrap();
         Running { child, log, termination }
+    }
+
+    /// Makes the run in a stage's folder one that was begun with this config, so that tests can change settings on the way.
+    fn adopt(&self, launch: &Launch) {
+        let Ok(config) = serde_json::from_value::<StageConfig>(launch.config.clone()) else { return };
+        let run = Run::new(&config, self.root.path());
+        if run.check().is_ok() {
+            return;
+        }
+        let path = run.dir().join("run.json");
+        let mut begun: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        for key in ["stage", "kind", "seed", "paths"] {
+            begun[key] = launch.config[key].clone();
+        }
+        fs::write(path, begun.to_string()).unwrap();
+        let _ = fs::remove_file(run.dir().join("output.json"));
     }
 
     /// The last value of a figure at each step of a stage's learning curves, by step.
@@ -183,6 +204,8 @@ pub struct Pod {
     pub env: Vec<(String, String)>,
     /// The first worker's port; 0: none.
     pub http_port: u16,
+    /// A run that was begun with another config is left as it is.
+    pub strict: bool,
 }
 
 impl Pod {
