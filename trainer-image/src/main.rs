@@ -5,13 +5,14 @@
 
 use clap::{Args, Parser, Subcommand};
 use rlhf_api::config::{CONFIG_DIR, CONFIG_FILE, HTTP_PORT, PrepareConfig};
+use rlhf_api::names::PREPARE;
 use rlhf_api::report::{ExitCode, Output, TerminationMessage};
 use rlhf_trainer::commands::{self, BenchFlags};
 use rlhf_trainer::data::Summary;
 use rlhf_trainer::environment::Environment;
 use rlhf_trainer::plan_command::{self, PlanFlags};
 use rlhf_trainer::prepare::{self, StageReport};
-use rlhf_trainer::telemetry::logging;
+use rlhf_trainer::telemetry::{Telemetry, logging};
 use rlhf_trainer::{config_file, ending, launch, worker};
 use std::path::{Path, PathBuf};
 
@@ -55,6 +56,8 @@ enum Command {
     Prepare {
         #[command(flatten)]
         config: ConfigFlag,
+        #[command(flatten)]
+        http: HttpFlag,
         #[command(flatten)]
         termination: TerminationFlag,
     },
@@ -118,7 +121,9 @@ fn run(command: Command) -> TerminationMessage {
         Command::Worker { config, http } => logged(|| worker::run(&options(config, http))),
         Command::Bench { flags } => by_hand(|| commands::bench(&flags)),
         Command::Plan { flags } => by_hand(|| plan_command::plan(&flags)),
-        Command::Prepare { config, termination } => leave(termination, logged(|| prepare(&config.config))),
+        Command::Prepare { config, http, termination } => {
+            leave(termination, logged(|| prepare(&options(config, http))))
+        }
     }
 }
 
@@ -152,12 +157,14 @@ fn leave(flag: TerminationFlag, message: TerminationMessage) -> TerminationMessa
     message
 }
 
-fn prepare(config: &Path) -> TerminationMessage {
+fn prepare(options: &worker::Options) -> TerminationMessage {
     let mut prepared = None;
     let result = ending::guard(|| {
         let environment = Environment::from_process()?;
-        let config = config_file::read::<PrepareConfig>(config)?.value;
-        let report = prepare::run(&config, &environment.volume)?;
+        let config = config_file::read::<PrepareConfig>(&options.config)?.value;
+        let telemetry = Telemetry::new(&config.job, PREPARE, environment.attempt, 0, 1)?;
+        worker::serve(options.http_port, 0, &telemetry)?;
+        let report = prepare::run(&config, &environment.volume, &telemetry)?;
         prepared = Some(Box::new(report.prepared()));
         Ok(Output { path: job_dir(&config), metrics: report.stages.iter().flat_map(counts).collect() })
     });

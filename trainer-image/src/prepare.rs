@@ -6,12 +6,18 @@ use crate::data::{self, Summary, dataset_path};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::model::{Adapters, ModelSpec, Source};
+use crate::run::Run;
+use crate::telemetry::Telemetry;
 use crate::tokenizer::Tokenizer;
 use rlhf_api::config::{PrepareConfig, StageConfig};
 use rlhf_api::report::{DatasetShape, Prepared};
 use rlhf_api::stage::StageKind;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
+/// How often a check that takes long is told in the log.
+const LOG_EVERY: Duration = Duration::from_secs(30);
 /// Written to see whether a folder can be written, and removed.
 const PROBE: &str = ".rlhf-probe";
 
@@ -50,12 +56,16 @@ pub struct StageReport {
 ///
 /// # Errors
 /// The first thing that is wrong: where it is, and what to do.
-pub fn run(config: &PrepareConfig, volume: &Path) -> Result<PrepareReport> {
+pub fn run(config: &PrepareConfig, volume: &Path, telemetry: &Telemetry) -> Result<PrepareReport> {
     let first = config.stages.first().ok_or_else(|| Error::config("the job has no stages; write one or more"))?;
-    for dir in config.stages.iter().flat_map(|stage| output_dirs(stage, volume)) {
-        check_writable(&dir)?;
+    let mut parts = Parts::new(telemetry, 1 + config.stages.len());
+    for stage in &config.stages {
+        Run::new(stage, volume).check()?;
+        output_dirs(stage, volume).iter().try_for_each(|dir| check_writable(dir))?;
     }
     let model_dir = volume.join(&first.paths.base_model);
+    parts.begin(format!("model {}", first.paths.base_model));
+    check_files(&model_dir)?;
     let model = Source::open(&model_dir)?;
     let tokenizer = Tokenizer::load(&model_dir)?;
     check_vocabulary(&model, &tokenizer)?;
@@ -63,16 +73,69 @@ pub fn run(config: &PrepareConfig, volume: &Path) -> Result<PrepareReport> {
         check_length(stage, &model)?;
         check_targets(stage, &model)?;
     }
-    let stages = config.stages.iter().map(|stage| check_dataset(stage, volume, &tokenizer)).collect::<Result<_>>()?;
     let other = |path: &String| {
         if volume.join(path) == model_dir { Ok(model.spec.clone()) } else { shape_of(&volume.join(path)) }
     };
     let models = config.models.iter().map(other).collect::<Result<_>>()?;
+    let mut check = |stage: &StageConfig| {
+        parts.begin(format!("stage '{}': {}", stage.stage, stage.kind.dataset().1.source));
+        check_dataset(stage, volume, &tokenizer)
+    };
+    let stages = config.stages.iter().map(&mut check).collect::<Result<_>>()?;
     Ok(PrepareReport { models, stages })
 }
 
 fn shape_of(dir: &Path) -> Result<ModelSpec> {
+    check_files(dir)?;
     Ok(Source::open(dir)?.spec)
+}
+
+/// What is checked one after the other, told as progress: which of how many, and the records that have been read.
+struct Parts<'a> {
+    telemetry: &'a Telemetry,
+    begun: u64,
+    /// What is checked now, for the log of a long check.
+    now: Arc<Mutex<String>>,
+}
+
+impl<'a> Parts<'a> {
+    fn new(telemetry: &'a Telemetry, all: usize) -> Self {
+        telemetry.set_total_steps(all as u64);
+        telemetry.count_records();
+        let now: Arc<Mutex<String>> = Arc::default();
+        let told = Arc::downgrade(&now);
+        // It ends at its first look after the last check.
+        std::thread::spawn(move || {
+            loop {
+                std::thread::sleep(LOG_EVERY);
+                let Some(now) = told.upgrade() else { return };
+                let what = now.lock().unwrap_or_else(PoisonError::into_inner).clone();
+                tracing::info!(records = data::records_read(), "still checking {what}");
+            }
+        });
+        Self { telemetry, begun: 0, now }
+    }
+
+    /// The next one begins.
+    fn begin(&mut self, what: String) {
+        self.telemetry.part_done(self.begun);
+        self.telemetry.doing(format!("checking {what}"));
+        self.begun += 1;
+        *self.now.lock().unwrap_or_else(PoisonError::into_inner) = what;
+    }
+}
+
+/// A model's folder holds files (and folders, which nobody reads): to open anything else may take for ever.
+fn check_files(model_dir: &Path) -> Result<()> {
+    for name in files::names(model_dir)? {
+        let path = model_dir.join(name);
+        // What cannot be looked at is told by who needs it.
+        let kind = std::fs::metadata(&path).ok().filter(|m| !m.is_dir()).and_then(|m| files::special(m.file_type()));
+        if let Some(kind) = kind {
+            return Err(Error::input(format!("{}: it is {kind}, not a file; a model's folder holds files", path.display())));
+        }
+    }
+    Ok(())
 }
 
 /// The folders in which a stage makes its folders.

@@ -46,7 +46,7 @@ impl Job {
 
     /// The command of the prepare pod.
     fn prepare(&self) -> Pod {
-        self.program("prepare", &["prepare"], &json!({"job": self.config["job"], "stages": [self.config]}))
+        self.program("prepare", &["prepare", "--http-port", &self.http_port.to_string()], &json!({"job": self.config["job"], "stages": [self.config]}))
     }
 
     fn program(&self, name: &str, args: &[&str], config: &Value) -> Pod {
@@ -299,6 +299,43 @@ fn a_worker_that_hangs_when_its_peer_fails_is_killed_in_the_end() {
     let ended = pod.end();
     ended.expect(137, "Killed", &["rank 1", "SIGABRT"]);
     assert!(ended.log.contains("sending SIGTERM") && ended.log.contains("sending SIGKILL"), "{}", ended.log);
+}
+
+/// The first worker, whom the kubelet asks, has ended, and another takes its time.
+#[test]
+fn a_pod_answers_for_its_health_to_the_end() {
+    let job = Job::new();
+    let pod = job.pod("pod", 2).start();
+    await_progress(job.http_port, |p| p.step >= 2);
+    assert_eq!(fetch(job.http_port, "/healthz").as_deref(), Some("ok"));
+    kill_process(pod.worker(1), Signal::STOP).unwrap();
+    kill_process(pod.worker(0), Signal::KILL).unwrap();
+    let gone = || fetch(job.http_port, "/progress").is_some_and(|body| body.is_empty());
+    common::wait_until("the launcher to answer in its place", gone);
+    assert_eq!(fetch(job.http_port, "/healthz").as_deref(), Some("ok"));
+    pod.end().expect(137, "Killed", &["rank 0", "SIGKILL"]);
+    assert_eq!(fetch(job.http_port, "/healthz"), None);
+}
+
+#[test]
+fn prepare_says_what_it_checks_and_refuses_a_pipe_instead_of_waiting_for_it() {
+    let job = Job::new();
+    let records = fs::read_to_string(job.volume.path("data/sft.jsonl")).unwrap() + "\n";
+    job.write_records(&records.repeat(20_000));
+    let pod = job.prepare().start();
+    let progress = await_progress(job.http_port, |p| p.metrics.get("records").is_some_and(|n| *n > 0.0));
+    assert_eq!(progress.doing.as_deref(), Some("checking stage 'sft': volume://data/sft.jsonl"));
+    assert_eq!((progress.step, progress.total_steps), (1, 2));
+    assert!(progress.activity > 0);
+    assert_eq!(fetch(job.http_port, "/healthz").as_deref(), Some("ok"));
+    pod.end().expect(0, "Done", &[]);
+
+    for file in ["data/sft.jsonl", "models/base/model.safetensors", "models/base/tokenizer.json"] {
+        let job = Job::new();
+        fs::remove_file(job.volume.path(file)).unwrap();
+        assert!(Command::new("mkfifo").arg(job.volume.path(file)).status().unwrap().success());
+        job.prepare().run().expect(65, "BadInput", &[file, "a named pipe, not a file"]);
+    }
 }
 
 #[test]

@@ -62,7 +62,11 @@ fn prepare(volume: &Path, change: impl FnOnce(&mut [Value; 3])) -> Result<Prepar
     let mut stages = stages();
     change(&mut stages);
     let config = json!({"job": {"namespace": "n", "name": "j", "uid": "u"}, "stages": stages, "models": ["models/m"]});
-    run(&serde_json::from_value(config).unwrap(), volume)
+    check_job(&serde_json::from_value(config).unwrap(), volume)
+}
+
+fn check_job(config: &PrepareConfig, volume: &Path) -> Result<PrepareReport> {
+    run(config, volume, &Telemetry::new(&config.job, "prepare", 1, 0, 1)?)
 }
 
 #[test]
@@ -153,6 +157,37 @@ fn sharded_weights_are_found_by_their_index() {
 }
 
 #[test]
+fn what_is_no_file_in_a_models_folder_is_named() {
+    for name in ["model.safetensors", "tokenizer_config.json", "whatever"] {
+        let error = broken(|volume| {
+            let path = volume.join("models/m").join(name);
+            let _ = fs::remove_file(&path);
+            drop(std::os::unix::net::UnixListener::bind(path).unwrap());
+        });
+        check(&error, 65, &[name, "a socket, not a file"]);
+    }
+    check(
+        &broken(|volume| {
+            fs::remove_file(volume.join("sft.jsonl")).unwrap();
+            std::os::unix::fs::symlink("/dev/zero", volume.join("sft.jsonl")).unwrap();
+        }),
+        65,
+        &["stage 'sft'", "sft.jsonl", "a device, not a file"],
+    );
+}
+
+/// At the run path lies what another job has begun.
+#[test]
+fn a_run_of_another_config_is_refused_before_any_device_is_taken() {
+    let volume = volume();
+    let config: StageConfig = serde_json::from_value(stages()[1].clone()).unwrap();
+    Run::new(&config, volume.path()).begin().unwrap();
+    prepare(volume.path(), |_| ()).unwrap();
+    let error = prepare(volume.path(), |s| s[1]["kind"]["rewardModel"]["epochs"] = json!(2)).unwrap_err();
+    check(&error, 64, &["stage 'reward'", "kind.rewardModel.epochs was 1 and is 2"]);
+}
+
+#[test]
 fn a_tokenizer_with_more_ids_than_the_model_is_refused() {
     let error = broken(|volume| {
         let mut config = model_config();
@@ -198,7 +233,7 @@ fn a_volume_that_cannot_be_written_is_named() {
         stages: vec![],
         models: vec![],
     };
-    check(&run(&no_stages, volume.path()).unwrap_err(), 64, &["no stages"]);
+    check(&check_job(&no_stages, volume.path()).unwrap_err(), 64, &["no stages"]);
 }
 
 #[test]
