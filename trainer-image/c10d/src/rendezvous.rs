@@ -17,6 +17,8 @@ use crate::{Error, Result, Store};
 const RETRY: Duration = Duration::from_millis(200);
 /// How long one connection, or one look for the attempt's key, may take.
 const TRY: Duration = Duration::from_secs(3);
+/// The key under which rank 0 counts once all have come.
+const COMPLETE: &str = "complete";
 /// Between two words about what is waited for.
 const TELL: Duration = Duration::from_secs(10);
 /// Missing ranks that are named.
@@ -79,8 +81,7 @@ impl Rendezvous {
     /// Starts the server. The port may still be taken by the attempt before, which is on its way out.
     fn serve(&self, wait: &mut Wait<'_>) -> Result<Store> {
         let context = |e: Error| e.context(&format!("rank 0 cannot serve the store on port {}", self.port));
-        let store =
-            wait.retry(|left| Store::tcp("127.0.0.1", self.port, true, 0, left).map_err(context))?;
+        let store = wait.retry(|left| Store::tcp("127.0.0.1", self.port, true, 0, left).map_err(context))?;
         let store = store.prefix(&self.prefix())?;
         store.set("serving", b"")?;
         Ok(store)
@@ -141,14 +142,14 @@ impl Rendezvous {
             )),
             other => other,
         };
-        (1..self.world_size).try_for_each(|rank| self.await_key(store, wait, &present(rank))).map_err(late)?;
-        store.set("complete", b"")
+        (1..self.world_size).try_for_each(|rank| self.await_count(store, wait, &present(rank))).map_err(late)?;
+        store.add(COMPLETE, 1).map(drop)
     }
 
     /// Another rank: waits for rank 0's word that all have come.
     fn await_all(&self, store: &Store, wait: &mut Wait<'_>) -> Result<()> {
         let Rendezvous { rank, attempt, world_size, deadline, .. } = self;
-        self.await_key(store, wait, "complete").map_err(|e| {
+        self.await_count(store, wait, COMPLETE).map_err(|e| {
             let missing = match &e {
                 Error::Timeout(_) => format!(" (missing: {})", self.missing(store)),
                 _ => String::new(),
@@ -159,16 +160,17 @@ impl Rendezvous {
         })
     }
 
-    /// Waits for a key, and tells who is missing meanwhile.
-    fn await_key(&self, store: &Store, wait: &mut Wait<'_>, key: &str) -> Result<()> {
-        loop {
-            match store.wait(key, wait.left().min(TELL)) {
-                Err(Error::Timeout(_)) if wait.left() > RETRY => {
-                    wait.tell(|| format!("ranks that have not come: {}", self.missing(store)));
-                }
-                result => return result,
+    /// Waits until somebody has counted under a key, and tells who is missing meanwhile. It asks again and again: a client of
+    /// libtorch's store whose wait ran out of time takes the answer to that for the answer to its next one.
+    fn await_count(&self, store: &Store, wait: &mut Wait<'_>, key: &str) -> Result<()> {
+        while store.add(key, 0)? == 0 {
+            if wait.left() <= RETRY {
+                return Err(Error::Timeout("time is up".into()));
             }
+            wait.tell(|| format!("ranks that have not come: {}", self.missing(store)));
+            sleep(RETRY);
         }
+        Ok(())
     }
 
     /// The ranks that have not come, as a list; empty where the store does not tell.
@@ -196,7 +198,9 @@ fn unreachable(at: SocketAddr, tried: Duration, error: &io::Error) -> String {
     match error.kind() {
         io::ErrorKind::ConnectionRefused => format!("{at} refuses connections: rank 0 does not serve there (yet)"),
         io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => {
-            format!("{at} did not answer within {tried:?}: its machine is gone, or a network policy or firewall is between")
+            format!(
+                "{at} did not answer within {tried:?}: its machine is gone, or a network policy or firewall is between"
+            )
         }
         _ => format!("{at} cannot be reached ({error})"),
     }

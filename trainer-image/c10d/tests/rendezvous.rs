@@ -95,8 +95,12 @@ fn a_server_that_does_not_answer_is_told_from_one_that_is_not_there() {
     let mute = Mute::new();
     c10d::init(true);
     let deadline = Duration::from_secs(5);
-    let meeting = Rendezvous { host: "127.0.0.1".into(), port: mute.port, rank: 1, world_size: 2, attempt: 1, deadline };
-    assert_says(&meeting.connect().err().unwrap(), &["rank 1 did not find rank 0", "did not answer within", "network policy"]);
+    let meeting =
+        Rendezvous { host: "127.0.0.1".into(), port: mute.port, rank: 1, world_size: 2, attempt: 1, deadline };
+    assert_says(
+        &meeting.connect().err().unwrap(),
+        &["rank 1 did not find rank 0", "did not answer within", "network policy"],
+    );
 }
 
 /// A port that takes no more connections.
