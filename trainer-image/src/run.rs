@@ -273,14 +273,26 @@ mod tests {
             assert_eq!(run(change).begin().unwrap(), id);
         }
         let other: [(fn(&mut Value), &[&str]); 3] = [
-            (|c| c["kind"]["sft"]["optimizer"]["learningRate"] = json!(0.01), &["kind.sft.optimizer.learningRate was 0.001 and is 0.01"]),
-            (|c| (c["seed"], c["kind"]["sft"]["maxSteps"]) = (json!(2), json!(9)), &["kind.sft.maxSteps was null and is 9", "seed was 1 and is 2"]),
-            (|c| c["kind"]["sft"]["dataset"] = json!({"source": "volume://other.jsonl"}), &["\"volume://d.jsonl\" and is \"volume://other.jsonl\""]),
+            (
+                |c| c["kind"]["sft"]["optimizer"]["learningRate"] = json!(0.01),
+                &["kind.sft.optimizer.learningRate was 0.001 and is 0.01"],
+            ),
+            (
+                |c| (c["seed"], c["kind"]["sft"]["maxSteps"]) = (json!(2), json!(9)),
+                &["kind.sft.maxSteps was null and is 9", "seed was 1 and is 2"],
+            ),
+            (
+                |c| c["kind"]["sft"]["dataset"] = json!({"source": "volume://other.jsonl"}),
+                &["\"volume://d.jsonl\" and is \"volume://other.jsonl\""],
+            ),
         ];
         for (change, parts) in other {
             let error = run(change).begin().unwrap_err();
             assert_eq!(error.exit.code(), 64);
-            assert!(parts.iter().all(|p| error.message.contains(p)) && error.message.contains("storage.runPath"), "{error}");
+            assert!(
+                parts.iter().all(|p| error.message.contains(p)) && error.message.contains("storage.runPath"),
+                "{error}"
+            );
         }
         // A later version of the trainer knows a setting more, and its default is what was meant.
         let path = first.dir().join(BEGUN);

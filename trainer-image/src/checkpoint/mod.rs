@@ -216,9 +216,7 @@ impl Checkpoints {
 
     /// Deletes all but the newest checkpoints of this job, and what interrupted saves left.
     fn prune(&self, newest: u64) -> Result<()> {
-        let own = |step: &u64| {
-            Manifest::read(&self.path(*step)).is_ok_and(|m| m.is_of(self.run)) && *step <= newest
-        };
+        let own = |step: &u64| Manifest::read(&self.path(*step)).is_ok_and(|m| m.is_of(self.run)) && *step <= newest;
         for step in self.steps()?.into_iter().filter(own).skip(self.keep) {
             files::remove_dir(&self.path(step))?;
         }
