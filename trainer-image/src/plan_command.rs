@@ -5,7 +5,7 @@ use crate::commands::{LoraFlags, named, shape};
 use crate::error::{Error, Result};
 use clap::{Args, ValueEnum};
 use memory_plan::{
-    DeviceBytes, Fixed, HostBytes, Machines, Named, Stage, Task, Verdict, fastest, parse_bytes, verdicts,
+    DeviceBytes, Fixed, HostBytes, Machines, Named, Scorer, Stage, Task, Verdict, fastest, parse_bytes, verdicts,
 };
 use rlhf_api::stage::{Offload, Precision, Recompute, Sharding};
 use serde_json::{Value, json};
@@ -130,12 +130,10 @@ fn question(flags: &PlanFlags) -> Result<(Task, Machines)> {
             let (new, all) = (flags.new_tokens, flags.length);
             return Err(Error::config(format!("--new-tokens {new} leaves no room for a prompt in --length {all}")));
         }
-        StageName::Ppo => Stage::Ppo {
-            reward: model.clone(),
-            reward_lora: lora.clone(),
-            rollout_rows: flags.rollout_batch.map_or(flags.batch, |rows| rows.div_ceil(machines.world_size())),
-            new_tokens: flags.new_tokens,
-        },
+        StageName::Ppo => {
+            let rows = flags.rollout_batch.map_or(flags.batch, |rows| rows.div_ceil(machines.world_size()));
+            Stage::ppo(Scorer::new(model.clone(), lora.clone()), rows, flags.new_tokens)
+        }
     };
     Ok((Task { stage, model, lora, rows: flags.batch, time: flags.length }, machines))
 }

@@ -4,7 +4,7 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)] // tests and what they are made of fail by panicking
 
-use memory_plan::{Machines, Stage, Task, estimate};
+use memory_plan::{Machines, Scorer, Stage, Task, estimate};
 use rlhf_api::stage::{Linear, Lora, Offload, Precision, Recompute, Sharding, Strategy};
 use rlhf_trainer::model::read_config;
 use rlhf_trainer::worker::cpu_multiplies;
@@ -38,12 +38,7 @@ impl Case {
         let stage = match self.workload {
             "sft" => Stage::Sft,
             "reward" => Stage::RewardModel,
-            _ => Stage::Ppo {
-                reward: model.clone(),
-                reward_lora: self.lora.clone(),
-                rollout_rows: share,
-                new_tokens: NEW_TOKENS,
-            },
+            _ => Stage::ppo(Scorer::new(model.clone(), self.lora.clone()), share, NEW_TOKENS),
         };
         Task { stage, model, lora: self.lora.clone(), rows: self.rows.1, time: PROMPT_TOKENS + NEW_TOKENS }
     }

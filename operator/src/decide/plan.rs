@@ -9,14 +9,14 @@ use crate::build;
 use crate::classify::Reason;
 use crate::view::Wait;
 use jiff::SignedDuration;
-use memory_plan::{Fixed, Machines, Named, Stage as StageShape, Task, Verdict};
+use memory_plan::{Fixed, Machines, Named, Scorer, Stage as StageShape, Task, Verdict};
 use rlhf_api::job::RLHFJobStatus;
 use rlhf_api::job::{Compute, PlanSource, Stage, StagePhase, StagePlan, StageStatus};
 use rlhf_api::model::ModelSpec;
 use rlhf_api::names;
 use rlhf_api::reference::ModelRef;
 use rlhf_api::report::{ExitCode, Prepared};
-use rlhf_api::stage::{Lora, Ppo, StageKind, Strategy};
+use rlhf_api::stage::{Lora, StageKind, Strategy};
 
 /// The resource whose limit is a pod's host memory.
 const MEMORY: &str = "memory";
@@ -215,9 +215,22 @@ impl<'a> Pass<'a> {
                 (StageShape::RewardModel, rows, s.max_length.min(data.longest_tokens))
             }
             StageKind::Ppo(s) => {
+                let start = s.start.as_ref().unwrap_or(&self.job.spec.model);
+                let reference = s.reference.as_ref().filter(|reference| *reference != start);
+                let refs: Vec<&ModelRef> =
+                    s.rewards.iter().filter_map(|r| r.model.as_ref()).chain([s.critic_start()?]).collect();
+                let scorer = |model: &ModelRef| {
+                    let source = refs.iter().position(|other| *other == model)?;
+                    Some(Scorer { model: self.shape(model, prepared)?, source, lora: self.shared_lora(model, start) })
+                };
+                let rewards = s.rewards.iter().filter_map(|r| r.model.as_ref()).map(scorer).collect::<Option<_>>()?;
                 let shape = StageShape::Ppo {
-                    reward: self.shape(s.critic_start()?, prepared)?,
-                    reward_lora: self.shared_lora(s),
+                    reference: match reference {
+                        Some(model) => Some(self.shape(model, prepared)?),
+                        None => None,
+                    },
+                    critic: scorer(s.critic_start()?)?,
+                    rewards,
                     rollout_rows: share(s.rollout_batch_size),
                     new_tokens: s.max_new_tokens,
                 };
@@ -228,12 +241,12 @@ impl<'a> Pass<'a> {
         Some(Task { stage: shape, model, lora: kind.lora().cloned(), rows: rows.max(1), time: time.max(2) })
     }
 
-    /// The adapters of the reward model, where it was trained by some from the actor's start: their models then share a
+    /// The adapters of a reward model, where it was trained by some from the actor's start: their models then share a
     /// backbone.
-    fn shared_lora(&self, ppo: &Ppo) -> Option<Lora> {
-        let reward = ppo.rewards.first()?.model.as_ref()?.stage.as_ref()?;
-        let reward = self.stage(reward)?.reward_model.as_ref()?;
-        reward.lora.clone().filter(|_| reward.start == ppo.start)
+    fn shared_lora(&self, reward: &ModelRef, start: &ModelRef) -> Option<Lora> {
+        let reward = self.stage(reward.stage.as_ref()?)?.reward_model.as_ref()?;
+        let from = reward.start.as_ref().unwrap_or(&self.job.spec.model);
+        reward.lora.clone().filter(|_| from == start)
     }
 }
 

@@ -27,7 +27,7 @@ pub const ROLLOUT_ROWS: u32 = 64;
 pub struct Task {
     /// The stage.
     pub stage: Stage,
-    /// The shape of the model that is trained; in PPO of actor and reference.
+    /// The shape of the model that is trained; in PPO of the actor.
     pub model: ModelSpec,
     /// The adapters that are trained on frozen weights, where models are not trained whole.
     pub lora: Option<Lora>,
@@ -44,18 +44,45 @@ pub enum Stage {
     Sft,
     /// Training of a reward model.
     RewardModel,
-    /// PPO with a trained actor and critic, a frozen reference and a frozen reward model.
+    /// PPO with a trained actor and critic, a frozen reference and frozen reward models.
     Ppo {
-        /// The shape of critic and reward model.
-        reward: ModelSpec,
-        /// With [`Task::lora`]: the adapters of the reward model, where it was trained by some from the actor's start. All four
-        /// models then share one frozen backbone; else there are two.
-        reward_lora: Option<Lora>,
+        /// The reference's shape, where it is another model than the actor's start.
+        reference: Option<ModelSpec>,
+        /// What the critic starts from.
+        critic: Scorer,
+        /// The reward models.
+        rewards: Vec<Scorer>,
         /// Rows of a rollout that fall to one rank.
         rollout_rows: u32,
         /// The longest response.
         new_tokens: u32,
     },
+}
+
+impl Stage {
+    /// PPO with one reward model, from which the critic starts too, and the actor's start as its reference.
+    pub fn ppo(reward: Scorer, rollout_rows: u32, new_tokens: u32) -> Self {
+        Self::Ppo { reference: None, critic: reward.clone(), rewards: vec![reward], rollout_rows, new_tokens }
+    }
+}
+
+/// A reward model.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Scorer {
+    /// Its shape.
+    pub model: ModelSpec,
+    /// Tells the reward models of a stage apart: those with the same number are the same one.
+    pub source: usize,
+    /// With [`Task::lora`]: its adapters, where it was trained by some from the actor's start. It then shares the actor's frozen
+    /// backbone; else it has one of its own.
+    pub lora: Option<Lora>,
+}
+
+impl Scorer {
+    /// A stage's first reward model.
+    pub fn new(model: ModelSpec, lora: Option<Lora>) -> Self {
+        Self { model, source: 0, lora }
+    }
 }
 
 /// Where ranks run: one for each device.
@@ -221,24 +248,36 @@ pub(crate) fn models(task: &Task, setting: Setting) -> Vec<Placed<'_>> {
         (Stage::RewardModel, Some(lora)) => {
             vec![model(&task.model, HeadKind::Scalar, Trained::Adapters).adapted(lora)]
         }
-        (Stage::Ppo { reward, .. }, None) => vec![
-            model(reward, HeadKind::Scalar, Trained::Whole),
-            model(&task.model, HeadKind::Lm, Trained::Whole),
-            model(&task.model, HeadKind::Lm, Trained::Nothing),
-            model(reward, HeadKind::Scalar, Trained::Nothing),
-        ],
-        (Stage::Ppo { reward, reward_lora, .. }, Some(lora)) => {
-            let [critic, scorer] = [Trained::Adapters, Trained::Nothing].map(|t| model(reward, HeadKind::Scalar, t));
-            let [critic, scorer] = match reward_lora {
-                Some(lora) => [critic.adapted(lora).sharing(), scorer.adapted(lora).sharing()],
-                None => [critic.adapted(lora), scorer.sharing()],
-            };
-            vec![
-                model(&task.model, HeadKind::Lm, Trained::Adapters).adapted(lora),
-                critic,
-                scorer,
-                model(&task.model, HeadKind::Lm, Trained::Nothing).sharing(),
-            ]
+        (Stage::Ppo { reference, critic, rewards, .. }, None) => {
+            let mut all = vec![
+                model(&critic.model, HeadKind::Scalar, Trained::Whole),
+                model(&task.model, HeadKind::Lm, Trained::Whole),
+                model(reference.as_ref().unwrap_or(&task.model), HeadKind::Lm, Trained::Nothing),
+            ];
+            all.extend(rewards.iter().map(|r| model(&r.model, HeadKind::Scalar, Trained::Nothing)));
+            all
+        }
+        (Stage::Ppo { reference, critic, rewards, .. }, Some(lora)) => {
+            let mut all = vec![model(&task.model, HeadKind::Lm, Trained::Adapters).adapted(lora)];
+            let trained = model(&critic.model, HeadKind::Scalar, Trained::Adapters);
+            all.push(match &critic.lora {
+                Some(own) => trained.adapted(own).sharing(),
+                None => trained.adapted(lora),
+            });
+            for (i, reward) in rewards.iter().enumerate() {
+                let frozen = model(&reward.model, HeadKind::Scalar, Trained::Nothing);
+                let mut before = rewards[..i].iter().chain([critic]).filter(|other| other.lora.is_none());
+                all.push(match &reward.lora {
+                    Some(own) => frozen.adapted(own).sharing(),
+                    None if before.any(|other| other.source == reward.source) => frozen.sharing(),
+                    None => frozen,
+                });
+            }
+            all.push(match reference {
+                Some(reference) => model(reference, HeadKind::Lm, Trained::Nothing),
+                None => model(&task.model, HeadKind::Lm, Trained::Nothing).sharing(),
+            });
+            all
         }
     }
 }

@@ -17,7 +17,9 @@ pub use choose::{
     DEVICE_MARGIN, DoesNotFit, Fixed, HOST_MARGIN, Named, PROCESS_BYTES, Verdict, choose, fastest, next_more_frugal,
     strategies, verdicts,
 };
-pub use estimate::{DeviceBytes, HEAD_SLICE_BYTES, HostBytes, Machines, Plan, ROLLOUT_ROWS, Stage, Task, estimate};
+pub use estimate::{
+    DeviceBytes, HEAD_SLICE_BYTES, HostBytes, Machines, Plan, ROLLOUT_ROWS, Scorer, Stage, Task, estimate,
+};
 pub use presets::{keys, preset};
 pub use quantity::parse_bytes;
 pub use segment::ALIGN;

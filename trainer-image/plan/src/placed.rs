@@ -188,8 +188,11 @@ impl<'a> Placed<'a> {
         let Chunks { embed, block, head, layers } = self.chunks;
         let language_head = if self.head == HeadKind::Lm { 1.0 } else { 0.0 };
         let there = if self.shares { 0.0 } else { 1.0 };
-        [(1.0, embed), (layers, block), (language_head, head)]
-            .map(|(count, elements)| Pieces { count: there * count, elements, trained })
+        [(1.0, embed), (layers, block), (language_head, head)].map(|(count, elements)| Pieces {
+            count: there * count,
+            elements,
+            trained,
+        })
     }
 
     /// A scalar head, and the adapters, in order.
@@ -197,8 +200,11 @@ impl<'a> Placed<'a> {
         let trained = self.trained != Trained::Nothing;
         let adapters = if self.lora.is_some() { self.chunks.layers } else { 0.0 };
         let scalar_head = if self.head == HeadKind::Scalar { 1.0 } else { 0.0 };
-        [(scalar_head, self.chunks.head), (adapters, self.adapters)]
-            .map(|(count, elements)| Pieces { count, elements, trained })
+        [(scalar_head, self.chunks.head), (adapters, self.adapters)].map(|(count, elements)| Pieces {
+            count,
+            elements,
+            trained,
+        })
     }
 
     /// Bytes of the adapters' fp32 values, from which their chunks are made.

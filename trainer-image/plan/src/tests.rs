@@ -9,7 +9,7 @@ use rlhf_api::stage::{Linear, Lora, Offload, Precision, Recompute, Sharding, Str
 const GIB: u64 = 1 << 30;
 
 fn ppo(model: ModelSpec, rows: u32) -> Task {
-    let stage = Stage::Ppo { reward: model.clone(), reward_lora: None, rollout_rows: rows, new_tokens: 112 };
+    let stage = Stage::ppo(Scorer::new(model.clone(), None), rows, 112);
     Task { stage, model, lora: None, rows, time: 512 }
 }
 
@@ -68,7 +68,7 @@ fn adapters_need_one_backbone_or_two() {
     let adapters: i64 = model.adapter_params(&lora).iter().map(|p| p.shape.iter().product::<i64>()).sum();
     let adapters = adapters as f64 * model.layers as f64;
     for (reward_lora, backbones) in [(Some(lora.clone()), 1.0), (None, 2.0)] {
-        let stage = Stage::Ppo { reward: model.clone(), reward_lora, rollout_rows: 1, new_tokens: 112 };
+        let stage = Stage::ppo(Scorer::new(model.clone(), reward_lora), 1, 112);
         let task = Task { stage, lora: Some(lora.clone()), ..ppo(model.clone(), 1) };
         let strategy = Strategy { precision: Precision::Bf16, ..Strategy::default() };
         let DeviceBytes { parameters: copies, optimizer, .. } = estimate(&task, &gpus(1, 1), strategy).device;
@@ -77,6 +77,37 @@ fn adapters_need_one_backbone_or_two() {
         assert!((copies / expected - 1.0).abs() < 0.001, "{backbones} backbones: {copies} bytes, not {expected}");
         assert!((optimizer / (12.0 * 2.0 * adapters) - 1.0).abs() < 0.01, "{optimizer} bytes of optimizer state");
     }
+}
+
+/// Parameters of a model with a language head, and of one with a scalar head.
+fn sizes(model: &ModelSpec) -> [f64; 2] {
+    [HeadKind::Lm, HeadKind::Scalar].map(|head| model.parameter_count(head) as f64)
+}
+
+#[test]
+fn every_reward_model_of_whatever_shape_takes_its_room() {
+    let (actor, judge) = (preset("l").unwrap(), preset("m").unwrap());
+    let (liked, safe) = (Scorer::new(actor.clone(), None), Scorer { source: 1, ..Scorer::new(judge.clone(), None) });
+    let copies = |reference: Option<&ModelSpec>, critic: &Scorer, rewards: &[&Scorer], lora: Option<&Lora>| {
+        let rewards = rewards.iter().map(|r| (*r).clone()).collect();
+        let (reference, critic) = (reference.cloned(), critic.clone());
+        let stage = Stage::Ppo { reference, critic, rewards, rollout_rows: 1, new_tokens: 112 };
+        let task = Task { stage, lora: lora.cloned(), ..ppo(actor.clone(), 1) };
+        let strategy = Strategy { precision: Precision::Bf16, ..Strategy::default() };
+        estimate(&task, &gpus(1, 1), strategy).device.parameters / 2.0
+    };
+    let close = |elements: f64, expected: f64| {
+        assert!((elements / expected - 1.0).abs() < 0.02, "{elements} elements, not {expected}");
+    };
+    let ([actor_lm, actor_scalar], [judge_lm, judge_scalar]) = (sizes(&actor), sizes(&judge));
+    close(copies(None, &liked, &[&liked, &safe], None), 2.0 * (actor_lm + actor_scalar) + judge_scalar);
+    close(copies(Some(&judge), &safe, &[&liked], None), actor_lm + judge_lm + judge_scalar + actor_scalar);
+    // With adapters: one backbone for the actor and what came of it, and one for each other reward model.
+    let lora = Lora { rank: 1, alpha: None, dropout: 0.0, targets: vec![Linear::Query] };
+    let adapted = Scorer { lora: Some(lora.clone()), ..liked.clone() };
+    close(copies(None, &adapted, &[&adapted, &safe], Some(&lora)), actor_lm + judge_scalar);
+    close(copies(None, &safe, &[&safe, &safe, &adapted], Some(&lora)), actor_lm + judge_scalar);
+    close(copies(Some(&judge), &safe, &[&liked], Some(&lora)), actor_lm + judge_scalar + actor_scalar + judge_lm);
 }
 
 #[test]
@@ -94,7 +125,7 @@ fn what_does_not_fit_says_by_how_much_and_what_to_change() {
     assert!(text.contains("GiB of 2.00 GiB on each device") && text.contains("devices with more memory"), "{text}");
     let text = refusal(&Task { rows: 512, stage: Stage::Sft, ..task.clone() }, machines(8, 1024));
     assert!(text.contains("lower the micro-batch"), "{text}");
-    let long = Stage::Ppo { reward: task.model.clone(), reward_lora: None, rollout_rows: 64, new_tokens: 112 };
+    let long = Stage::ppo(Scorer::new(task.model.clone(), None), 64, 112);
     let text = refusal(&Task { rows: 1, stage: long, ..task }, machines(8, 1024));
     assert!(text.contains("fewer prompts in a rollout"), "{text}");
 }
@@ -152,12 +183,18 @@ fn adapters() -> impl proptest::strategy::Strategy<Value = Option<Lora>> {
 prop_compose! {
     fn task()(
         model in model(), rows in 1u32..17, time in 16u32..1024, stage in 0u8..3, rollout_rows in 1u32..100,
-        lora in adapters(), reward_lora in adapters(),
+        lora in adapters(), reward_lora in adapters(), several in any::<bool>(),
     ) -> Task {
         let stage = match stage {
             0 => Stage::Sft,
             1 => Stage::RewardModel,
-            _ => Stage::Ppo { reward: model.clone(), reward_lora, rollout_rows, new_tokens: time / 3 },
+            _ => {
+                let scorer = Scorer::new(model.clone(), reward_lora);
+                let other = Scorer { source: 1, lora: None, ..scorer.clone() };
+                let rewards = [vec![scorer.clone()], vec![scorer, other.clone()]].swap_remove(usize::from(several));
+                let reference = several.then(|| model.clone());
+                Stage::Ppo { reference, critic: other, rewards, rollout_rows, new_tokens: time / 3 }
+            }
         };
         Task { stage, model, lora, rows, time }
     }
@@ -199,8 +236,11 @@ prop_compose! {
         let [rollout_rows, new_tokens] = rollout;
         let ranked = |lora: Option<Lora>| lora.map(|lora| Lora { rank, ..lora });
         let stage = match task.stage {
-            Stage::Ppo { reward_lora, .. } => {
-                Stage::Ppo { reward: other, reward_lora: ranked(reward_lora), rollout_rows, new_tokens }
+            Stage::Ppo { reference, critic, rewards, .. } => {
+                let scorer = |s: Scorer| Scorer { model: other.clone(), lora: ranked(s.lora), ..s };
+                let rewards = rewards.into_iter().map(scorer).collect();
+                let reference = reference.map(|_| other.clone());
+                Stage::Ppo { reference, critic: scorer(critic), rewards, rollout_rows, new_tokens }
             }
             stage => stage,
         };
@@ -322,8 +362,9 @@ proptest! {
         let grown = |grow: &dyn Fn(&mut ModelSpec)| {
             let mut task = task.clone();
             grow(&mut task.model);
-            if let Stage::Ppo { reward, .. } = &mut task.stage {
-                grow(reward);
+            if let Stage::Ppo { reference, critic, rewards, .. } = &mut task.stage {
+                rewards.iter_mut().chain([critic]).for_each(|scorer| grow(&mut scorer.model));
+                reference.iter_mut().for_each(grow);
             }
             task
         };
