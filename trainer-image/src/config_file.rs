@@ -11,6 +11,8 @@ use std::path::Path;
 pub struct ConfigFile<T> {
     /// What the file says.
     pub value: T,
+    /// Fields that it has and this version does not know, such as `kind.sft.lorra`.
+    pub unknown: Vec<String>,
     /// SHA-256 of its bytes, and of settings that came by another way: ranks that agree on it were given the same config.
     pub digest: [u8; 32],
 }
@@ -26,6 +28,17 @@ impl<T> ConfigFile<T> {
         set(&mut self.value, setting);
         Ok(self)
     }
+
+    /// Says which fields are not followed. They are no error: the operator may be newer than this image, and what a job may ask
+    /// for is the API server's to check.
+    pub fn warn_of_unknown(&self) {
+        for field in &self.unknown {
+            tracing::warn!(
+                field,
+                "the config has a field that this version of the trainer does not know, and does not follow"
+            );
+        }
+    }
 }
 
 /// Reads and checks a JSON config.
@@ -39,8 +52,11 @@ pub fn read<T: DeserializeOwned>(path: &Path) -> Result<ConfigFile<T>> {
             path.display()
         ))
     })?;
-    let value = serde_json::from_slice(&bytes).map_err(|e| Error::config(format!("{}: {e}", path.display())))?;
-    Ok(ConfigFile { value, digest: Sha256::digest(&bytes).into() })
+    let wrong = |e: serde_json::Error| Error::config(format!("{}: {e}", path.display()));
+    let (mut json, mut unknown) = (serde_json::Deserializer::from_slice(&bytes), Vec::new());
+    let value = serde_ignored::deserialize(&mut json, |field| unknown.push(field.to_string())).map_err(wrong)?;
+    json.end().map_err(wrong)?;
+    Ok(ConfigFile { value, unknown, digest: Sha256::digest(&bytes).into() })
 }
 
 #[cfg(test)]
@@ -73,8 +89,11 @@ mod tests {
                 "{error}"
             );
         }
+        let newer = read_text(r#"{"namespace": "a", "name": "b", "uid": "c", "colour": {"hue": 1}}"#).unwrap();
+        assert_eq!((newer.value.name.as_str(), newer.unknown), ("b", vec!["colour".to_owned()]));
+        assert!(read_text(r#"{"namespace": "a", "name": "b", "uid": "c"} x"#).unwrap_err().message.contains("column"));
         let good = read_text(r#"{"namespace": "a", "name": "b", "uid": "c"}"#).unwrap();
-        assert_eq!(good.value.name, "b");
+        assert_eq!((good.value.name.as_str(), good.unknown.len()), ("b", 0));
         let set = |name: &str| {
             let good = read_text(r#"{"namespace": "a", "name": "b", "uid": "c"}"#).unwrap();
             good.with(name, |config, name| config.name = name.to_owned()).unwrap()

@@ -46,7 +46,11 @@ impl Job {
 
     /// The command of the prepare pod.
     fn prepare(&self) -> Pod {
-        self.program("prepare", &["prepare", "--http-port", &self.http_port.to_string()], &json!({"job": self.config["job"], "stages": [self.config]}))
+        self.program(
+            "prepare",
+            &["prepare", "--http-port", &self.http_port.to_string()],
+            &json!({"job": self.config["job"], "stages": [self.config]}),
+        )
     }
 
     fn program(&self, name: &str, args: &[&str], config: &Value) -> Pod {
@@ -184,8 +188,22 @@ fn a_config_that_is_not_json_is_named_with_line_and_column() {
 #[test]
 fn a_long_message_is_cut_to_what_kubernetes_keeps() {
     let mut job = Job::new();
-    job.config["x".repeat(20_000)] = json!(1);
-    job.pod("pod", 1).run().expect(64, "BadConfig", &["unknown field `xxxx"]);
+    job.config["kind"] = json!({"x".repeat(20_000): {}});
+    job.pod("pod", 1).run().expect(64, "BadConfig", &["unknown variant `xxxx"]);
+}
+
+#[test]
+fn a_field_of_a_newer_operator_is_named_and_does_no_harm() {
+    let mut job = Job::new();
+    job.config["kind"]["sft"]["maxSteps"] = json!(2);
+    (job.config["kind"]["sft"]["lorra"], job.config["newer"]) = (json!({"rank": 4}), json!(true));
+    let ended = job.pod("pod", 2).run();
+    ended.expect(0, "Done", &[]);
+    for field in ["kind.sft.lorra", "newer"] {
+        let told = ended.log.lines().filter(|l| l.contains("does not know") && l.contains(field)).count();
+        assert_eq!(told, 1, "{field}: {}", ended.log);
+    }
+    assert!(job.prepare().run().log.contains("stages.0.kind.sft.lorra"));
 }
 
 #[test]

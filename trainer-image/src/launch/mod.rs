@@ -87,7 +87,7 @@ fn worker_command(options: &Options, local_rank: u32, report: &Path) -> Result<C
 
 /// Looks at what every worker needs, so that a mistake is one message and not one a rank.
 fn preflight(config: &Path, environment: &Environment) -> Result<()> {
-    config_file::read::<StageConfig>(config)?;
+    config_file::read::<StageConfig>(config)?.warn_of_unknown();
     check_volume(&environment.volume)?;
     if environment.workers_per_node > 1 && Path::new("/dev/nvidiactl").exists() {
         let shm = rustix::fs::statvfs("/dev/shm").map_err(|e| Error::config(format!("/dev/shm: {e}; {MOUNT_SHM}")))?;
