@@ -121,6 +121,18 @@ fn a_stage_that_is_done_ends_at_once_with_what_it_said() {
 }
 
 #[test]
+fn checkpoints_that_are_not_to_stay_go_once_the_output_is_whole() {
+    let mut launch = sft().processes(2);
+    launch.config["keepCheckpoints"] = json!("Running");
+    let volume = Volume::new("gpt2");
+    let end = volume.succeed(&launch);
+    assert_eq!((end.checkpoint(), volume.path("jobs/j/sft/checkpoints").exists()), (None, false));
+    assert!(volume.path("jobs/j/sft/model/model.safetensors").exists());
+    let end = volume.succeed(&launch.attempt(2));
+    assert!(end.log.contains("the stage is done already"), "{}", end.log);
+}
+
+#[test]
 fn a_run_of_another_config_is_refused_with_what_differs() {
     let launch = sft();
     let volume = finished("gpt2", &launch);

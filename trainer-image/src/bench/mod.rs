@@ -15,7 +15,7 @@ use crate::model::{Adapters, HeadKind, ModelSpec, ScoreNormalisation};
 use crate::rollout::{Decoding, Request, generate};
 use crate::shutdown::Shutdown;
 use crate::stages::Context;
-use crate::stages::ppo::{Models, Run};
+use crate::stages::ppo::{Models, Run, Scorer};
 use crate::stages::reward_model::PairwiseLogistic;
 use crate::stages::sft::CrossEntropy;
 use crate::stages::supervised::{Objective, make_step};
@@ -205,23 +205,22 @@ impl Rounds<'_> {
     /// The models of PPO. With adapters all of them share a backbone, as where the reward model was so trained too.
     fn models(&self) -> Result<Models> {
         let score = ScoreNormalisation { mean: 0.0, std: 1.0 };
+        let scorer = |model| Scorer { name: "reward".into(), weight: 1.0, model, score };
         let Some(lora) = &self.options.lora else {
             return Ok(Models {
                 actor: self.whole(HeadKind::Lm, true)?,
                 critic: self.whole(HeadKind::Scalar, true)?,
                 reference: self.whole(HeadKind::Lm, false)?,
-                reward: self.whole(HeadKind::Scalar, false)?,
-                score,
+                rewards: vec![scorer(self.whole(HeadKind::Scalar, false)?)],
             });
         };
         let (backbone, fresh) = self.backbone(HeadKind::Lm, lora)?;
         let actor = backbone.language_model(&fresh, SEED)?;
         Ok(Models {
             critic: backbone.random_scalar_model(&fresh, SEED, true)?,
-            reward: backbone.random_scalar_model(&fresh, SEED, false)?,
+            rewards: vec![scorer(backbone.random_scalar_model(&fresh, SEED, false)?)],
             reference: actor.without_adapters()?,
             actor,
-            score,
         })
     }
 

@@ -11,9 +11,9 @@ use crate::lease::{Holder, Lease};
 use crate::model::{Adapters, HeadKind, ScoreNormalisation, Source};
 use crate::run::{Done, Run, RunId};
 use crate::shutdown::Shutdown;
-use crate::telemetry::{Figure, Phase, Telemetry};
+use crate::telemetry::{Figure, Phase, RewardOf, Telemetry};
 use crate::tokenizer::Tokenizer;
-use rlhf_api::config::StageConfig;
+use rlhf_api::config::{KeepCheckpoints, StageConfig};
 use rlhf_api::report::{ExitCode, Output};
 use rlhf_api::stage::Dataset;
 use serde_json::{Map, Value, json};
@@ -53,6 +53,8 @@ pub struct Context {
     begun: OnceCell<(RunId, Lease)>,
     /// The checkpoint that is being written.
     saving: RefCell<Option<Saving>>,
+    /// Scores by each reward that the next line of the learning curves is to have.
+    rewards: RefCell<Vec<(String, f64)>>,
 }
 
 impl Context {
@@ -75,6 +77,7 @@ impl Context {
             data: OnceCell::new(),
             begun: OnceCell::new(),
             saving: RefCell::new(None),
+            rewards: RefCell::default(),
         }
     }
 
@@ -116,22 +119,35 @@ impl Context {
 
     /// Tells of a stage that an attempt before has brought to its end.
     fn already(&self, done: Done) -> Output {
-        tracing::info!(step = done.step, path = done.output.path, "the stage is done already: its output is on the volume");
+        tracing::info!(
+            step = done.step,
+            path = done.output.path,
+            "the stage is done already: its output is on the volume"
+        );
         self.telemetry.set_total_steps(done.step);
         self.telemetry.resume_at(done.step);
         done.output
     }
 
-    /// Says that the stage has left all that it leaves. Every rank must call it.
+    /// Says that the stage has left all that it leaves, and removes the checkpoints that are not to stay. Every rank must call
+    /// it.
     ///
     /// # Errors
     /// A later attempt has taken over, storage failed, or a peer was lost.
     pub fn complete(&self, output: &Output) -> Result<()> {
         let (run, (id, lease), step) = (self.run(), self.begun(), self.telemetry.progress().step);
+        let checkpoints = self.path(&self.config.paths.checkpoints);
+        let keeps = self.config.keep_checkpoints == KeepCheckpoints::Always;
         self.group.while_first(|| {
             lease.check()?;
-            run.finish(id, step, output)
-        })
+            run.finish(id, step, output)?;
+            // Only then: until then an attempt that starts goes on from them.
+            if keeps { Ok(()) } else { files::remove_dir(&checkpoints) }
+        })?;
+        if !keeps {
+            self.telemetry.no_checkpoint();
+        }
+        Ok(())
     }
 
     fn run(&self) -> Run {
@@ -383,6 +399,12 @@ impl Context {
         self.append_history(step, figures)
     }
 
+    /// Tells the mean score by each reward, with the step or evaluation that is reported next.
+    pub fn report_rewards(&self, of: RewardOf, rewards: &[(String, f64)]) {
+        self.telemetry.record_rewards(of, rewards);
+        self.rewards.replace(of.keyed(rewards).collect());
+    }
+
     /// Tells about an evaluation after `step` steps.
     ///
     /// # Errors
@@ -404,6 +426,7 @@ impl Context {
             return Ok(());
         }
         let mut line: Map<String, Value> = figures.iter().map(|(f, v)| (f.key().to_string(), json!(v))).collect();
+        line.extend(self.rewards.take().into_iter().map(|(key, value)| (key, json!(value))));
         line.insert("step".into(), json!(step));
         line.insert("attempt".into(), json!(self.environment.attempt));
         let dir = self.stage_dir();

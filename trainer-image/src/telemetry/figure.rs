@@ -88,6 +88,30 @@ impl Figure {
     }
 }
 
+/// The mean score by each reward model, before its weight, under the rewards' names.
+pub type Rewards = Vec<(String, f64)>;
+
+/// Whose answers' scores by each reward are told. Their names are the job's, so they are no figures of the table: they are
+/// labels of a metric, and stand behind a slash in keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RewardOf {
+    /// Of an iteration's rollout: `reward/<name>`.
+    Rollout,
+    /// Of an evaluation: `evalReward/<name>`.
+    Evaluation,
+}
+
+impl RewardOf {
+    /// The scores under their keys in the progress document, in output metrics and in learning curves.
+    pub fn keyed(self, rewards: &[(String, f64)]) -> impl Iterator<Item = (String, f64)> {
+        let figure = match self {
+            RewardOf::Rollout => Figure::Reward,
+            RewardOf::Evaluation => Figure::EvalReward,
+        };
+        rewards.iter().map(move |(name, score)| (format!("{}/{name}", figure.key()), *score))
+    }
+}
+
 /// Rounded to six significant digits: what a reader of a log can use.
 fn six_digits(value: f64) -> f64 {
     format!("{value:.5e}").parse().unwrap_or(value)

@@ -3,7 +3,7 @@
 //! Every series carries the constant labels `rlhf_job`, `stage` and `rank`. A figure's gauge appears once the stage has
 //! reported it, so a dashboard never shows a zero that nobody measured. `METRICS.md` is rendered from the tables.
 
-use super::figure::Figure;
+use super::figure::{Figure, RewardOf};
 use super::memory::Memory;
 use crate::error::{Error, Result};
 use prometheus::{CounterVec, GaugeVec, Opts, Registry, TextEncoder};
@@ -85,6 +85,16 @@ const MEMORY: Instrument = Instrument {
            `kind` (`current`, `peak`, `limit`). The host's limit is the container's, which the pod's workers share, or the \
            machine's memory where there is none.",
 };
+const REWARD_SCORE: Instrument = Instrument {
+    name: "rlhf_reward_score",
+    labels: &["reward"],
+    help: "Mean score of the rollout's responses by each reward, before its weight (ppo): `reward/<name>` in `/progress`, the status and `metrics.jsonl`.",
+};
+const EVAL_REWARD_SCORE: Instrument = Instrument {
+    name: "rlhf_eval_reward_score",
+    labels: &["reward"],
+    help: "Mean score of the responses to the held-out prompts by each reward, before its weight (ppo): `evalReward/<name>` in `/progress`, the status and `metrics.jsonl`.",
+};
 const INFO: Instrument = Instrument {
     name: "rlhf_info",
     labels: &["attempt", "world_size", "version"],
@@ -93,7 +103,7 @@ const INFO: Instrument = Instrument {
 
 /// Every metric that is not a figure, with its Prometheus type: what the reference page lists.
 #[cfg(test)]
-const INSTRUMENTS: [(&str, &Instrument); 9] = [
+const INSTRUMENTS: [(&str, &Instrument); 11] = [
     ("gauge", &STEP),
     ("gauge", &TOTAL_STEPS),
     ("gauge", &CHECKPOINT_STEP),
@@ -102,6 +112,8 @@ const INSTRUMENTS: [(&str, &Instrument); 9] = [
     ("counter", &SKIPPED_STEPS),
     ("counter", &PHASE_SECONDS),
     ("gauge", &MEMORY),
+    ("gauge", &REWARD_SCORE),
+    ("gauge", &EVAL_REWARD_SCORE),
     ("gauge", &INFO),
 ];
 
@@ -124,6 +136,8 @@ pub(super) struct Metrics {
     pub skipped_steps: CounterVec,
     phase_seconds: CounterVec,
     memory: GaugeVec,
+    reward_score: GaugeVec,
+    eval_reward_score: GaugeVec,
 }
 
 impl Metrics {
@@ -144,6 +158,8 @@ impl Metrics {
             skipped_steps: counter(&registry, &SKIPPED_STEPS)?,
             phase_seconds: counter(&registry, &PHASE_SECONDS)?,
             memory: gauge(&registry, &MEMORY)?,
+            reward_score: gauge(&registry, &REWARD_SCORE)?,
+            eval_reward_score: gauge(&registry, &EVAL_REWARD_SCORE)?,
             registry,
         };
         this.start_counters();
@@ -170,6 +186,14 @@ impl Metrics {
         if let Some(gauge) = self.figures.get(figure as usize) {
             set(gauge, value);
         }
+    }
+
+    pub fn set_reward(&self, of: RewardOf, name: &str, score: f64) {
+        let gauge = match of {
+            RewardOf::Rollout => &self.reward_score,
+            RewardOf::Evaluation => &self.eval_reward_score,
+        };
+        gauge.with_label_values(&[name]).set(score);
     }
 
     pub fn add_seconds(&self, phase: Phase, seconds: f64) {
@@ -267,6 +291,7 @@ mod tests {
     fn exported() -> Vec<(String, String)> {
         let metrics = Metrics::new("j", "s", 0).unwrap();
         metrics.set_info(1, 1).unwrap();
+        [RewardOf::Rollout, RewardOf::Evaluation].into_iter().for_each(|of| metrics.set_reward(of, "helpful", 1.0));
         metrics.set_memory("host", Memory { current: 1, peak: 2, limit: None });
         [&metrics.step, &metrics.total_steps, &metrics.checkpoint_step].into_iter().for_each(|g| set(g, 1.0));
         Figure::ALL.iter().for_each(|f| metrics.set_figure(*f, 1.0));

@@ -10,7 +10,7 @@ pub mod memory;
 mod metrics;
 mod pace;
 
-pub use figure::Figure;
+pub use figure::{Figure, RewardOf, Rewards};
 pub use metrics::Phase;
 
 use crate::data::records_read;
@@ -92,6 +92,23 @@ impl Telemetry {
         log_line("figures", None, None, figures);
     }
 
+    /// Reports the mean score by each reward, and logs one line of them.
+    pub fn record_rewards(&self, of: RewardOf, rewards: &[(String, f64)]) {
+        for (name, score) in rewards {
+            self.0.metrics.set_reward(of, name, *score);
+        }
+        let mut state = self.state();
+        for (key, score) in of.keyed(rewards) {
+            match score.is_finite() {
+                true => state.progress.metrics.insert(key, score),
+                false => state.progress.metrics.remove(&key),
+            };
+        }
+        drop(state);
+        let words: Vec<String> = of.keyed(rewards).map(|(key, score)| format!("{key}={score:.6}")).collect();
+        tracing::info!("rewards: {}", words.join(" "));
+    }
+
     /// Does `work` and counts its seconds under `phase`.
     pub fn phase<T>(&self, phase: Phase, work: impl FnOnce() -> T) -> T {
         let start = Instant::now();
@@ -146,6 +163,11 @@ impl Telemetry {
     pub fn checkpoint(&self, checkpoint: Checkpoint) {
         metrics::set(&self.0.metrics.checkpoint_step, checkpoint.step as f64);
         self.state().progress.checkpoint = Some(checkpoint);
+    }
+
+    /// Says that there is no checkpoint any more.
+    pub fn no_checkpoint(&self) {
+        self.state().progress.checkpoint = None;
     }
 
     /// How far the stage is: the document served as `/progress`. To read records is to be active.
@@ -257,6 +279,19 @@ mod tests {
         assert_eq!((progress.doing.as_deref(), progress.step), (Some("waiting for ranks 1, 2"), 3));
         telemetry.record_step(4, &[]);
         assert_eq!(telemetry.progress().doing, None);
+    }
+
+    #[test]
+    fn the_score_by_each_reward_is_told_under_its_name() {
+        let telemetry = telemetry();
+        let rewards = |helpful, safe| [("helpful".to_owned(), helpful), ("safe".to_owned(), safe)];
+        telemetry.record_rewards(RewardOf::Rollout, &rewards(1.5, -0.25));
+        telemetry.record_rewards(RewardOf::Evaluation, &rewards(2.0, f64::NAN));
+        let told = [("evalReward/helpful", 2.0), ("reward/helpful", 1.5), ("reward/safe", -0.25)];
+        assert_eq!(telemetry.progress().metrics, told.map(|(k, v)| (k.to_owned(), v)).into());
+        assert_eq!(sample(&telemetry, "rlhf_reward_score", &[("reward", "safe")]), Some(-0.25));
+        assert_eq!(sample(&telemetry, "rlhf_eval_reward_score", &[("reward", "helpful")]), Some(2.0));
+        assert!(sample(&telemetry, "rlhf_eval_reward_score", &[("reward", "safe")]).unwrap().is_nan());
     }
 
     #[test]

@@ -403,7 +403,7 @@ fn stage(name: &str, kind: Value, start: &str, reward: Option<&str>) -> Launch {
     }
     let config = json!({
         "job": {"namespace": "n", "name": "j", "uid": "u"}, "stage": name, "kind": kind, "seed": 7, "paths": paths,
-        "checkpoint": {"everySteps": 10, "keep": 100}, "collectiveTimeoutSeconds": 30,
+        "checkpoint": {"everySteps": 10, "keep": 100}, "keepCheckpoints": "Always", "collectiveTimeoutSeconds": 30,
     });
     Launch { processes: 1, attempt: 1, config }
 }

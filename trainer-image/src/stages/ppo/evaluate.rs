@@ -5,9 +5,11 @@ use super::experience::{Experience, mean};
 use crate::data::Prompt;
 use crate::error::{Error, Result};
 use crate::files;
-use crate::telemetry::{Figure, Phase};
+use crate::stages::context::keyed;
+use crate::telemetry::{Figure, Phase, RewardOf};
 use crate::tokenizer::Tokenizer;
-use serde_json::json;
+use serde_json::{Map, Value, json};
+use std::collections::BTreeMap;
 
 /// The stream of random draws that evaluations share, apart from every iteration's: the same draws each time, so that
 /// two evaluations differ by the actor only.
@@ -33,9 +35,9 @@ impl Run<'_> {
 
     /// Mean and deviation of the reward and mean KL on held-out prompts, after `iteration` iterations; the answers are
     /// written to `samples/<name>.jsonl` beside the stage's model.
-    pub(super) fn evaluate(&self, iteration: u64, name: &str, held_out: &HeldOut<'_>) -> Result<Vec<(Figure, f64)>> {
+    pub(super) fn evaluate(&self, iteration: u64, name: &str, held_out: &HeldOut<'_>) -> Result<BTreeMap<String, f64>> {
         if held_out.prompts.is_empty() {
-            return Ok(vec![]);
+            return Ok(BTreeMap::new());
         }
         let prompts: Vec<(u64, &Prompt)> = (0..).zip(held_out.prompts).collect();
         let stream = [self.context.config.seed, STREAM];
@@ -47,8 +49,10 @@ impl Run<'_> {
             (Figure::EvalKl, mean(&answers, |e| e.kl.iter().sum())),
         ];
         self.write_samples(name, held_out, &answers)?;
+        let rewards = self.mean_rewards(&answers);
+        self.context.report_rewards(RewardOf::Evaluation, &rewards);
         self.context.report_evaluation(iteration, &figures)?;
-        Ok(figures)
+        Ok(keyed(&figures).into_iter().chain(RewardOf::Evaluation.keyed(&rewards)).collect())
     }
 
     fn write_samples(&self, name: &str, held_out: &HeldOut<'_>, answers: &[Experience]) -> Result<()> {
@@ -61,7 +65,9 @@ impl Run<'_> {
             if i < LOGGED {
                 tracing::info!(evaluation = name, reward = answer.score, prompt = prompt.text, response, "sample");
             }
-            let line = json!({"prompt": prompt.text, "response": response, "reward": answer.score});
+            let names = self.models.rewards.iter().map(|scorer| scorer.name.clone());
+            let rewards: Map<String, Value> = names.zip(answer.scores.iter().map(|score| json!(score))).collect();
+            let line = json!({"prompt": prompt.text, "response": response, "reward": answer.score, "rewards": rewards});
             text.push_str(&serde_json::to_string(&line).map_err(|e| Error::bug(e.to_string()))?);
             text.push('\n');
         }

@@ -21,8 +21,10 @@ pub(super) struct Experience {
     pub prompt_len: usize,
     /// Whether the response ends with the end-of-sequence token.
     pub ended: bool,
-    /// The reward model's normalised score, clipped or replaced as the settings ask.
+    /// The weighted sum of the rewards' scores, clipped or replaced as the settings ask.
     pub score: f64,
+    /// The normalised score by each reward model.
+    pub scores: Vec<f64>,
     /// Sum of the policy's entropies at the response's tokens.
     pub entropy: f64,
     /// Log-probability under the policy that drew the token.
@@ -91,7 +93,12 @@ impl Run<'_> {
             })
         })?;
         let columns = self.settings.max_prompt_length as usize + self.settings.max_new_tokens as usize;
-        let all = gather(&self.context.group, &mine, prompts.len(), columns, self.settings.max_new_tokens as usize)?;
+        let shape = RowShape {
+            max_tokens: columns,
+            max_new: self.settings.max_new_tokens as usize,
+            rewards: self.models.rewards.len(),
+        };
+        let all = gather(&self.context.group, &mine, prompts.len(), shape)?;
         let drawn: usize = all.iter().map(Experience::response_len).sum();
         Ok((all, drawn as f64 / seconds))
     }
@@ -111,7 +118,7 @@ impl Run<'_> {
         Ok(requests.iter().zip(responses).map(join).collect())
     }
 
-    /// Scores one micro-batch of answers with all four models.
+    /// Scores one micro-batch of answers with all models.
     fn score(&self, part: &mut [Experience]) -> Result<()> {
         let rows: Vec<&[i64]> = part.iter().map(|e| e.tokens.as_slice()).collect();
         let batch = Batch::right_padded(&rows, self.models.actor.device());
@@ -122,16 +129,17 @@ impl Run<'_> {
         let reference = token_scores(&self.models.reference, &batch, &states, part, temperature, None)?;
         let values = self.models.critic.scalars(&batch, &states)?;
         let ends: Vec<i64> = (0..part.len()).map(|row| batch.flat_index(row, batch.lengths[row] - 1)).collect();
-        let raw = self.models.reward.scalars(&batch, &ends)?;
+        let scores = self.models.scores(&batch, &ends)?;
         let mut start = 0;
-        for (e, raw) in part.iter_mut().zip(raw) {
+        for (row, e) in part.iter_mut().enumerate() {
             let span = start..start + e.response_len();
             start = span.end;
             e.entropy = entropies[span.clone()].iter().sum();
             e.kl = span.clone().map(|i| kl_estimate(self.settings.kl.estimator, actor[i] - reference[i])).collect();
             e.log_p = actor[span.clone()].to_vec();
             e.values = values[span].to_vec();
-            e.score = self.shaped_score((raw - self.models.score.mean) / self.models.score.std, e.ended);
+            e.scores = scores.iter().map(|of_rows| of_rows[row]).collect();
+            e.score = self.shaped_score(self.models.weighted(&e.scores), e.ended);
         }
         Ok(())
     }
@@ -176,36 +184,44 @@ fn token_scores(
     Ok(log_ps)
 }
 
+/// How many numbers a row of any answer takes.
+#[derive(Clone, Copy)]
+struct RowShape {
+    /// Tokens of prompt and response.
+    max_tokens: usize,
+    /// Tokens of the response.
+    max_new: usize,
+    /// Reward models.
+    rewards: usize,
+}
+
+impl RowShape {
+    fn width(self) -> usize {
+        HEADER + self.max_tokens + 3 * self.max_new + self.rewards
+    }
+}
+
 /// Gives every rank the experience of all, in the order of the prompts: prompt `j` was answered by rank `j % world size`.
 /// Rows travel padded to one size, since ranks must send equal shapes.
-fn gather(
-    group: &Group,
-    mine: &[Experience],
-    total: usize,
-    max_tokens: usize,
-    max_new: usize,
-) -> Result<Vec<Experience>> {
+fn gather(group: &Group, mine: &[Experience], total: usize, shape: RowShape) -> Result<Vec<Experience>> {
     if group.world_size() == 1 {
         return Ok(mine.to_vec());
     }
-    let world = group.world_size() as usize;
+    let (world, width) = (group.world_size() as usize, shape.width());
     let slots = total.div_ceil(world);
-    let width = HEADER + max_tokens + 3 * max_new;
     let mut packed = vec![0f64; slots * width];
     for (e, row) in mine.iter().zip(packed.chunks_exact_mut(width)) {
-        pack(e, row, max_tokens, max_new);
+        pack(e, row, shape);
     }
     let all = group.gather_rows(&Tensor::from_slice(&packed).f_view([slots as i64, width as i64])?)?;
     let all = Vec::<f64>::try_from(all.f_flatten(0, -1)?)?;
-    (0..total)
-        .map(|j| unpack(&all[((j % world) * slots + j / world) * width..][..width], max_tokens, max_new))
-        .collect()
+    (0..total).map(|j| unpack(&all[((j % world) * slots + j / world) * width..][..width], shape)).collect()
 }
 
 /// Numbers before a packed row's tokens: tokens, prompt length, ended, score, entropy.
 const HEADER: usize = 5;
 
-fn pack(e: &Experience, row: &mut [f64], max_tokens: usize, max_new: usize) {
+fn pack(e: &Experience, row: &mut [f64], RowShape { max_tokens, max_new, .. }: RowShape) {
     row[..HEADER].copy_from_slice(&[
         e.tokens.len() as f64,
         e.prompt_len as f64,
@@ -215,12 +231,14 @@ fn pack(e: &Experience, row: &mut [f64], max_tokens: usize, max_new: usize) {
     ]);
     let (tokens, rest) = row[HEADER..].split_at_mut(max_tokens);
     tokens.iter_mut().zip(&e.tokens).for_each(|(slot, &t)| *slot = t as f64);
-    for (slots, values) in rest.chunks_exact_mut(max_new).zip([&e.log_p, &e.kl, &e.values]) {
+    let (of_tokens, scores) = rest.split_at_mut(3 * max_new);
+    for (slots, values) in of_tokens.chunks_exact_mut(max_new).zip([&e.log_p, &e.kl, &e.values]) {
         slots[..values.len()].copy_from_slice(values);
     }
+    scores.copy_from_slice(&e.scores);
 }
 
-fn unpack(row: &[f64], max_tokens: usize, max_new: usize) -> Result<Experience> {
+fn unpack(row: &[f64], RowShape { max_tokens, max_new, .. }: RowShape) -> Result<Experience> {
     let (len, prompt_len) = (row[0] as usize, row[1] as usize);
     if len > max_tokens || prompt_len > len || len - prompt_len > max_new {
         return Err(Error::bug(format!("a gathered row has {len} tokens, {prompt_len} of them in the prompt")));
@@ -232,6 +250,7 @@ fn unpack(row: &[f64], max_tokens: usize, max_new: usize) -> Result<Experience> 
         prompt_len,
         ended: row[2] > 0.0,
         score: row[3],
+        scores: rest[3 * max_new..].to_vec(),
         entropy: row[4],
         log_p: part(0),
         kl: part(1),
@@ -251,16 +270,18 @@ mod tests {
             prompt_len: 1,
             ended: true,
             score: -0.5,
+            scores: vec![0.5, -1.5],
             entropy: 2.25,
             log_p: vec![-1.0, -2.0],
             kl: vec![0.5, 0.25],
             values: vec![1.0, 3.0],
             ..Default::default()
         };
-        let mut row = vec![9.0; HEADER + 6 + 3 * 4];
-        pack(&e, &mut row, 6, 4);
-        assert_eq!(unpack(&row, 6, 4).unwrap(), e);
+        let shape = RowShape { max_tokens: 6, max_new: 4, rewards: 2 };
+        let mut row = vec![9.0; shape.width()];
+        pack(&e, &mut row, shape);
+        assert_eq!(unpack(&row, shape).unwrap(), e);
         row[0] = 7.0;
-        assert!(unpack(&row, 6, 4).is_err());
+        assert!(unpack(&row, shape).is_err());
     }
 }

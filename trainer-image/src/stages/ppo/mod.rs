@@ -7,33 +7,25 @@
 mod evaluate;
 mod experience;
 mod learn;
+mod models;
 
-use super::context::{Context, keyed};
-use super::export::adapter_dir;
+use super::context::Context;
 use super::math::{adapted_kl_coefficient, explained_variance};
 use crate::data::order::permutation;
 use crate::data::{Prompt, load_prompts};
-use crate::engine::{Backbone, Model};
+use crate::engine::Model;
 use crate::error::{Error, Result};
-use crate::model::{Adapters, HeadKind, ScoreNormalisation, Source, base_of, read_adapters};
+use crate::model::Source;
 use crate::optim::learning_rate;
-use crate::telemetry::{Figure, Phase};
+use crate::telemetry::{Figure, Phase, RewardOf, Rewards};
 use evaluate::HeldOut;
 use experience::Experience;
+pub(crate) use models::{Models, Scorer};
 use rlhf_api::report::Output;
-use rlhf_api::stage::{Lora, Ppo};
+use rlhf_api::stage::Ppo;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::time::Instant;
-
-/// The models of PPO. Actor and critic are trained; reference and reward model are frozen.
-pub(crate) struct Models {
-    pub actor: Model,
-    pub critic: Model,
-    pub reference: Model,
-    pub reward: Model,
-    pub score: ScoreNormalisation,
-}
 
 /// What a resumed run needs beside the models.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -62,19 +54,20 @@ pub(super) fn run(context: &Context, settings: &Ppo) -> Result<Output> {
     })?;
     context.agree_on_data(prompts.train.iter().chain(&prompts.eval).map(|p| p.tokens.as_slice()))?;
     let source = Source::open(&context.path(&context.config.paths.start_model))?;
-    let models = Models::load(context, &source, settings.lora.as_ref())?;
+    let models = Models::load(context, settings, &source)?;
     let mut run = Run::new(context, settings, tokenizer.eos(), models);
     let held_out = HeldOut { prompts: &prompts.eval, tokenizer: &tokenizer };
     let start = run.restore_or_evaluate(&held_out)?;
     for iteration in start..u64::from(settings.iterations) {
-        let figures = run.iterate(iteration, &prompts.train)?;
+        let (figures, rewards) = run.iterate(iteration, &prompts.train)?;
+        context.report_rewards(RewardOf::Rollout, &rewards);
         context.report(iteration + 1, &figures)?;
         run.save_if_stopped(run.evaluate_if_due(iteration + 1, &held_out), iteration + 1)?;
         run.step_edge(iteration + 1)?;
     }
     let figures = run.evaluate(settings.iterations.into(), "eval-after", &held_out)?;
     let before = run.state.before.into_iter().map(|(key, value)| (format!("{key}Before"), value));
-    let metrics = keyed(&figures).into_iter().chain(before).collect();
+    let metrics = figures.into_iter().chain(before).collect();
     context.export(&run.models.actor, &source, None, metrics)
 }
 
@@ -84,92 +77,6 @@ fn warn_of_cuts(settings: &Ppo) {
         tracing::warn!(
             "sampling is cut by topP or topK: the policy that is scored differs from the one that is sampled, and the KL estimate may be negative"
         );
-    }
-}
-
-impl Models {
-    fn load(context: &Context, actor: &Source, lora: Option<&Lora>) -> Result<Self> {
-        let reward_path = context.config.paths.reward_models.values().next();
-        let reward_path = reward_path
-            .ok_or_else(|| Error::config("paths.rewardModels is missing: a PPO stage needs a reward model"))?;
-        let reward = Source::open(&context.path(reward_path))?;
-        let score = reward.score.unwrap_or(ScoreNormalisation { mean: 0.0, std: 1.0 });
-        if reward.spec.vocab != actor.spec.vocab {
-            return Err(Error::input(format!(
-                "the reward model has {} tokens and the actor {}: both must come from the job's model",
-                reward.spec.vocab, actor.spec.vocab
-            )));
-        }
-        if !reward.has_score_head() {
-            return Err(Error::input(format!(
-                "{}: it has no tensor 'score.weight', so it is not a reward model; name a rewardModel stage",
-                reward.dir.display()
-            )));
-        }
-        match lora {
-            Some(lora) => Self::adapted(context, actor, &reward, score, lora),
-            None => Ok(Self {
-                actor: context.load(actor, HeadKind::Lm, true, None)?,
-                critic: context.load(&reward, HeadKind::Scalar, true, Some(score))?,
-                reference: context.load(actor, HeadKind::Lm, false, None)?,
-                reward: context.load(&reward, HeadKind::Scalar, false, None)?,
-                score,
-            }),
-        }
-    }
-
-    /// The models on frozen backbones: one for actor and reference, and one for critic and reward model, which is the same
-    /// where the reward model was itself trained by adapters from the actor's start.
-    fn adapted(
-        context: &Context,
-        actor: &Source,
-        reward: &Source,
-        score: ScoreNormalisation,
-        lora: &Lora,
-    ) -> Result<Self> {
-        if lora.dropout > 0.0 {
-            return Err(Error::config(
-                "ppo.lora.dropout must be 0: PPO compares probabilities of one policy; leave it out",
-            ));
-        }
-        let seed = context.config.seed;
-        let backbone = context.backbone(actor, HeadKind::Lm)?;
-        let trained = backbone.language_model(&Adapters::fresh(&actor.spec, lora, seed)?, seed)?;
-        let adapters = adapter_dir(&reward.dir);
-        let shares = base_of(&adapters)?.is_some_and(|base| base == context.config.paths.start_model);
-        let scorer = if shares {
-            let adapters = read_adapters(&adapters, actor.family, &actor.spec)?;
-            Scorer { backbone: &backbone, critic: &adapters, reward: Some(&adapters) }.load(context, reward, score)?
-        } else {
-            let (backbone, fresh) =
-                (context.backbone(reward, HeadKind::Scalar)?, Adapters::fresh(&reward.spec, lora, seed)?);
-            Scorer { backbone: &backbone, critic: &fresh, reward: None }.load(context, reward, score)?
-        };
-        let [critic, reward] = scorer;
-        tracing::info!(
-            actor = trained.trained_parameters(),
-            critic = critic.trained_parameters(),
-            one_backbone = shares,
-            "adapters are trained"
-        );
-        Ok(Self { reference: trained.without_adapters()?, actor: trained, critic, reward, score })
-    }
-}
-
-/// What critic and reward model stand on. The critic starts as the reward model.
-struct Scorer<'a> {
-    backbone: &'a Backbone,
-    critic: &'a Adapters,
-    reward: Option<&'a Adapters>,
-}
-
-impl Scorer<'_> {
-    /// Critic and reward model, with the head of `reward`.
-    fn load(&self, context: &Context, reward: &Source, score: ScoreNormalisation) -> Result<[Model; 2]> {
-        Ok([
-            self.backbone.scalar_model(reward, context.scalar_init(Some(score)), Some(self.critic), true)?,
-            self.backbone.scalar_model(reward, context.scalar_init(None), self.reward, false)?,
-        ])
     }
 }
 
@@ -198,7 +105,7 @@ impl<'a> Run<'a> {
                 Ok(restored.step)
             }
             None => {
-                self.state.before = keyed(&self.evaluate(0, "eval-before", held_out)?);
+                self.state.before = self.evaluate(0, "eval-before", held_out)?;
                 Ok(0)
             }
         }
@@ -220,8 +127,8 @@ impl<'a> Run<'a> {
             .collect()
     }
 
-    /// One iteration: rollout, scoring, advantages, learning. Returns its figures.
-    pub(crate) fn iterate(&mut self, iteration: u64, prompts: &[Prompt]) -> Result<Vec<(Figure, f64)>> {
+    /// One iteration: rollout, scoring, advantages, learning. Returns its figures, and the mean score by each reward.
+    pub(crate) fn iterate(&mut self, iteration: u64, prompts: &[Prompt]) -> Result<(Vec<(Figure, f64)>, Rewards)> {
         let (context, settings) = (self.context, self.settings);
         let started = Instant::now();
         // 1-2. Answer prompts and score the answers (experience.rs).
@@ -255,7 +162,16 @@ impl<'a> Run<'a> {
             (Figure::RolloutTokensPerSecond, rollout_speed),
             (Figure::TokensPerSecond, tokens as f64 / started.elapsed().as_secs_f64()),
         ]);
-        Ok(figures)
+        Ok((figures, self.mean_rewards(&experience)))
+    }
+
+    /// The mean score of answers by each reward, before its weight.
+    fn mean_rewards(&self, answers: &[Experience]) -> Rewards {
+        let of = |(i, scorer): (usize, &Scorer)| {
+            let score = |e: &Experience| e.scores.get(i).copied().unwrap_or_default();
+            (scorer.name.clone(), experience::mean(answers, score))
+        };
+        self.models.rewards.iter().enumerate().map(of).collect()
     }
 
     /// Saves where a checkpoint is due, and stops where asked.
