@@ -16,8 +16,11 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
-/// Kubernetes keeps at most this many bytes of a termination message.
-pub const MAX_TERMINATION_BYTES: usize = 4096;
+/// Most bytes of a termination message. Kubernetes keeps 12 KiB of all of a pod's containers together, so that six of them may
+/// say as much.
+pub const MAX_TERMINATION_BYTES: usize = 2048;
+/// Most bytes of prepare's, which has to tell every model and dataset: what Kubernetes keeps of one container.
+pub const MAX_PREPARED_BYTES: usize = 4096;
 /// Where a pod writes its termination message.
 pub const TERMINATION_FILE: &str = "/dev/termination-log";
 
@@ -203,7 +206,7 @@ pub struct DatasetShape {
     pub sequences: u32,
 }
 
-/// The last word of a pod: one JSON document of at most [`MAX_TERMINATION_BYTES`].
+/// The last word of a pod: one JSON document of at most [`MAX_TERMINATION_BYTES`], prepare's of [`MAX_PREPARED_BYTES`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct TerminationMessage {
@@ -231,11 +234,12 @@ pub struct TerminationMessage {
 }
 
 impl TerminationMessage {
-    /// The document as JSON within [`MAX_TERMINATION_BYTES`]: a long message is cut, and where that is not enough the
-    /// figures are left out.
+    /// The document as JSON within [`MAX_TERMINATION_BYTES`] ([`MAX_PREPARED_BYTES`] where it tells what prepare found): a long
+    /// message is cut, and where that is not enough the figures are left out.
     pub fn to_bounded_json(&self) -> String {
         let render = |doc: &Self| serde_json::to_string(doc).unwrap_or_default();
-        let fits = |doc: &Self| render(doc).len() <= MAX_TERMINATION_BYTES;
+        let most = if self.prepared.is_some() { MAX_PREPARED_BYTES } else { MAX_TERMINATION_BYTES };
+        let fits = |doc: &Self| render(doc).len() <= most;
         let mut doc = self.clone();
         let cut =
             |doc: &Self, chars: usize| Self { message: self.message.chars().take(chars).collect(), ..doc.clone() };

@@ -161,11 +161,13 @@ fn prepare(options: &worker::Options) -> TerminationMessage {
     let mut prepared = None;
     let result = ending::guard(|| {
         let environment = Environment::from_process()?;
-        let config = config_file::read::<PrepareConfig>(&options.config)?.value;
+        let config = config_file::read::<PrepareConfig>(&options.config)?;
+        config.warn_of_unknown();
+        let config = config.value;
         let telemetry = Telemetry::new(&config.job, PREPARE, environment.attempt, 0, 1)?;
         worker::serve(options.http_port, 0, &telemetry)?;
         let report = prepare::run(&config, &environment.volume, &telemetry)?;
-        prepared = Some(Box::new(report.prepared()));
+        prepared = Some(Box::new(report.prepared()?));
         Ok(Output { path: job_dir(&config), metrics: report.stages.iter().flat_map(counts).collect() })
     });
     TerminationMessage { prepared, ..ending::message(result, None, None) }

@@ -2,20 +2,25 @@
 //!
 //! The datasets are read by the very loaders of the stages, so that what passes here loads there.
 
+mod models;
+
 use crate::data::{self, Summary, dataset_path};
 use crate::error::{Error, Result};
 use crate::files;
-use crate::model::{Adapters, ModelSpec, Source};
+use crate::model::ModelSpec;
 use crate::run::Run;
 use crate::telemetry::Telemetry;
 use crate::tokenizer::Tokenizer;
+use models::Models;
 use rlhf_api::config::{PrepareConfig, StageConfig};
-use rlhf_api::report::{DatasetShape, Prepared};
+use rlhf_api::report::{DatasetShape, MAX_PREPARED_BYTES, Prepared};
 use rlhf_api::stage::StageKind;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+/// Bytes of prepare's last word beside what it found.
+const BESIDE_PREPARED: usize = 512;
 /// How often a check that takes long is told in the log.
 const LOG_EVERY: Duration = Duration::from_secs(30);
 /// Written to see whether a folder can be written, and removed.
@@ -32,14 +37,25 @@ pub struct PrepareReport {
 
 impl PrepareReport {
     /// What the operator plans with.
-    pub fn prepared(&self) -> Prepared {
+    ///
+    /// # Errors
+    /// There are so many models and stages that a termination message cannot tell of all.
+    pub fn prepared(&self) -> Result<Prepared> {
         let bounded = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
         let shape = |report: &StageReport| DatasetShape {
             stage: report.stage.clone(),
             longest_tokens: bounded(report.dataset.longest_tokens),
             sequences: bounded(report.dataset.sequences),
         };
-        Prepared { models: self.models.clone(), datasets: self.stages.iter().map(shape).collect() }
+        let prepared = Prepared { models: self.models.clone(), datasets: self.stages.iter().map(shape).collect() };
+        let bytes = serde_json::to_vec(&prepared).map_err(|e| Error::bug(e.to_string()))?.len();
+        if bytes + BESIDE_PREPARED > MAX_PREPARED_BYTES {
+            let (models, stages) = (self.models.len(), self.stages.len());
+            return Err(Error::config(format!(
+                "the job has {models} models and {stages} stages, more than a pod's last word can tell of ({MAX_PREPARED_BYTES} bytes): split it into jobs"
+            )));
+        }
+        Ok(prepared)
     }
 }
 
@@ -58,36 +74,21 @@ pub struct StageReport {
 /// The first thing that is wrong: where it is, and what to do.
 pub fn run(config: &PrepareConfig, volume: &Path, telemetry: &Telemetry) -> Result<PrepareReport> {
     let first = config.stages.first().ok_or_else(|| Error::config("the job has no stages; write one or more"))?;
-    let mut parts = Parts::new(telemetry, 1 + config.stages.len());
+    let mut parts = Parts::new(telemetry, config.models.len().max(1) + config.stages.len());
     for stage in &config.stages {
         Run::new(stage, volume).check()?;
         output_dirs(stage, volume).iter().try_for_each(|dir| check_writable(dir))?;
     }
-    let model_dir = volume.join(&first.paths.base_model);
-    parts.begin(format!("model {}", first.paths.base_model));
-    check_files(&model_dir)?;
-    let model = Source::open(&model_dir)?;
-    let tokenizer = Tokenizer::load(&model_dir)?;
-    check_vocabulary(&model, &tokenizer)?;
+    let mut models = Models::open(config, &first.paths.base_model, volume, &mut parts)?;
     for stage in &config.stages {
-        check_length(stage, &model)?;
-        check_targets(stage, &model)?;
+        models.check_stage(stage).map_err(|e| e.context(format!("stage '{}'", stage.stage)))?;
     }
-    let other = |path: &String| {
-        if volume.join(path) == model_dir { Ok(model.spec.clone()) } else { shape_of(&volume.join(path)) }
-    };
-    let models = config.models.iter().map(other).collect::<Result<_>>()?;
     let mut check = |stage: &StageConfig| {
         parts.begin(format!("stage '{}': {}", stage.stage, stage.kind.dataset().1.source));
-        check_dataset(stage, volume, &tokenizer)
+        check_dataset(stage, volume, &models.tokenizer)
     };
     let stages = config.stages.iter().map(&mut check).collect::<Result<_>>()?;
-    Ok(PrepareReport { models, stages })
-}
-
-fn shape_of(dir: &Path) -> Result<ModelSpec> {
-    check_files(dir)?;
-    Ok(Source::open(dir)?.spec)
+    Ok(PrepareReport { models: models.told, stages })
 }
 
 /// What is checked one after the other, told as progress: which of how many, and the records that have been read.
@@ -125,19 +126,6 @@ impl<'a> Parts<'a> {
     }
 }
 
-/// A model's folder holds files (and folders, which nobody reads): to open anything else may take for ever.
-fn check_files(model_dir: &Path) -> Result<()> {
-    for name in files::names(model_dir)? {
-        let path = model_dir.join(name);
-        // What cannot be looked at is told by who needs it.
-        let kind = std::fs::metadata(&path).ok().filter(|m| !m.is_dir()).and_then(|m| files::special(m.file_type()));
-        if let Some(kind) = kind {
-            return Err(Error::input(format!("{}: it is {kind}, not a file; a model's folder holds files", path.display())));
-        }
-    }
-    Ok(())
-}
-
 /// The folders in which a stage makes its folders.
 fn output_dirs(stage: &StageConfig, volume: &Path) -> [PathBuf; 2] {
     let output = volume.join(&stage.paths.output);
@@ -150,45 +138,6 @@ fn check_writable(dir: &Path) -> Result<()> {
     let probe = dir.join(PROBE);
     files::write(&probe, PROBE.as_bytes())?;
     std::fs::remove_file(&probe).map_err(|e| Error::storage(&probe, e))
-}
-
-fn check_vocabulary(model: &Source, tokenizer: &Tokenizer) -> Result<()> {
-    let (ids, vocab) = (tokenizer.vocab_size() as i64, model.spec.vocab);
-    if ids <= vocab {
-        return Ok(());
-    }
-    Err(Error::input(format!(
-        "{}: the tokenizer has ids up to {}, but config.json says vocab_size {vocab}: some tokens have no embedding; use the tokenizer that belongs to the model",
-        model.dir.display(),
-        ids - 1
-    )))
-}
-
-/// No stage may make a sequence longer than the model has positions.
-fn check_length(stage: &StageConfig, model: &Source) -> Result<()> {
-    let (tokens, settings) = match &stage.kind {
-        StageKind::Sft(s) => (i64::from(s.max_length), format!("maxLength {}", s.max_length)),
-        StageKind::RewardModel(s) => (i64::from(s.max_length), format!("maxLength {}", s.max_length)),
-        StageKind::Ppo(s) => (
-            i64::from(s.max_prompt_length) + i64::from(s.max_new_tokens),
-            format!("maxPromptLength {} plus maxNewTokens {}", s.max_prompt_length, s.max_new_tokens),
-        ),
-    };
-    let positions = model.spec.max_positions;
-    if tokens <= positions {
-        return Ok(());
-    }
-    let dir = model.dir.display();
-    Err(Error::config(format!(
-        "stage '{}': {settings} is more than the {positions} positions of the model ({dir}); lower it to {positions} or less",
-        stage.stage
-    )))
-}
-
-/// Adapters must have something to adapt.
-fn check_targets(stage: &StageConfig, model: &Source) -> Result<()> {
-    let checked = stage.kind.lora().map(|lora| Adapters::check(&model.spec, lora)).transpose();
-    checked.map(|_| ()).map_err(|e| e.context(format!("stage '{}'", stage.stage)))
 }
 
 /// Reads a stage's whole dataset.

@@ -17,6 +17,8 @@ const MAX_FIGURES: usize = 128;
 const MAX_NAME: usize = 64;
 /// Most characters of a message, and of a path.
 const MAX_TEXT: usize = 4096;
+/// Most characters of what a trainer says that it does.
+const MAX_DOING: usize = 512;
 /// Most models and datasets of a job.
 const MAX_SHAPES: usize = 64;
 
@@ -59,6 +61,9 @@ impl Progress {
         self.step = self.step.min(MAX_STEPS);
         self.total_steps = self.total_steps.min(MAX_STEPS);
         self.eta_seconds = self.eta_seconds.filter(|eta| *eta <= MAX_SECONDS);
+        if let Some(doing) = &mut self.doing {
+            truncate(doing, MAX_DOING);
+        }
         bound_figures(&mut self.metrics);
         self.checkpoint = self.checkpoint.and_then(bounded_checkpoint);
         self
@@ -203,9 +208,10 @@ mod tests {
     fn figures_and_texts_are_bounded() {
         let mut metrics: serde_json::Map<_, _> = (0..500).map(|i| (format!("m{i}"), json!(i))).collect();
         metrics.insert("x".repeat(1000), json!(1));
-        let told = json!({"step": u64::MAX, "totalSteps": u64::MAX, "etaSeconds": u64::MAX, "metrics": metrics});
+        let told = json!({"step": u64::MAX, "totalSteps": u64::MAX, "etaSeconds": u64::MAX, "metrics": metrics, "doing": "d".repeat(9999)});
         let progress = Progress::parse(told.to_string().as_bytes()).unwrap();
         assert_eq!((progress.step, progress.eta_seconds, progress.metrics.len()), (MAX_STEPS, None, MAX_FIGURES));
+        assert_eq!(progress.doing.map(|doing| doing.len()), Some(MAX_DOING));
         assert!(progress.metrics.keys().all(|name| name.len() <= MAX_NAME));
         let word = json!({"code": 65, "reason": "r".repeat(9999), "message": "\u{fc}".repeat(9999), "step": u64::MAX});
         let (word, doubt) = TerminationMessage::parse(word.to_string().as_bytes()).unwrap();

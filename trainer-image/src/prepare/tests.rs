@@ -79,7 +79,7 @@ fn a_good_job_is_reported_stage_by_stage_and_leaves_only_its_folders() {
         .map(|s| (s.stage.as_str(), s.dataset.records, s.dataset.train + s.dataset.eval, s.dataset.tokens))
         .collect();
     assert_eq!(figures, [("sft", 3, 3, 9), ("reward", 3, 3, 18), ("ppo", 3, 3, 3)]);
-    let prepared = report.prepared();
+    let prepared = report.prepared().unwrap();
     assert_eq!((prepared.models[0].vocab, prepared.models[0].layers), (VOCAB as i64, 1));
     let shapes: Vec<_> = prepared.datasets.iter().map(|d| (d.stage.as_str(), d.longest_tokens, d.sequences)).collect();
     assert_eq!(shapes, [("sft", 3, 1), ("reward", 3, 2), ("ppo", 1, 1)]);
@@ -154,6 +154,95 @@ fn sharded_weights_are_found_by_their_index() {
     fs::rename(model.join("model.safetensors"), model.join("a.safetensors")).unwrap();
     write(&model, "model.safetensors.index.json", &json!({"weight_map": {"t": "a.safetensors"}}));
     prepare(volume.path(), |_| ()).unwrap();
+}
+
+/// A model of another origin beside the job's, which `change`s its folder; a reward model where it `scores`.
+fn other_model(volume: &Path, name: &str, scores: bool, change: impl FnOnce(&Path)) {
+    let dir = volume.join("models").join(name);
+    fs::create_dir_all(&dir).unwrap();
+    let mut config = model_config();
+    (config["hidden_size"], config["num_hidden_layers"]) = (json!(16), json!(3));
+    write(&dir, "config.json", &config);
+    let bytes = [0; 64];
+    let tensor = |shape: Vec<usize>| TensorView::new(Dtype::F32, shape, &bytes).unwrap();
+    let tensors = [("t", tensor(vec![4, 4])), (if scores { "score.weight" } else { "u" }, tensor(vec![1, 16]))];
+    safetensors::serialize_to_file(tensors, None, &dir.join("model.safetensors")).unwrap();
+    write_tokenizer(&dir);
+    change(&dir);
+}
+
+/// Prepares a job whose PPO stage uses models of other origin.
+fn prepare_with(volume: &Path, paths: Value, models: Value) -> Result<PrepareReport> {
+    let mut stages = stages();
+    for (name, path) in paths.as_object().unwrap() {
+        stages[2]["paths"][name] = path.clone();
+    }
+    let config = json!({"job": {"namespace": "n", "name": "j", "uid": "u"}, "stages": stages, "models": models});
+    check_job(&serde_json::from_value(config).unwrap(), volume)
+}
+
+#[test]
+fn models_of_other_origin_are_told_in_the_order_of_the_config() {
+    let volume = volume();
+    other_model(volume.path(), "judge", true, |_| ());
+    other_model(volume.path(), "wise", false, |_| ());
+    let paths = json!({
+        "startModel": "jobs/j/sft/model", "referenceModel": "models/wise", "criticModel": "jobs/j/reward/model",
+        "rewardModels": {"liked": "jobs/j/reward/model", "safe": "models/judge"}
+    });
+    let report = prepare_with(volume.path(), paths, json!(["models/m", "models/judge", "models/wise"])).unwrap();
+    let shapes: Vec<_> = report.prepared().unwrap().models.iter().map(|m| (m.hidden, m.layers)).collect();
+    assert_eq!(shapes, [(8, 1), (16, 3), (16, 3)]);
+}
+
+#[test]
+fn a_model_of_another_origin_must_fit_what_it_is_for() {
+    let refused = |scores: bool, change: &dyn Fn(&Path), field: &str| {
+        let volume = volume();
+        other_model(volume.path(), "other", scores, change);
+        let paths = match field {
+            "rewardModels" => json!({field: {"liked": "models/other"}}),
+            field => json!({field: "models/other"}),
+        };
+        prepare_with(volume.path(), paths, json!(["models/m", "models/other"])).unwrap_err()
+    };
+    for field in ["rewardModels", "criticModel"] {
+        check(&refused(false, &|_| (), field), 65, &["stage 'ppo'", "models/other", "no tensor 'score.weight'"]);
+    }
+    for field in ["startModel", "referenceModel"] {
+        check(&refused(true, &|_| (), field), 65, &["stage 'ppo'", "models/other", "it is a reward model"]);
+    }
+    let set = |name: &'static str, value: u32| {
+        move |dir: &Path| {
+            let mut config = model_config();
+            config[name] = json!(value);
+            write(dir, "config.json", &config);
+        }
+    };
+    let short = refused(true, &set("max_position_embeddings", POSITIONS - 1), "rewardModels");
+    check(&short, 64, &["stage 'ppo'", "63 positions", "models/other"]);
+    check(&refused(true, &set("vocab_size", VOCAB as u32 - 1), "criticModel"), 65, &["models/other", "vocab_size"]);
+    let renamed = |dir: &Path| {
+        let path = dir.join("tokenizer.json");
+        let text = fs::read_to_string(&path).unwrap();
+        let mut json: Value = serde_json::from_str(&text).unwrap();
+        let vocab = json["model"]["vocab"].as_object_mut().unwrap();
+        let token = vocab.iter().find(|(t, id)| t.len() == 1 && id.as_u64() > Some(0)).unwrap().0.clone();
+        let id = vocab.remove(&token).unwrap();
+        vocab.insert("another".into(), id);
+        fs::write(&path, json.to_string()).unwrap();
+    };
+    check(&refused(true, &renamed, "rewardModels"), 65, &["models/other", "same tokenizer", "another"]);
+    let nameless = |dir: &Path| fs::remove_file(dir.join("tokenizer.json")).unwrap();
+    check(&refused(true, &nameless, "criticModel"), 65, &["models/other/tokenizer.json"]);
+}
+
+#[test]
+fn what_a_pods_last_word_cannot_tell_is_refused() {
+    let volume = volume();
+    let report = prepare(volume.path(), |_| ()).unwrap();
+    let many = PrepareReport { models: vec![report.models[0].clone(); 40], stages: report.stages };
+    check(&many.prepared().unwrap_err(), 64, &["40 models and 3 stages", "split it into jobs"]);
 }
 
 #[test]

@@ -74,6 +74,34 @@ impl Tokenizer {
         Ok(Self { dir: model_dir.to_path_buf(), inner, begin, special, vocab_size, chat })
     }
 
+    /// What this tokenizer does otherwise than another, if it does: ids that one model's tokens have are then others in the
+    /// other model.
+    ///
+    /// # Errors
+    /// A bug: a tokenizer that cannot be written.
+    pub fn difference(&self, other: &Self) -> Result<Option<String>> {
+        let tokens = |of: &Self| -> std::collections::BTreeMap<u32, String> {
+            of.inner.get_vocab(true).into_iter().map(|(token, id)| (id, token)).collect()
+        };
+        let (here, there) = (tokens(self), tokens(other));
+        let named = |token: Option<&String>| token.map_or("nothing".into(), |token| format!("{token:?}"));
+        let ids = here.keys().chain(there.keys());
+        if let Some(id) = ids.filter(|id| here.get(id) != there.get(id)).min() {
+            return Ok(Some(format!("id {id} is {} here and {} there", named(here.get(id)), named(there.get(id)))));
+        }
+        let special = |of: &Self| (of.special.eos, of.special.bos, of.begin.clone());
+        if special(self) != special(other) {
+            return Ok(Some("its beginning or end of a sequence is another token".into()));
+        }
+        let parts = |of: &Self| -> Result<serde_json::Value> {
+            let text = of.inner.to_string(false).map_err(|e| Error::bug(e.to_string()))?;
+            serde_json::from_str(&text).map_err(|e| Error::bug(e.to_string()))
+        };
+        let (here, there) = (parts(self)?, parts(other)?);
+        let part = ["model", "normalizer", "pre_tokenizer"].into_iter().find(|part| here.get(part) != there.get(part));
+        Ok(part.map(|part| format!("'{part}' in tokenizer.json is another")))
+    }
+
     /// The ids of `text`. It is not preceded by a second BOS where it spells one.
     ///
     /// # Errors
