@@ -86,6 +86,8 @@ pub enum ExitCode {
     Bug,
     /// 71: a device ran out of memory.
     DeviceOutOfMemory,
+    /// 72: a device failed, or was lost to the process.
+    DeviceLost,
     /// 74: storage failed (full, read-only).
     Storage,
     /// 75: a peer was lost or a collective timed out. The peer's failure, not this pod's own.
@@ -113,12 +115,13 @@ pub enum Verdict {
 
 impl ExitCode {
     /// Every exit code of the contract.
-    pub const ALL: [ExitCode; 9] = [
+    pub const ALL: [ExitCode; 10] = [
         ExitCode::Done,
         ExitCode::BadConfig,
         ExitCode::BadInput,
         ExitCode::Bug,
         ExitCode::DeviceOutOfMemory,
+        ExitCode::DeviceLost,
         ExitCode::Storage,
         ExitCode::PeerLost,
         ExitCode::NotFinite,
@@ -133,6 +136,7 @@ impl ExitCode {
             ExitCode::BadInput => 65,
             ExitCode::Bug => 70,
             ExitCode::DeviceOutOfMemory => 71,
+            ExitCode::DeviceLost => 72,
             ExitCode::Storage => 74,
             ExitCode::PeerLost => 75,
             ExitCode::NotFinite => 76,
@@ -153,6 +157,7 @@ impl ExitCode {
             ExitCode::BadInput => "BadInput",
             ExitCode::Bug => "Bug",
             ExitCode::DeviceOutOfMemory => "DeviceOutOfMemory",
+            ExitCode::DeviceLost => "DeviceLost",
             ExitCode::Storage => "StorageFailed",
             ExitCode::PeerLost => "PeerLost",
             ExitCode::NotFinite => "NotFinite",
@@ -166,7 +171,9 @@ impl ExitCode {
             ExitCode::Done => Verdict::Success,
             ExitCode::BadConfig | ExitCode::BadInput | ExitCode::NotFinite => Verdict::Fail,
             ExitCode::Bug => Verdict::RetryOnce,
-            ExitCode::DeviceOutOfMemory | ExitCode::Storage | ExitCode::PeerLost => Verdict::Retry,
+            ExitCode::DeviceOutOfMemory | ExitCode::DeviceLost | ExitCode::Storage | ExitCode::PeerLost => {
+                Verdict::Retry
+            }
             ExitCode::Terminated => Verdict::Disruption,
         }
     }

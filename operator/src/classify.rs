@@ -430,6 +430,7 @@ mod tests {
             (Reason::Exit(ExitCode::NotFinite), Verdict::Fail),
             (Reason::Exit(ExitCode::Bug), Verdict::RetryOnce),
             (Reason::Exit(ExitCode::DeviceOutOfMemory), Verdict::Retry),
+            (Reason::Exit(ExitCode::DeviceLost), Verdict::Retry),
             (Reason::Exit(ExitCode::Storage), Verdict::Retry),
             (Reason::Exit(ExitCode::PeerLost), Verdict::Retry),
             (Reason::Exit(ExitCode::Terminated), Verdict::Disruption),

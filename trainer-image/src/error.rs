@@ -72,6 +72,7 @@ impl From<c10d::Error> for Error {
             // Every attempt would find the same, so it is not the retryable loss of a peer.
             c10d::Error::Disagreement(_) => ExitCode::BadConfig,
             c10d::Error::OutOfMemory(_) => ExitCode::DeviceOutOfMemory,
+            c10d::Error::Device(_) => ExitCode::DeviceLost,
             c10d::Error::NotImplemented(_) | c10d::Error::Torch(_) => ExitCode::Bug,
         };
         Self::new(exit, error.to_string())
