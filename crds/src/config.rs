@@ -32,6 +32,8 @@ pub mod env {
     pub const NNODES: &str = "NNODES";
     /// Workers in each pod.
     pub const NPROC_PER_NODE: &str = "NPROC_PER_NODE";
+    /// Accelerators that each pod was given, one for each of its workers; 0 or none where it trains on its CPU.
+    pub const DEVICES: &str = "RLHF_DEVICES";
     /// The attempt's number, from 1.
     pub const ATTEMPT: &str = "RLHF_ATTEMPT";
     /// Where the job's volume is mounted.
@@ -43,12 +45,13 @@ pub mod env {
     /// What a request for a worker's `/progress` has to carry as its bearer token; from a Secret, and nowhere else.
     pub const PROGRESS_KEY: &str = "RLHF_PROGRESS_KEY";
     /// All of them, for the rule that refuses them in a pod template.
-    pub const RESERVED: [&str; 10] = [
+    pub const RESERVED: [&str; 11] = [
         MASTER_ADDR,
         MASTER_PORT,
         NODE_RANK,
         NNODES,
         NPROC_PER_NODE,
+        DEVICES,
         ATTEMPT,
         VOLUME,
         STRATEGY,

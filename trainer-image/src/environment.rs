@@ -21,6 +21,8 @@ pub struct Environment {
     pub nodes: u32,
     /// Workers in each pod.
     pub workers_per_node: u32,
+    /// Accelerators that the pod was given; 0: it trains on its CPU, or on what it finds.
+    pub devices: u32,
     /// This worker's index in its pod; 0 in `launch`.
     pub local_rank: u32,
     /// The attempt's number, from 1.
@@ -61,6 +63,7 @@ impl Environment {
             node_rank: number(env::NODE_RANK, 0)?,
             nodes: number(env::NNODES, 1)?,
             workers_per_node: number(env::NPROC_PER_NODE, 1)?,
+            devices: number(env::DEVICES, 0)?,
             local_rank: number(LOCAL_RANK, 0)?,
             attempt: number(env::ATTEMPT, 1)?,
             volume: lookup(env::VOLUME).filter(|v| !v.is_empty()).unwrap_or_else(|| VOLUME_DIR.into()).into(),

@@ -50,10 +50,7 @@ pub fn run(options: &Options) -> TerminationMessage {
         train(options, environment, &telemetry)
     });
     let message = ending::message(result, rank, telemetry.get().map(Telemetry::progress));
-    let report = std::env::var_os(REPORT_FILE).map(PathBuf::from);
-    if let Some(Err(error)) = report.map(|path| ending::write_termination_file(Some(&path), &message)) {
-        tracing::error!("the report is lost: {error}");
-    }
+    report(&message);
     message
 }
 
@@ -74,7 +71,8 @@ fn train(options: &Options, environment: Environment, shown: &OnceLock<Telemetry
     tch::set_num_threads(threads(std::env::var("OMP_NUM_THREADS").ok().as_deref(), environment.workers_per_node)?);
     let telemetry = Telemetry::new(&config.value.job, &config.value.stage, environment.attempt, rank, world_size)?;
     let telemetry = shown.get_or_init(|| telemetry).clone();
-    let device = device(environment.local_rank);
+    end_with_a_word(rank, &telemetry);
+    let device = device(environment.local_rank, environment.devices)?;
     if let Device::Cuda(index) = device {
         telemetry.watch_device(index);
     }
@@ -103,9 +101,35 @@ fn train(options: &Options, environment: Environment, shown: &OnceLock<Telemetry
     stages::run(Context::new(config.value, environment, group, telemetry, Shutdown::default(), device))
 }
 
-/// The device of a worker: the GPU of its local rank, or the CPU where there is none.
-pub(crate) fn device(local_rank: u32) -> Device {
-    if c10d::has_cuda() { Device::Cuda(local_rank as usize) } else { Device::Cpu }
+/// The device of a worker: the GPU of its local rank, or the CPU where there is none and none of the pod's `devices` is missed.
+pub(crate) fn device(local_rank: u32, devices: u32) -> Result<Device> {
+    c10d::require_devices(devices).map_err(|why| {
+        Error::config(format!(
+            "the pod was given {devices} devices and cannot use them: {why}; use the trainer's image for CUDA and a node whose driver suits it, or train on CPU (compute.devicesPerNode: 0)"
+        ))
+    })?;
+    Ok(if c10d::has_cuda() { Device::Cuda(local_rank as usize) } else { Device::Cpu })
+}
+
+/// A thread of libtorch's own that fails ends the process: with a report, and not by SIGABRT without one. (NCCL's watchdog does
+/// so where a peer is lost.)
+fn end_with_a_word(rank: u32, telemetry: &Telemetry) {
+    let (telemetry, span) = (telemetry.clone(), tracing::Span::current());
+    c10d::on_terminate(move |error| {
+        let _in = span.enter();
+        let message = ending::message(Err(error.into()), Some(rank), Some(telemetry.progress()));
+        tracing::error!(reason = message.reason, "a thread of libtorch failed: {}", message.message);
+        report(&message);
+        message.code
+    });
+}
+
+/// Leaves the message where `launch` looks for it.
+fn report(message: &TerminationMessage) {
+    let file = std::env::var_os(REPORT_FILE).map(PathBuf::from);
+    if let Some(Err(error)) = file.map(|path| ending::write_termination_file(Some(&path), message)) {
+        tracing::error!("the report is lost: {error}");
+    }
 }
 
 /// Whether libtorch has oneDNN multiply matrices of this precision on this CPU. Elsewhere it does so by plain loops.

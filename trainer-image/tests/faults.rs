@@ -434,6 +434,16 @@ fn with_small_shm(volume: &Volume, extra: &str) -> Finished {
 }
 
 #[test]
+fn devices_that_were_given_and_cannot_be_used_are_an_error() {
+    let volume = Volume::new("gpt2");
+    let end = volume.start_as(&sft().processes(2), &Pod::default().env("RLHF_DEVICES", 2)).wait();
+    end.expect(64, "BadConfig", &["given 2 devices", "CUDA is not available", "libtorch_cuda.so"]);
+    assert!(volume.history("sft").is_empty());
+    let trains = Pod::default().env("RLHF_DEVICES", 0);
+    volume.start_as(&sft().with("/maxSteps", json!(2)), &trains).wait().expect(0, "Done", &[]);
+}
+
+#[test]
 fn gpu_workers_need_shared_memory_and_others_do_not() {
     let refused = with_small_shm(&Volume::new("gpt2"), "nvidiactl");
     refused.expect(64, "BadConfig", &["/dev/shm has 1024 KiB", "emptyDir"]);

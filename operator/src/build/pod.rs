@@ -148,6 +148,7 @@ fn own_env(job: &RLHFJob, task: Task<'_>, attempt: Attempt, compute: &Compute, s
         (env::MASTER_PORT, RENDEZVOUS_PORT.to_string()),
         (env::NNODES, compute.nodes.to_string()),
         (env::NPROC_PER_NODE, compute.workers_per_node().to_string()),
+        (env::DEVICES, compute.devices_per_node.to_string()),
         (env::STRATEGY, serde_json::json!(attempt.strategy).to_string()),
     ]);
     values.into_iter().map(plain).chain([node_rank(), progress_key(job, settings)]).collect()

@@ -7,6 +7,8 @@
 #include <ATen/ATen.h>
 #include <ATen/DeviceAccelerator.h>
 #include <ATen/EmptyTensor.h>
+#include <ATen/Version.h>
+#include <ATen/detail/CUDAHooksInterface.h>
 #include <ATen/ops/_fused_adamw.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/CachingDeviceAllocator.h>
@@ -22,7 +24,10 @@
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
 #include <dlfcn.h>
+#include <unistd.h>
 #include <atomic>
+#include <exception>
+#include <thread>
 
 using at::Tensor;
 using std::chrono::milliseconds;
@@ -153,6 +158,29 @@ int c10d_load_cuda() noexcept GUARD(
 
 int c10d_cuda_device_count(int* out) noexcept GUARD(
     *out = at::hasCUDA() ? static_cast<int>(at::accelerator::deviceCount()) : 0)
+
+// Begins to use CUDA, which says why it cannot.
+int c10d_cuda_begin() noexcept GUARD(at::detail::getCUDAHooks().init())
+
+// What libtorch's own kernels were chosen for on this CPU, such as "AVX2".
+int c10d_cpu_capability(void (*sink)(void*, const uint8_t*, size_t), void* context) noexcept GUARD(
+    const auto name = at::get_cpu_capability();
+    sink(context, reinterpret_cast<const uint8_t*>(name.data()), name.size()))
+
+// Exceptions that nobody catches are told to `told`, whose answer is the exit code of the process. Threads of c10d's own throw
+// some: NCCL's watchdog at a lost peer, and Gloo's loop where ranks give different sizes.
+void c10d_on_terminate(int (*told)(int code, const char* message)) noexcept {
+  static std::atomic<int (*)(int, const char*)> ending = nullptr;
+  ending = told;
+  std::set_terminate([] {
+    int code = 0;
+    if (std::current_exception()) code = shim::record_exception();
+    // The first one is the cause. Others wait for the end that it brings.
+    static std::atomic<bool> ended = false;
+    if (ended.exchange(true)) std::this_thread::sleep_for(std::chrono::minutes(1));
+    _exit(ending.load()(code, code ? shim::last_error().c_str() : "std::terminate was called"));
+  });
+}
 
 // out: bytes allocated, allocated at the peak, reserved, reserved at the peak, free on the device, total of the device
 int c10d_device_memory(int device, int64_t out[6]) noexcept GUARD(

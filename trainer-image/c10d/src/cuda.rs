@@ -21,20 +21,28 @@ static SHIM: &[u8] = include_bytes!(env!("C10D_CUDA_SHIM"));
 
 /// c10's level under which nothing is printed (`c10::GLOG_FATAL`).
 const FATAL: c_int = 3;
+/// The one under which errors are.
+const ERROR: c_int = 2;
 
 /// How the loading of libtorch_cuda.so went.
 static LOADED: OnceLock<Result<()>> = OnceLock::new();
 
 /// Prepares libtorch. The first torch call of a process, since libtorch looks for CUDA once and keeps the answer. With
-/// `log_quiet`, libtorch's own log lines are not printed (a lost peer brings dozens); `TORCH_CPP_LOG_LEVEL` overrides it.
+/// `log_quiet`, libtorch's own log lines are not printed (a lost peer brings dozens), but for errors where there are CUDA
+/// devices: NCCL's watchdog says there alone which collective it waited for. `TORCH_CPP_LOG_LEVEL` overrides it.
 pub fn init(log_quiet: bool) {
     LOADED.get_or_init(|| {
         // SAFETY: three calls without arguments that point anywhere. The allocator is exchanged before the first tensor.
         unsafe {
             check(ffi::c10d_init_logging(if log_quiet { FATAL } else { -1 }))?;
             check(ffi::c10d_count_memory())?;
-            check(ffi::c10d_load_cuda())
+            check(ffi::c10d_load_cuda())?;
         }
+        if log_quiet && count_devices()? > 0 {
+            // SAFETY: as above.
+            unsafe { check(ffi::c10d_init_logging(ERROR))? };
+        }
+        Ok(())
     });
 }
 
@@ -45,20 +53,45 @@ pub fn has_cuda() -> bool {
 
 fn device_count() -> Result<c_int> {
     init(false);
+    count_devices()
+}
+
+fn count_devices() -> Result<c_int> {
     let mut count = 0;
     // SAFETY: the call writes one number.
     check(unsafe { ffi::c10d_cuda_device_count(&mut count) })?;
     Ok(count)
 }
 
+/// Makes sure that there are at least so many CUDA devices.
+///
+/// # Errors
+/// [`Error::NotImplemented`] with why there are not: what CUDA or the loader says of it, or how many there are.
+pub fn require_devices(wanted: u32) -> Result<()> {
+    if wanted == 0 {
+        return Ok(());
+    }
+    require_cuda()?;
+    match device_count()? {
+        found if u32::try_from(found).is_ok_and(|found| found >= wanted) => Ok(()),
+        found => Err(Error::NotImplemented(format!("{found} CUDA devices are there of {wanted}"))),
+    }
+}
+
 /// Why there is no CUDA, as an error.
 fn require_cuda() -> Result<()> {
-    let missing = |why: &str| Error::NotImplemented(format!("CUDA is not available: {why}"));
+    let missing = |why: &Error| Error::NotImplemented(format!("CUDA is not available: {why}"));
     init(false);
     if let Some(Err(error)) = LOADED.get() {
-        return Err(missing(&error.to_string()));
+        return Err(missing(error));
     }
-    if device_count()? == 0 { Err(missing("no device was found")) } else { Ok(()) }
+    if device_count()? > 0 {
+        return Ok(());
+    }
+    // What counts devices says 0 for every reason; what begins to use one says which.
+    // SAFETY: a call without arguments.
+    check(unsafe { ffi::c10d_cuda_begin() }).map_err(|error| missing(&error))?;
+    Err(missing(&Error::NotImplemented("no device was found".into())))
 }
 
 /// What libtorch's caching allocator holds on one CUDA device, in bytes.

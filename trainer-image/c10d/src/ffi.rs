@@ -26,6 +26,8 @@ pub struct CEvent([u8; 0]);
 
 /// Receives a value of the store.
 pub type Sink = unsafe extern "C" fn(*mut c_void, *const u8, usize);
+/// Hears of an exception that nobody caught, by its code and its text, and gives the exit code.
+pub type Ending = unsafe extern "C" fn(c_int, *const c_char) -> c_int;
 /// Gives up the owner of foreign memory.
 pub type Release = unsafe extern "C" fn(*mut c_void);
 
@@ -35,6 +37,9 @@ unsafe extern "C" {
     pub fn c10d_init_logging(level: c_int) -> c_int;
     pub fn c10d_load_cuda() -> c_int;
     pub fn c10d_cuda_device_count(out: *mut c_int) -> c_int;
+    pub fn c10d_cuda_begin() -> c_int;
+    pub fn c10d_on_terminate(ending: Ending);
+    pub fn c10d_cpu_capability(sink: Sink, context: *mut c_void) -> c_int;
     pub fn c10d_device_memory(device: c_int, out: *mut i64) -> c_int;
 
     pub fn c10d_store_tcp(

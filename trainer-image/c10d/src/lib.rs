@@ -13,6 +13,7 @@
 
 mod allocated;
 mod autograd;
+mod cpu;
 mod cuda;
 mod error;
 mod ffi;
@@ -23,10 +24,12 @@ mod rendezvous;
 pub mod rng;
 mod store;
 mod stream;
+mod terminate;
 
 pub use allocated::{Allocated, Usage, allocated, on_host, page_lock, reset_peaks};
 pub use autograd::grad;
-pub use cuda::{DeviceMemory, device_memory, has_cuda, init};
+pub use cpu::cpu_capability;
+pub use cuda::{DeviceMemory, device_memory, has_cuda, init, require_devices};
 pub use error::{Error, Result};
 pub use memory::{from_mmap, host_bytes, map_file, peak_host_bytes, resize_storage, storage_bytes};
 pub use optim::AdamW;
@@ -34,3 +37,4 @@ pub use process_group::{ProcessGroup, ReduceOp, Work};
 pub use rendezvous::Rendezvous;
 pub use store::Store;
 pub use stream::{Mark, SideStream, copy};
+pub use terminate::on_terminate;

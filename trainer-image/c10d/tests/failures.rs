@@ -107,3 +107,27 @@ fn a_lost_store_is_an_error() {
         parent.expect_success(1);
     });
 }
+
+/// Gloo throws in a thread of its own where ranks give different sizes: without a handler the process is gone by SIGABRT.
+#[test]
+fn an_exception_that_nobody_catches_is_told_and_gives_the_exit_code() {
+    const CODE: i32 = 43;
+    let body = |rank: Rank| {
+        c10d::on_terminate(|error| {
+            assert_readable(&error);
+            println!("told: {error:?}");
+            CODE
+        });
+        let group = rank.group(PATIENCE);
+        group.barrier().unwrap();
+        let tensor = Tensor::zeros([if rank.rank == 0 { 1000 } else { 2000 }], (Kind::Float, Cpu));
+        let _ = sum(&group, &tensor);
+        rank.await_signal("never");
+    };
+    ranks::run_with("an_exception_that_nobody_catches_is_told_and_gives_the_exit_code", 2, body, |parent| {
+        (0..2).for_each(|rank| parent.start(rank));
+        let (status, log) = parent.finish(0);
+        let (status, log) = if status.code() == Some(CODE) { (status, log) } else { parent.finish(1) };
+        assert!(status.code() == Some(CODE) && log.contains("told: ") && log.contains("gloo::"), "{status}\n{log}");
+    });
+}

@@ -152,7 +152,7 @@ fn context(options: &Options) -> Result<Context> {
     .map_err(|e| Error::bug(e.to_string()))?;
     let (rank, world_size) = (environment.rank(), environment.world_size());
     let telemetry = Telemetry::new(&config.job, &config.stage, 1, rank, world_size)?;
-    let device = worker::device(environment.local_rank);
+    let device = worker::device(environment.local_rank, environment.devices)?;
     let peers = worker::meet(&environment, &config, &[0; 32], device, &|word| tracing::warn!("waiting: {word}"))?;
     let group = Rc::new(Group::new(peers, rank, world_size, device)?);
     Ok(Context::new(config, environment, group, telemetry, Shutdown::default(), device))
