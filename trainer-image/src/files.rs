@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 /// Writes one file over what was there.
 ///
 /// # Errors
-/// Names the path where storage failed; the file is then as it was.
+/// Names the path where storage failed; the file is then as it was, and nothing is left beside it.
 pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     let temporary = sibling(path, "tmp");
     let run = || {
@@ -18,15 +18,25 @@ pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
         file.sync_all()?;
         fs::rename(&temporary, path)
     };
-    run().map_err(|e: std::io::Error| Error::storage(path, e))
+    run().map_err(|e: std::io::Error| {
+        // On a full disk it would take room that others need. The first error is the one to tell.
+        let _ = fs::remove_file(&temporary);
+        Error::storage(path, e)
+    })
 }
 
 /// Appends one line to a file, made where it is missing.
 ///
 /// # Errors
-/// Names the path where storage failed.
+/// Names the path where storage failed; no part of the line is then in the file, which the next one would go on with.
 pub fn append_line(path: &Path, line: &str) -> Result<()> {
-    let run = || OpenOptions::new().create(true).append(true).open(path)?.write_all(format!("{line}\n").as_bytes());
+    let run = || {
+        let mut file = OpenOptions::new().create(true).append(true).open(path)?;
+        let before = file.metadata()?.len();
+        file.write_all(format!("{line}\n").as_bytes()).inspect_err(|_| {
+            let _ = file.set_len(before);
+        })
+    };
     run().map_err(|e: std::io::Error| Error::storage(path, e))
 }
 

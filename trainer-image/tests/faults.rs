@@ -220,6 +220,51 @@ fn a_full_disk_is_said_and_the_checkpoints_before_are_whole() {
     assert!(volume.weights("sft") == whole.weights("sft"));
 }
 
+/// A disk that was too small for a while: each attempt removes what those before it left, and needs no more room than it would
+/// have needed alone.
+#[test]
+fn a_disk_that_was_full_heals() {
+    let mut launch = sft();
+    launch.config["checkpoint"] = json!({"everySteps": 4, "keep": 1});
+    let whole = finished("gpt2", &launch);
+
+    // Room for two checkpoints of 370 KB, of which another takes most while the first two attempts run, which are as alone in
+    // their namespace as pods are.
+    let volume = Volume::new("gpt2");
+    let (jobs, left) = (volume.path("jobs"), volume.path("left"));
+    fs::create_dir_all(&jobs).unwrap();
+    let small_disk = "mount -t tmpfs -o size=850k none \"$0/jobs\" && head -c 300k /dev/zero > \"$0/jobs/other\" || exit; \
+        RLHF_ATTEMPT=1 \"$@\"; one=$?; RLHF_ATTEMPT=2 \"$@\"; two=$?; \
+        find \"$0/jobs\" -name '*.tmp' > \"$0/unfinished\"; \
+        rm \"$0/jobs/other\"; RLHF_ATTEMPT=3 \"$@\"; three=$?; \
+        cp -a \"$0/jobs\" \"$0/left\"; echo $one $two $three > \"$0/ends\"; exit $three";
+    let root = volume.path("").display().to_string();
+    let pod = Pod::default().under(&["unshare", "-rm", "sh", "-c", small_disk, &root]);
+    volume.start_as(&launch, &pod).wait().expect(0, "Done", &[]);
+    assert_eq!(fs::read_to_string(volume.path("ends")).unwrap(), "74 74 0\n");
+    assert_eq!(fs::read_to_string(volume.path("unfinished")).unwrap(), "", "a failed save removes its own");
+
+    fs::remove_dir(&jobs).unwrap();
+    fs::rename(left, jobs).unwrap();
+    assert!(volume.weights("sft") == whole.weights("sft"));
+}
+
+/// What a killed attempt left goes before anything is written, by whichever attempt comes next.
+#[test]
+fn what_killed_attempts_left_is_removed_at_the_start_of_the_next() {
+    let volume = rewound(&finished("gpt2", &sft()), "gpt2", "sft", 10);
+    let checkpoints = volume.path("jobs/j/sft/checkpoints");
+    for (name, attempt) in [("step-12", 1), ("step-14", 2), ("step-16", 9)] {
+        fs::create_dir(checkpoints.join(format!("{name}.attempt-{attempt}.tmp"))).unwrap();
+    }
+    let running = volume.start(&endless(sft()).attempt(3));
+    wait_until("the start", || running.log().contains("resumed"));
+    let names = fs::read_dir(&checkpoints).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
+    let unfinished: Vec<String> = names.filter(|name| name.ends_with(".tmp") && !name.contains("attempt-3")).collect();
+    assert_eq!(unfinished, ["step-16.attempt-9.tmp"], "that of a later attempt is not touched");
+    drop(running);
+}
+
 #[test]
 fn ranks_that_read_different_data_do_not_train() {
     let (one, other) = (Volume::new("gpt2"), Volume::new("gpt2"));

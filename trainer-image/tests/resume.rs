@@ -203,3 +203,48 @@ fn a_language_model_is_no_reward_model() {
     assert_eq!(end.code, Some(65), "{}", end.log);
     assert!(end.message["message"].as_str().unwrap().contains("score.weight"), "{}", end.message);
 }
+
+/// The manifest of a stage's checkpoint, changed.
+fn change_manifest(volume: &Volume, stage: &str, step: u64, change: impl FnOnce(&mut serde_json::Value)) {
+    let path = volume.path(&format!("jobs/j/{stage}/checkpoints/step-{step}/manifest.json"));
+    let mut manifest = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    change(&mut manifest);
+    fs::write(path, manifest.to_string()).unwrap();
+}
+
+/// As many numbers in another order are other models: an image that lays parameters out otherwise must not load them.
+#[test]
+fn a_checkpoint_of_another_layout_is_refused_and_one_that_does_not_tell_its_own_is_taken() {
+    let whole = finished("gpt2", &sft());
+    let resumed = |change: fn(&mut serde_json::Value)| {
+        let volume = rewound(&whole, "gpt2", "sft", 10);
+        change_manifest(&volume, "sft", 10, change);
+        let end = volume.run(&sft().attempt(2));
+        (volume, end)
+    };
+    let (_, other) = resumed(|m| m["models"]["model"]["layout"] = json!("0".repeat(64)));
+    other.expect(65, "BadInput", &["step-10", "its parameters another order"]);
+    let (volume, old) = resumed(|m| {
+        m["models"]["model"].as_object_mut().unwrap().remove("layout").unwrap();
+        m.as_object_mut().unwrap().remove("machine").unwrap();
+    });
+    old.expect(0, "Done", &[]);
+    assert_eq!(volume.trained("sft", 2).first(), Some(&11));
+    assert!(!old.log.contains("sums round otherwise"));
+}
+
+#[test]
+fn a_run_that_goes_on_with_other_threads_says_that_it_does_not_end_bit_for_bit() {
+    let whole = finished("gpt2", &sft());
+    let resumed = |threads: u32| {
+        let volume = rewound(&whole, "gpt2", "sft", 10);
+        let end = volume.start_as(&sft().attempt(2), &Pod::default().env("OMP_NUM_THREADS", threads)).wait();
+        end.expect(0, "Done", &[]);
+        (end.log, volume.weights("sft"))
+    };
+    let (log, weights) = resumed(1);
+    assert!(!log.contains("sums round otherwise") && weights == whole.weights("sft"), "{log}");
+    let (log, _) = resumed(2);
+    let parts = ["1 ranks of 1 threads", "1 ranks of 2 threads", "sums round otherwise"];
+    assert!(log.lines().any(|l| l.contains("WARN") && parts.iter().all(|part| l.contains(part))), "{log}");
+}

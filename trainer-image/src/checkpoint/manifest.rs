@@ -1,6 +1,7 @@
 //! What a checkpoint says of itself.
 
-use crate::engine::LossScale;
+use super::machine::Machine;
+use crate::engine::{Chunk, LossScale, Model};
 use crate::error::{Error, Result};
 use crate::run::RunId;
 use serde::{Deserialize, Serialize};
@@ -25,10 +26,14 @@ pub(super) struct Manifest {
     pub state: Value,
     /// Hash of the data that the run learns from.
     pub data: String,
+    /// What the run was rounded by (older checkpoints do not say).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub machine: Option<Machine>,
     pub files: Vec<FileEntry>,
 }
 
-/// A model's optimizer steps, its loss scale where it is trained in fp16, and the elements of each of its chunks.
+/// A model's optimizer steps, its loss scale where it is trained in fp16, the elements of each of its chunks, and a hash of where
+/// each parameter lies in them (older checkpoints have none).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(super) struct ModelEntry {
@@ -36,6 +41,28 @@ pub(super) struct ModelEntry {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loss_scale: Option<LossScale>,
     pub chunks: Vec<i64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub layout: Option<String>,
+}
+
+impl ModelEntry {
+    /// Of a model as it is now.
+    pub fn of(model: &Model) -> Self {
+        let mut hasher = Sha256::new();
+        model.trained().for_each(|chunk| chunk.layout().digest(&mut hasher));
+        Self {
+            updates: model.updates(),
+            loss_scale: model.loss_scale(),
+            chunks: model.trained().map(Chunk::numel).collect(),
+            layout: Some(hex(&hasher.finalize().into())),
+        }
+    }
+
+    /// Whether numbers that were saved of this model lie where `model` has them.
+    pub fn fits(&self, model: &Model) -> bool {
+        let other = Self::of(model);
+        self.chunks == other.chunks && (self.layout.is_none() || self.layout == other.layout)
+    }
 }
 
 /// A rank's file; ranks are in order.

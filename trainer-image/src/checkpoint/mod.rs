@@ -5,22 +5,24 @@
 //! as every file is flushed and its hash is known. Random draws are made by counter, so a step number and a stage's own state are all
 //! that a resumed run needs to go on exactly.
 
+mod machine;
 mod manifest;
 mod shard_file;
 
-use crate::engine::{Chunk, Group, Model};
+use crate::engine::{Group, Lent, Model};
 use crate::environment::Environment;
 use crate::error::{Error, Result};
 use crate::files;
 use crate::lease::Lease;
 use crate::run::RunId;
 use crate::telemetry::memory;
+use machine::Machine;
 use manifest::{FileEntry, MANIFEST, Manifest, ModelEntry, ReadError};
 use rlhf_api::config::StageConfig;
 use rlhf_api::report::Checkpoint;
 use serde_json::Value;
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::time::Duration;
 
@@ -48,6 +50,11 @@ pub struct Saving {
 }
 
 impl Saving {
+    /// Steps (PPO: iterations) that it holds.
+    pub fn step(&self) -> u64 {
+        self.checkpoint.step
+    }
+
     /// Whether the checkpoint is whole. Every rank must ask.
     ///
     /// # Errors
@@ -83,6 +90,12 @@ impl Saving {
     }
 }
 
+/// What a checkpoint is to hold of this rank: tensors as they were when they were lent, and what is said of them.
+pub struct Kept {
+    lent: Vec<(String, Arc<Lent>)>,
+    manifest: Manifest,
+}
+
 /// What a checkpoint holds beside the models.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Restored {
@@ -116,6 +129,25 @@ impl Checkpoints {
         Checkpoint { step, path: format!("{}/step-{step}", self.relative) }
     }
 
+    /// Keeps what a checkpoint after `step` steps would hold, so that [`Checkpoints::start_save`] can write it though training
+    /// has gone on: training copies it before it changes it. `None` where host memory has no room for the copies. Every rank
+    /// must call it.
+    ///
+    /// # Errors
+    /// Where libtorch fails or a peer was lost.
+    pub fn keep(&self, group: &Group, step: u64, models: &[(&str, &Model)], state: &Value) -> Result<Option<Kept>> {
+        if !self.has_room(group, models)? {
+            return Ok(None);
+        }
+        Ok(Some(Kept { lent: shard_file::lend(models)?, manifest: self.manifest(step, models, state) }))
+    }
+
+    /// Whether every rank's host memory has room to copy what a checkpoint of these models holds.
+    fn has_room(&self, group: &Group, models: &[(&str, &Model)]) -> Result<bool> {
+        let bytes = shard_file::bytes(models).saturating_mul(self.workers_per_node);
+        Ok(!group.any(memory::host_room().is_some_and(|room| bytes >= room))?)
+    }
+
     /// Starts saving the models and the stage's state after `step` steps: what this rank keeps is written in the background,
     /// while training goes on, which copies what is not written before the optimizer changes it; what lies on a GPU is copied
     /// before it returns. Where host memory has no room
@@ -132,36 +164,47 @@ impl Checkpoints {
         state: &Value,
         told: impl FnOnce(Checkpoint) + Send + 'static,
     ) -> Result<Saving> {
+        match self.keep(group, step, models, state)? {
+            Some(kept) => {
+                kept.lent.iter().try_for_each(|(_, lent)| lent.leave_device())?;
+                self.write(group, kept, told)
+            }
+            None => {
+                tracing::info!(step, "host memory has no room to copy what is saved: training waits for it");
+                let kept = Kept { lent: shard_file::lend(models)?, manifest: self.manifest(step, models, state) };
+                let mut saving = self.write(group, kept, told)?;
+                saving.wait(group)?;
+                Ok(saving)
+            }
+        }
+    }
+
+    /// Starts writing what was kept. Every rank must call it, and [`Saving::finish`] later.
+    ///
+    /// # Errors
+    /// Where storage failed or a peer was lost; the checkpoints that were there are still there.
+    pub fn write(self, group: &Group, kept: Kept, told: impl FnOnce(Checkpoint) + Send + 'static) -> Result<Saving> {
+        let Kept { lent, manifest } = kept;
+        let step = manifest.step;
         // The lease is in the name, so that a rank of an older attempt that is not gone yet writes elsewhere.
         let temporary = files::sibling(&self.path(step), &format!("lease-{}.tmp", self.lease.number()));
         if group.is_first() {
-            files::remove_dir(&temporary)?;
+            self.remove_unfinished()?;
             files::make_dir(&temporary)?;
         }
         group.barrier()?;
-        let bytes = shard_file::bytes(models);
-        let room = memory::host_room().is_none_or(|room| bytes.saturating_mul(self.workers_per_node) < room);
-        let room = !group.any(!room)?;
-        let lent = shard_file::lend(models)?;
-        if room {
-            lent.iter().try_for_each(|(_, lent)| lent.leave_device())?;
-        }
-        let checkpoint = self.describe(step);
-        let (manifest, rank) = (self.manifest(step, models, state), group.rank());
+        let (checkpoint, rank) = (self.describe(step), group.rank());
         let whole = group.is_first().then_some(group.world_size());
         let write = move || {
-            shard_file::write(&temporary, rank, lent)?;
-            whole.map_or(Ok(()), |world_size| self.publish(&temporary, manifest, world_size, told))
+            shard_file::write(&temporary, rank, lent)
+                .inspect_err(|_| remove_failed(shard_file::remove(&temporary, rank)))?;
+            let publish = |world_size| self.publish(&temporary, manifest, world_size, told);
+            whole.map_or(Ok(()), publish).inspect_err(|_| remove_failed(files::remove_dir(&temporary)))
         };
         let (send, outcome) = channel();
         // Nobody hears it where the process ends for another reason.
         std::thread::spawn(move || drop(send.send(write())));
-        let mut saving = Saving { checkpoint, outcome, done: false };
-        if !room {
-            tracing::info!(step, bytes, "host memory has no room to copy what is saved: training waits for it");
-            saving.wait(group)?;
-        }
-        Ok(saving)
+        Ok(Saving { checkpoint, outcome, done: false })
     }
 
     /// Waits for the files of all ranks, which say by a file beside them that they are whole, and gives the checkpoint its
@@ -198,28 +241,35 @@ impl Checkpoints {
 
     /// The manifest, without the ranks' files.
     fn manifest(&self, step: u64, models: &[(&str, &Model)], state: &Value) -> Manifest {
-        let entry = |model: &Model| ModelEntry {
-            updates: model.updates(),
-            loss_scale: model.loss_scale(),
-            chunks: model.trained().map(Chunk::numel).collect(),
-        };
         Manifest {
             format: manifest::FORMAT,
             run: self.run,
             step,
-            models: models.iter().map(|(name, model)| (name.to_string(), entry(model))).collect::<BTreeMap<_, _>>(),
+            models: models.iter().map(|(name, model)| (name.to_string(), ModelEntry::of(model))).collect(),
             state: state.clone(),
             data: self.data.clone(),
+            machine: models.first().map(|(_, model)| Machine::here(model.group().world_size(), model.device())),
             files: vec![],
         }
     }
 
-    /// Deletes all but the newest checkpoints of this job, and what interrupted saves left.
+    /// Deletes all but the newest checkpoints of this job, what interrupted saves left, and all but the newest of those that were
+    /// set aside as damaged.
     fn prune(&self, newest: u64) -> Result<()> {
         let own = |step: &u64| Manifest::read(&self.path(*step)).is_ok_and(|m| m.is_of(self.run)) && *step <= newest;
         for step in self.steps()?.into_iter().filter(own).skip(self.keep) {
             files::remove_dir(&self.path(step))?;
         }
+        self.remove_unfinished()?;
+        let names = self.names()?;
+        let mut damaged: Vec<(u64, &String)> = names.iter().filter_map(|n| Some((damaged_step(n)?, n))).collect();
+        damaged.sort_unstable();
+        damaged.pop();
+        damaged.into_iter().try_for_each(|(_, name)| files::remove_dir(&self.dir.join(name)))
+    }
+
+    /// Removes what interrupted saves of this attempt and of those before it have left (by their leases), which may have filled the disk.
+    fn remove_unfinished(&self) -> Result<()> {
         for name in self.names()?.iter().filter(|n| lease_of(n).is_some_and(|lease| lease <= self.lease.number())) {
             files::remove_dir(&self.dir.join(name))?;
         }
@@ -240,21 +290,32 @@ impl Checkpoints {
     }
 
     /// Restores the newest checkpoint that is whole and belongs to this run; every rank must call it.
-    /// Damaged ones are skipped with the reason in the log.
+    /// Damaged ones are skipped with the reason in the log. What interrupted saves have left is removed first.
     ///
     /// # Errors
     /// Where the checkpoint is of models of another shape or of a run on other data, storage failed, or a peer was lost.
     pub fn restore(&self, group: &Group, models: &mut [(&str, &mut Model)]) -> Result<Option<Restored>> {
+        if group.is_first() {
+            self.remove_unfinished()?;
+        }
         let Some((step, manifest)) = self.newest(group)? else { return Ok(None) };
         if manifest.data != self.data {
             return Err(self.mismatch(step, "it was written by a run on other data".into()));
         }
+        if let (Some((_, model)), Some(before)) = (models.first(), &manifest.machine) {
+            let now = Machine::here(group.world_size(), model.device());
+            if group.is_first() && *before != now {
+                tracing::warn!(
+                    "the checkpoint was written by {before}, and {now} go on: sums round otherwise, so that the run will not end bit for bit as it would have"
+                );
+            }
+        }
         for (name, model) in models.iter_mut() {
             let entry =
                 manifest.models.get(*name).ok_or_else(|| self.mismatch(step, format!("it has no model '{name}'")))?;
-            let chunks: Vec<i64> = model.trained().map(Chunk::numel).collect();
-            if entry.chunks != chunks {
-                return Err(self.mismatch(step, format!("its model '{name}' has another shape")));
+            if !entry.fits(model) {
+                let what = format!("its model '{name}' has another shape, or its parameters another order");
+                return Err(self.mismatch(step, what));
             }
             shard_file::read(&self.path(step), &manifest.files, name, model)?;
             model.restored(entry.updates, entry.loss_scale)?;
@@ -316,6 +377,18 @@ fn lease_of(name: &str) -> Option<u32> {
     name.strip_suffix(".tmp")?.rsplit_once("lease-")?.1.parse().ok()
 }
 
+/// What a failed save leaves would take the room that the next attempt needs. The save's own error is the one to tell.
+fn remove_failed(removed: Result<()>) {
+    if let Err(error) = removed {
+        tracing::warn!("an unfinished checkpoint is left: {error}");
+    }
+}
+
+/// The step of a checkpoint of this name that was set aside as damaged.
+fn damaged_step(name: &str) -> Option<u64> {
+    name.strip_prefix("step-")?.strip_suffix(".damaged")?.parse().ok()
+}
+
 /// Why a checkpoint is not resumed from.
 enum Unusable {
     Damaged(String),
@@ -331,5 +404,6 @@ mod tests {
         let path = files::sibling(Path::new("checkpoints/step-20"), "lease-3.tmp");
         assert_eq!(lease_of(path.file_name().unwrap().to_str().unwrap()), Some(3));
         assert_eq!(["step-20", "step-20.damaged", "step-20.old", "x.tmp"].map(lease_of), [None; 4]);
+        assert_eq!(["step-20.damaged", "step-20", "step-20.old"].map(damaged_step), [Some(20), None, None]);
     }
 }

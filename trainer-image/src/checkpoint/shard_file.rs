@@ -65,6 +65,25 @@ pub(super) fn write(dir: &Path, rank: u32, lent: Vec<(String, Arc<Lent>)>) -> Re
     files::write(&dir.join(seal(rank)), manifest::hex(&out.hash.finalize().into()).as_bytes())
 }
 
+/// Removes what a rank has written into `dir`, whole or not, and rank 0 the folder where nothing else is in it. (Another rank's
+/// failed save would be told as the loss of its folder.)
+pub(super) fn remove(dir: &Path, rank: u32) -> Result<()> {
+    let seal = dir.join(seal(rank));
+    for path in [dir.join(name(rank)), files::sibling(&seal, "tmp"), seal] {
+        match std::fs::remove_file(&path) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::storage(&path, e)),
+            _ => {}
+        }
+    }
+    if rank > 0 {
+        return Ok(());
+    }
+    match std::fs::remove_dir(dir) {
+        Err(e) if e.kind() != std::io::ErrorKind::DirectoryNotEmpty => Err(Error::storage(dir, e)),
+        _ => Ok(()),
+    }
+}
+
 /// A file that is hashed while it is written.
 struct Hashing {
     file: File,

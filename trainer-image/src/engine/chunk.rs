@@ -156,6 +156,11 @@ impl Chunk {
         self.layout.numel
     }
 
+    /// Where its parameters lie.
+    pub fn layout(&self) -> &ChunkLayout {
+        &self.layout
+    }
+
     fn padded(&self) -> i64 {
         part_size(self.layout.numel, self.group.world_size()) * i64::from(self.group.world_size())
     }

@@ -3,6 +3,7 @@
 use crate::error::{Error, Result};
 use crate::model::ParamSpec;
 use memory_plan::ALIGN;
+use sha2::{Digest, Sha256};
 use tch::{Device, Kind, Tensor};
 
 /// The fixed order, shapes and offsets of a chunk's parameters.
@@ -29,6 +30,14 @@ impl ChunkLayout {
             decayed = if matrix { numel } else { decayed };
         }
         Self { slots, decayed, numel }
+    }
+
+    /// Adds what decides where each number lies to a hash: parameters' names, shapes and offsets.
+    pub fn digest(&self, hasher: &mut Sha256) {
+        for (ParamSpec { param, shape }, offset) in &self.slots {
+            hasher.update(format!("{param:?} {shape:?} at {offset}\n"));
+        }
+        hasher.update(format!("{} of {}\n", self.decayed, self.numel));
     }
 
     /// The values, in the layout's order, as one flat fp32 tensor on the CPU, padded to `[padded]`.
@@ -87,6 +96,20 @@ mod tests {
         ]);
         let offsets: Vec<i64> = layout.slots.iter().map(|(_, o)| *o).collect();
         assert_eq!((offsets, layout.decayed, layout.numel), (vec![0, 16, 32], 32, 48));
+    }
+
+    #[test]
+    fn two_orders_of_as_many_numbers_have_two_digests() {
+        let spec = |param| ParamSpec { param, shape: vec![4, 4] };
+        let layout = |params: [Param; 2]| ChunkLayout::new(params.map(spec).to_vec());
+        let digest = |layout: &ChunkLayout| {
+            let mut hasher = Sha256::new();
+            layout.digest(&mut hasher);
+            hasher.finalize()
+        };
+        let (one, other) =
+            (layout([Param::QueryWeight, Param::OutputWeight]), layout([Param::OutputWeight, Param::QueryWeight]));
+        assert!(one.numel == other.numel && digest(&one) == digest(&one.clone()) && digest(&one) != digest(&other));
     }
 
     proptest! {
