@@ -16,6 +16,7 @@ mod lora;
 mod loss_scale;
 mod model;
 mod placement;
+mod step;
 mod train;
 
 pub use chunk::Chunk;
@@ -27,4 +28,4 @@ pub use loss_scale::LossScale;
 pub use memory_plan::HEAD_SLICE_BYTES;
 pub use model::{Model, ScalarInit};
 pub use placement::Placement;
-pub use train::Step;
+pub use step::{Step, step_together};

@@ -9,6 +9,7 @@ use super::layout::ChunkLayout;
 use super::link::{HeldLink, Link, LinkFetch};
 use super::loss_scale::LossScale;
 use super::placement::Placement;
+use super::step::Skips;
 use crate::error::Result;
 use crate::model::transformer::{self, AttentionContext, LayerCache};
 use crate::model::{Batch, HeadKind, ModelSpec, Param, ParamSpec, ScoreNormalisation, Segment, Source};
@@ -37,6 +38,7 @@ pub struct Model {
     pub(super) group: Rc<Group>,
     pub(super) updates: i64,
     pub(super) loss_scale: Option<LossScale>,
+    pub(super) skips: Skips,
     /// The link whose reduction is in flight.
     pub(super) reducing: Option<usize>,
 }
@@ -112,7 +114,18 @@ impl Model {
     ) -> Self {
         let loss_scale = (placement.trainable && placement.kind() == Kind::Half).then(LossScale::default);
         let group = group.clone();
-        Self { spec, head, links, lora, placement, group, updates: 0, loss_scale, reducing: None }
+        Self {
+            spec,
+            head,
+            links,
+            lora,
+            placement,
+            group,
+            updates: 0,
+            loss_scale,
+            skips: Skips::default(),
+            reducing: None,
+        }
     }
 
     /// The model's shape.

@@ -1,4 +1,4 @@
-//! Training of a model: segment-wise backward, and optimizer steps.
+//! Training of a model: segment-wise backward. Optimizer steps are in [`super::step`].
 //!
 //! Forward keeps each block's input and, without recomputation, its graph (Chen 2016 is the other way). Backward goes from
 //! the head to the embedding, asks autograd for the gradients of one segment at a time, and starts that chunk's reduction
@@ -13,11 +13,9 @@ use super::model::{HeldHead, Model};
 use crate::error::{Error, Result};
 use crate::model::transformer::{self, AttentionContext};
 use crate::model::{Batch, Dropout, Param};
-use c10d::AdamW;
-use rlhf_api::report::ExitCode;
-use rlhf_api::stage::{Optimizer, Recompute};
+use rlhf_api::stage::Recompute;
 use std::ops::Range;
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 /// What forward keeps of one block for its backward.
 struct Kept {
@@ -32,15 +30,6 @@ struct Kept {
 struct Pass {
     attention: AttentionContext,
     dropout: Option<Dropout>,
-}
-
-/// What an optimizer step did.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Step {
-    /// It was made; the gradient's global norm before clipping.
-    Made(f64),
-    /// The gradient overflowed fp16 and the step was skipped; the parameters are as they were.
-    Skipped,
 }
 
 impl Model {
@@ -167,7 +156,7 @@ impl Model {
     fn head_slice_backward(&mut self, head: &HeldHead, x: &Tensor, value: &Tensor) -> Result<Option<Tensor>> {
         let tied = head.tied()?.filter(|t| t.requires_grad());
         let inputs: Vec<&Tensor> = std::iter::once(x).chain(head.trained()).chain(tied).collect();
-        let scale = self.loss_scale.map_or(1.0, |s| s.scale);
+        let scale = self.scale_of_loss();
         let mut gradients = c10d::grad(&[value], &[&value.f_full_like(scale)?], &inputs, false)?;
         let of_tied = tied.is_some().then(|| gradients.pop()).flatten();
         self.accumulate(self.spec.layers + 1, &gradients[1..])?;
@@ -212,61 +201,8 @@ impl Model {
         Ok(())
     }
 
-    /// Clips by the global norm and makes one AdamW step.
-    ///
-    /// # Errors
-    /// Where a peer was lost, or the gradient is not finite (the parameters are then as they were).
-    pub fn step(&mut self, settings: &Optimizer, learning_rate: f64) -> Result<Step> {
-        let scale = self.loss_scale.map_or(1.0, |s| s.scale);
-        let norm = self.gradient_norm()? / scale;
-        if !norm.is_finite() {
-            return self.skip(norm);
-        }
-        // As torch.nn.utils.clip_grad_norm_.
-        let clip = (settings.max_grad_norm / (norm + 1e-6)).min(1.0);
-        let adamw = AdamW {
-            lr: learning_rate,
-            beta1: settings.beta1,
-            beta2: settings.beta2,
-            epsilon: settings.epsilon,
-            weight_decay: 0.0,
-        };
-        self.updates += 1;
-        let updates = self.updates;
-        for chunk in self.trained_mut() {
-            chunk.optimize(&adamw, settings.weight_decay, clip / scale, updates)?;
-        }
-        self.publish()?;
-        if let Some(scale) = &mut self.loss_scale {
-            scale.grow();
-        }
-        Ok(Step::Made(norm))
-    }
-
-    /// The L2 norm of the whole gradient, over all ranks.
-    fn gradient_norm(&self) -> Result<f64> {
-        let squares = self.trained().map(Chunk::squared_norm).collect::<Result<Vec<_>>>()?;
-        let squares: Vec<Tensor> = squares.into_iter().flatten().collect();
-        let mut sum = [Tensor::f_stack(&squares, 0)?.f_sum(Kind::Double)?.f_double_value(&[])?];
-        if self.placement.shards_state() {
-            self.group.sum(&mut sum)?;
-        }
-        Ok(sum[0].sqrt())
-    }
-
-    fn skip(&mut self, norm: f64) -> Result<Step> {
-        let step = self.updates + 1;
-        let Some(scale) = &mut self.loss_scale else {
-            let message = format!("the gradient's norm is {norm} at optimizer step {step}");
-            return Err(Error::new(ExitCode::NotFinite, message));
-        };
-        scale.shrink().map_err(|e| e.context(format!("optimizer step {step}")))?;
-        self.trained_mut().try_for_each(Chunk::skip)?;
-        Ok(Step::Skipped)
-    }
-
     /// Two exchanges are in flight at most, as each may need a chunk's room on the device.
-    fn publish(&mut self) -> Result<()> {
+    pub(super) fn publish(&mut self) -> Result<()> {
         let mut before: Option<Gather> = None;
         for chunk in self.trained_mut() {
             let next = chunk.publish()?;

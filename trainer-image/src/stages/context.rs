@@ -1,9 +1,9 @@
 //! What every stage needs beside its settings: its place, its peers, its paths, and whom to tell.
 
 use super::export;
-use crate::checkpoint::{Checkpoints, Restored, Saving};
+use crate::checkpoint::{Checkpoints, Kept, Restored, Saving};
 use crate::data::dataset_path;
-use crate::engine::{Backbone, Group, HEAD_SLICE_BYTES, Model, Placement, ScalarInit};
+use crate::engine::{Backbone, Group, HEAD_SLICE_BYTES, LossScale, Model, Placement, ScalarInit};
 use crate::environment::Environment;
 use crate::error::{Error, Result};
 use crate::files;
@@ -14,7 +14,7 @@ use crate::shutdown::Shutdown;
 use crate::telemetry::{Figure, Phase, RewardOf, Telemetry};
 use crate::tokenizer::Tokenizer;
 use rlhf_api::config::{KeepCheckpoints, StageConfig};
-use rlhf_api::report::{ExitCode, Output};
+use rlhf_api::report::{Checkpoint, ExitCode, Output};
 use rlhf_api::stage::Dataset;
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
@@ -31,6 +31,16 @@ const HISTORY: &str = "metrics.jsonl";
 enum Begun {
     Done(Done),
     Goes(RunId, Lease),
+}
+
+/// How a stop in the middle of a step finds the whole steps before it.
+pub enum Edge {
+    /// In a checkpoint, or there are none.
+    Saved,
+    /// In what was kept.
+    Kept(Box<Kept>),
+    /// Not at all: host memory has no room to keep them.
+    NoRoom,
 }
 
 /// A worker's surroundings.
@@ -333,6 +343,37 @@ impl Context {
         result
     }
 
+    /// Keeps what `step` whole steps have made while the next step changes the models piece by piece, so that
+    /// [`Context::save_kept_if_stopped`] can save it. `None` where there is nothing to save that is not saved, or being saved,
+    /// anyhow; [`Edge::NoRoom`] where host memory has no room for the copies. Every rank must call it.
+    ///
+    /// # Errors
+    /// Where libtorch failed or a peer was lost.
+    pub fn keep_edge(&self, step: u64, models: &[(&str, &Model)], state: &Value) -> Result<Edge> {
+        let saved = self.saving.borrow().as_ref().map(Saving::step);
+        let saved = saved.or_else(|| self.telemetry.progress().checkpoint.map(|c| c.step));
+        if step == 0 || saved == Some(step) {
+            return Ok(Edge::Saved);
+        }
+        let kept = self.checkpoints().keep(&self.group, step, models, state)?;
+        Ok(kept.map_or(Edge::NoRoom, |kept| Edge::Kept(Box::new(kept))))
+    }
+
+    /// Saves what was kept at the step's edge if `result` says that a stop interrupted the step. Every rank must call it.
+    ///
+    /// # Errors
+    /// What `result` says, or where saving failed.
+    pub fn save_kept_if_stopped<T>(&self, result: Result<T>, edge: Edge) -> Result<T> {
+        if result.as_ref().is_err_and(|e| e.exit == ExitCode::Terminated) {
+            self.finish_save(true)?;
+            if let Edge::Kept(kept) = edge {
+                let saving = self.checkpoints().write(&self.group, *kept, self.teller())?;
+                self.telemetry.checkpoint(saving.finish(&self.group)?);
+            }
+        }
+        result
+    }
+
     /// Ends a stage. Where it was stopped or its numbers are not finite, which all ranks find together, the save in flight
     /// is finished first, and the error also says what is kept. Every rank must call it.
     ///
@@ -374,9 +415,13 @@ impl Context {
     }
 
     fn start_save(&self, step: u64, models: &[(&str, &Model)], state: &Value) -> Result<Saving> {
+        self.checkpoints().start_save(&self.group, step, models, state, self.teller())
+    }
+
+    /// Tells of a checkpoint that is whole.
+    fn teller(&self) -> impl FnOnce(Checkpoint) + Send + 'static {
         let telemetry = self.telemetry.clone();
-        let told = move |checkpoint| telemetry.checkpoint(checkpoint);
-        self.checkpoints().start_save(&self.group, step, models, state, told)
+        move |checkpoint| telemetry.checkpoint(checkpoint)
     }
 
     /// Ends the save in flight, if there is one and it is whole, or in any case where it must.
@@ -418,6 +463,23 @@ impl Context {
                 format!("the evaluation after step {step} gave {} = {value}", figure.key()),
             )),
             None => Ok(()),
+        }
+    }
+
+    /// Tells that a model's step was skipped, as the gradient of `norm` (or that of another model, if this is finite) was not
+    /// finite, and which batch it was.
+    pub fn skipped(&self, name: &str, model: &Model, norm: f64, batch: &str) {
+        self.telemetry.skipped_step();
+        match model.loss_scale() {
+            Some(LossScale { scale, .. }) => {
+                tracing::info!(model = name, norm, batch, scale, "a step was skipped, as a gradient overflowed fp16");
+            }
+            None => tracing::warn!(
+                model = name,
+                norm,
+                batch,
+                "a step was skipped, as a gradient is not finite: look at this batch"
+            ),
         }
     }
 

@@ -101,7 +101,14 @@ pub(super) fn train(
         figures.extend([(Figure::LearningRate, rate), (Figure::TokensPerSecond, speed)]);
         match made {
             Step::Made(norm) => figures.push((Figure::GradNorm, norm)),
-            Step::Skipped => context.telemetry.skipped_step("model"),
+            Step::Skipped(norm) => {
+                context.skipped(
+                    "model",
+                    model,
+                    norm,
+                    &format!("step {}, {}", step + 1, named("records", &global_batch)),
+                );
+            }
         }
         context.report(step + 1, &figures)?;
         context.step_edge(step + 1, total, stop, &[("model", model)], &Value::Null)?;
@@ -132,12 +139,17 @@ fn located(error: Error, step: u64, records: &[usize]) -> Error {
         ExitCode::PeerLost => return Error::new(exit, format!("{message} (step {step})")),
         _ => {}
     }
-    let named: Vec<String> = records.iter().take(NAMED_RECORDS).map(usize::to_string).collect();
-    let more = match records.len() - named.len() {
+    Error::new(exit, format!("{message} (step {step}, {})", named("records", records)))
+}
+
+/// A batch by the numbers of what it is made of.
+pub(super) fn named(what: &str, batch: &[usize]) -> String {
+    let named: Vec<String> = batch.iter().take(NAMED_RECORDS).map(usize::to_string).collect();
+    let more = match batch.len() - named.len() {
         0 => String::new(),
         more => format!(" and {more} more"),
     };
-    Error::new(exit, format!("{message} (step {step}, records [{}]{more})", named.join(", ")))
+    format!("{what} [{}]{more}", named.join(", "))
 }
 
 fn evaluate(context: &Context, model: &Model, objective: &impl Objective, step: u64) -> Result<Vec<(Figure, f64)>> {

@@ -71,7 +71,7 @@ const SAMPLES: Instrument = Instrument {
 const SKIPPED_STEPS: Instrument = Instrument {
     name: "rlhf_skipped_steps_total",
     labels: &[],
-    help: "Optimizer steps skipped in this attempt because a gradient overflowed fp16 (`precision: fp16`).",
+    help: "Optimizer steps skipped in this attempt because a gradient is not finite: it overflowed (`precision: fp16`), or the batch is bad, which the log names.",
 };
 const PHASE_SECONDS: Instrument = Instrument {
     name: "rlhf_phase_seconds_total",

@@ -153,10 +153,9 @@ impl Telemetry {
         metrics::add(&self.0.metrics.samples, n);
     }
 
-    /// Counts an optimizer step of `model` that was skipped because its gradient overflowed fp16.
-    pub fn skipped_step(&self, model: &str) {
+    /// Counts an optimizer step that was skipped because a gradient is not finite.
+    pub fn skipped_step(&self) {
         metrics::add(&self.0.metrics.skipped_steps, 1);
-        tracing::info!(model, "a step was skipped, as its gradient overflowed fp16; the loss scale is halved");
     }
 
     /// Reports a checkpoint that is whole.

@@ -8,6 +8,7 @@ use crate::files;
 use crate::stages::context::keyed;
 use crate::telemetry::{Figure, Phase, RewardOf};
 use crate::tokenizer::Tokenizer;
+use rlhf_api::report::ExitCode;
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 
@@ -41,7 +42,10 @@ impl Run<'_> {
         }
         let prompts: Vec<(u64, &Prompt)> = (0..).zip(held_out.prompts).collect();
         let stream = [self.context.config.seed, STREAM];
-        let (answers, _) = self.roll_out(&prompts, stream, [Phase::Eval, Phase::Eval])?;
+        let (answers, _) = self.roll_out(&prompts, stream, [Phase::Eval, Phase::Eval]).map_err(|e| match e.exit {
+            ExitCode::NotFinite => e.context(format!("the evaluation after iteration {iteration}")),
+            _ => e,
+        })?;
         let reward = mean(&answers, |e| e.score);
         let figures = vec![
             (Figure::EvalReward, reward),

@@ -8,9 +8,13 @@ use crate::model::Batch;
 use crate::rollout::{Decoding, Request, generate};
 use crate::stages::math::{entropy, gae, kl_estimate, log_probabilities, token_rewards, whiten};
 use crate::telemetry::Phase;
+use rlhf_api::report::ExitCode;
 use rlhf_api::stage::Ppo;
 use std::time::Instant;
 use tch::{Kind, Tensor};
+
+/// Characters of a prompt that an error shows.
+const PROMPT_CHARS: usize = 200;
 
 /// One answered prompt. Vectors hold one number a response token.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -99,6 +103,8 @@ impl Run<'_> {
             rewards: self.models.rewards.len(),
         };
         let all = gather(&self.context.group, &mine, prompts.len(), shape)?;
+        // Every rank has all of them, so all find the same.
+        all.iter().zip(prompts).try_for_each(|(e, (_, prompt))| self.check_finite(e, prompt))?;
         let drawn: usize = all.iter().map(Experience::response_len).sum();
         Ok((all, drawn as f64 / seconds))
     }
@@ -142,6 +148,28 @@ impl Run<'_> {
             e.score = self.shaped_score(self.models.weighted(&e.scores), e.ended);
         }
         Ok(())
+    }
+
+    /// Refuses numbers that nothing can be learnt from, by the model that gave them and the prompt.
+    fn check_finite(&self, e: &Experience, prompt: &Prompt) -> Result<()> {
+        let first = |numbers: &[f64]| numbers.iter().copied().find(|x| !x.is_finite());
+        let scored = self.models.rewards.iter().zip(&e.scores).find(|(_, score)| !score.is_finite());
+        let (what, number) = if let Some((scorer, score)) = scored {
+            (format!("the reward model '{}' gave the score", scorer.name), *score)
+        } else if !e.score.is_finite() {
+            ("the rewards' weighted sum is".into(), e.score)
+        } else if let Some(number) = first(&e.log_p) {
+            ("the actor gave a token the log-probability".into(), number)
+        } else if let Some(number) = first(&e.kl) {
+            ("the reference model gave a token a log-probability from which its KL is".into(), number)
+        } else if let Some(number) = first(&e.values) {
+            ("the critic gave a token the value".into(), number)
+        } else {
+            return Ok(());
+        };
+        let text: String = prompt.text.chars().take(PROMPT_CHARS).collect();
+        let message = format!("{what} {number} in the answer of {} tokens to the prompt {text:?}", e.response_len());
+        Err(Error::new(ExitCode::NotFinite, message))
     }
 
     fn shaped_score(&self, score: f64, ended: bool) -> f64 {

@@ -3,12 +3,12 @@
 use super::Models;
 use super::experience::{Experience, states};
 use crate::data::order::permutation;
-use crate::engine::{Model, Step};
+use crate::engine::{Model, Step, step_together};
 use crate::error::{Error, Result};
 use crate::model::Batch;
 use crate::stages::Context;
 use crate::stages::math::{entropy, log_probabilities, policy_loss, value_loss};
-use crate::stages::supervised::part;
+use crate::stages::supervised::{named, part};
 use crate::telemetry::Figure;
 use rlhf_api::stage::Ppo;
 use std::ops::Range;
@@ -53,19 +53,13 @@ struct Norms {
 }
 
 impl Norms {
-    fn count(&mut self, context: &Context, model: &str, step: Step) {
-        match step {
-            Step::Made(norm) => *self = Self { sum: self.sum + norm, steps: self.steps + 1.0 },
-            Step::Skipped => context.telemetry.skipped_step(model),
-        }
-    }
-
     fn mean(&self) -> f64 {
         self.sum / self.steps.max(1.0)
     }
 }
 
-/// Learns from a rollout; returns the iteration's figures, means over all response tokens of all passes.
+/// Learns from a rollout; returns the iteration's figures, means over all response tokens of all passes. With `stops` a request
+/// to stop gives it up.
 pub(super) fn learn(
     context: &Context,
     settings: &Ppo,
@@ -73,6 +67,7 @@ pub(super) fn learn(
     experience: &[Experience],
     iteration: u64,
     rates: [f64; 2],
+    stops: bool,
 ) -> Result<Vec<(Figure, f64)>> {
     let mut total = Sums::default();
     let mut norms = [Norms::default(), Norms::default()];
@@ -84,28 +79,51 @@ pub(super) fn learn(
         );
         for mini_batch in order.chunks(settings.batch.global_size as usize) {
             let rows: Vec<&Experience> = mini_batch.iter().map(|&i| &experience[i]).collect();
-            let mut sums = run_mini_batch(context, settings, models, &rows)?;
-            let place =
-                |model| move |e: Error| e.context(format!("{model}, iteration {}, pass {}", iteration + 1, pass + 1));
-            let actor = models.actor.step(&settings.actor_optimizer, rates[0]).map_err(place("actor"))?;
-            let critic = models.critic.step(&settings.critic_optimizer, rates[1]).map_err(place("critic"))?;
-            norms[0].count(context, "actor", actor);
-            norms[1].count(context, "critic", critic);
+            let mut sums = run_mini_batch(context, settings, models, &rows, stops)?;
             if let Some(target) = settings.target_kl {
                 sums = sums.over_ranks(context)?;
                 total.add(&sums);
+                // Before the step that would go on from a policy that is too far, as in Stable-Baselines3 and Spinning Up.
                 if sums.approx_kl > target * sums.tokens {
+                    models.actor.forget_gradient()?;
+                    models.critic.forget_gradient()?;
                     break 'passes;
                 }
             } else {
                 total.add(&sums);
             }
+            let place = format!("iteration {}, pass {}, {}", iteration + 1, pass + 1, named("answers", mini_batch));
+            step(context, settings, models, rates, &place, &mut norms)?;
         }
     }
     if settings.target_kl.is_none() {
         total = total.over_ranks(context)?;
     }
     Ok(figures(&total, &norms))
+}
+
+/// One step of actor and critic, or of neither. `place` says of which mini-batch.
+fn step(
+    context: &Context,
+    settings: &Ppo,
+    models: &mut Models,
+    rates: [f64; 2],
+    place: &str,
+    norms: &mut [Norms; 2],
+) -> Result<()> {
+    let steps = step_together([
+        (&mut models.actor, &settings.actor_optimizer, rates[0]),
+        (&mut models.critic, &settings.critic_optimizer, rates[1]),
+    ])
+    .map_err(|e| Error { message: format!("{} ({place})", e.message), ..e })?;
+    let named = [("actor", &models.actor), ("critic", &models.critic)];
+    for ((step, norms), (name, model)) in steps.into_iter().zip(norms).zip(named) {
+        match step {
+            Step::Made(norm) => *norms = Norms { sum: norms.sum + norm, steps: norms.steps + 1.0 },
+            Step::Skipped(norm) => context.skipped(name, model, norm, place),
+        }
+    }
+    Ok(())
 }
 
 fn figures(total: &Sums, norms: &[Norms; 2]) -> Vec<(Figure, f64)> {
@@ -122,14 +140,24 @@ fn figures(total: &Sums, norms: &[Norms; 2]) -> Vec<(Figure, f64)> {
 }
 
 /// Forward and backward of actor and critic over this rank's share of a mini-batch.
-fn run_mini_batch(context: &Context, settings: &Ppo, models: &mut Models, rows: &[&Experience]) -> Result<Sums> {
+fn run_mini_batch(
+    context: &Context,
+    settings: &Ppo,
+    models: &mut Models,
+    rows: &[&Experience],
+    stops: bool,
+) -> Result<Sums> {
     let tokens = rows.iter().map(|e| e.response_len()).sum::<usize>().max(1) as f64;
     let share: Vec<&Experience> = context.group.share(rows).into_iter().copied().collect();
     let size = settings.batch.micro_size as usize;
     let rounds = context.group.rounds(rows.len(), size);
     let mut sums = Sums::default();
     for i in 0..rounds {
-        context.stop_point()?;
+        if stops {
+            context.stop_point()?;
+        } else {
+            context.asked_to_stop();
+        }
         let micro_batch = MicroBatch::new(part(&share, i, size), &models.actor, settings, tokens);
         micro_batch.run_actor(&mut models.actor, i + 1 == rounds, &mut sums)?;
         micro_batch.run_critic(&mut models.critic, i + 1 == rounds, &mut sums)?;

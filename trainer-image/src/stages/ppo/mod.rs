@@ -9,7 +9,7 @@ mod experience;
 mod learn;
 mod models;
 
-use super::context::Context;
+use super::context::{Context, Edge};
 use super::math::{adapted_kl_coefficient, explained_variance};
 use crate::data::order::permutation;
 use crate::data::{Prompt, load_prompts};
@@ -21,7 +21,7 @@ use crate::telemetry::{Figure, Phase, RewardOf, Rewards};
 use evaluate::HeldOut;
 use experience::Experience;
 pub(crate) use models::{Models, Scorer};
-use rlhf_api::report::Output;
+use rlhf_api::report::{ExitCode, Output};
 use rlhf_api::stage::Ppo;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -134,16 +134,30 @@ impl<'a> Run<'a> {
         // 1-2. Answer prompts and score the answers (experience.rs).
         let stream = [context.config.seed, iteration];
         let rolled_out = self.roll_out(&self.prompts(iteration, prompts), stream, [Phase::Rollout, Phase::Score]);
-        let (mut experience, rollout_speed) = self.save_if_stopped(rolled_out, iteration)?;
+        let (mut experience, rollout_speed) =
+            self.save_if_stopped(rolled_out, iteration).map_err(|e| match e.exit {
+                ExitCode::NotFinite => e.context(format!("iteration {}", iteration + 1)),
+                _ => e,
+            })?;
         // 3. Advantages over response tokens, whitened over the global batch.
         experience::estimate_advantages(&mut experience, settings, self.state.kl_coefficient);
-        // 4. Several passes of clipped policy and value steps (learn.rs). A stop in them loses the iteration, as what is
-        //    learnt by half is not saved.
+        // 4. Several passes of clipped policy and value steps (learn.rs). A stop in them gives the iteration up and saves
+        //    those before it, which are kept until then. Where there is no room to keep them, it waits for the iteration's
+        //    end: then at least those fit into a checkpoint.
+        let edge = context.keep_edge(iteration, &self.saved_models(), &self.saved_state()?)?;
+        let stops = !matches!(edge, Edge::NoRoom);
+        if !stops {
+            tracing::info!(
+                iteration,
+                "host memory has no room to keep what is learnt: a stop waits for the next iteration's end"
+            );
+        }
         let rates = [&settings.actor_optimizer, &settings.critic_optimizer]
             .map(|o| learning_rate(o, iteration, settings.iterations.into()));
-        let learnt = context
-            .telemetry
-            .phase(Phase::Train, || learn::learn(context, settings, &mut self.models, &experience, iteration, rates))?;
+        let learnt = context.telemetry.phase(Phase::Train, || {
+            learn::learn(context, settings, &mut self.models, &experience, iteration, rates, stops)
+        });
+        let learnt = context.save_kept_if_stopped(learnt, edge)?;
         // 5. The KL coefficient for the next iteration.
         let kl_coefficient = self.state.kl_coefficient;
         let kl = experience::mean(&experience, |e| e.kl.iter().sum());
