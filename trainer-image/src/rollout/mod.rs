@@ -7,6 +7,7 @@
 mod sampler;
 
 pub use sampler::Decoding;
+use sampler::Drawn;
 
 use crate::engine::Model;
 use crate::error::{Error, Result};
@@ -25,10 +26,12 @@ pub struct Request<'a> {
 }
 
 /// What a model answered.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Response {
     /// The new tokens, the end-of-sequence token included.
     pub tokens: Vec<i64>,
+    /// Their log-probabilities under the model's whole law at the temperature of decoding, as the sampler had them.
+    pub log_p: Vec<f64>,
     /// Whether the last token ends the sequence.
     pub ended: bool,
 }
@@ -119,7 +122,7 @@ impl<'a> Generation<'a> {
             .collect::<Result<Vec<_>>>()?;
         let hidden = model.hidden_cached(&batch.tokens, &batch.positions, batch.mask.as_ref(), &mut caches)?;
         let visible = batch.mask.as_ref().map(|mask| columns_seen(mask, capacity)).transpose()?;
-        let responses = vec![Response { tokens: Vec::new(), ended: false }; requests.len()];
+        let responses = vec![Response::default(); requests.len()];
         Ok(Self {
             model,
             requests,
@@ -140,11 +143,12 @@ impl<'a> Generation<'a> {
         stop: &dyn Fn() -> bool,
     ) -> Result<Vec<Response>> {
         for step in 0..max_new_tokens {
-            let next = self.draw(decoding, step)?;
-            for (&request, &token) in self.active.iter().zip(&next) {
+            let drawn = self.draw(decoding, step)?;
+            for (&request, (&token, &log_p)) in self.active.iter().zip(drawn.tokens.iter().zip(&drawn.log_p)) {
                 let response = &mut self.responses[request];
                 if !response.ended {
                     response.tokens.push(token);
+                    response.log_p.push(log_p);
                     response.ended = token == eos;
                 }
             }
@@ -152,22 +156,24 @@ impl<'a> Generation<'a> {
             if !goes_on(self.model, going > 0, stop)? || step + 1 == max_new_tokens {
                 break;
             }
-            let next = self.drop_ended(next, going)?;
+            let next = self.drop_ended(drawn.tokens, going)?;
             self.advance(&next)?;
         }
         Ok(self.responses)
     }
 
     /// One token for each row still in the tensors.
-    fn draw(&self, decoding: &Decoding, step: usize) -> Result<Vec<i64>> {
+    fn draw(&self, decoding: &Decoding, step: usize) -> Result<Drawn> {
         let rows: Vec<i64> = (0..self.active.len() as i64).collect();
-        let mut next = Vec::with_capacity(rows.len());
+        let mut all = Drawn::default();
         self.model.visit_head(&self.hidden, &rows, |logits, range| {
             let ids: Vec<u64> = self.active[range].iter().map(|&r| self.requests[r].id).collect();
-            next.extend(decoding.pick(logits, &ids, step as u64)?);
+            let Drawn { tokens, log_p } = decoding.pick(logits, &ids, step as u64)?;
+            all.tokens.extend(tokens);
+            all.log_p.extend(log_p);
             Ok(())
         })?;
-        Ok(next)
+        Ok(all)
     }
 
     /// Drops ended rows from the tensors where they are at least half; returns the tokens of the rows that are left.

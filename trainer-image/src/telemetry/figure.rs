@@ -52,6 +52,8 @@ figures! {
     Kl, "kl", "rlhf_kl", "Mean over responses of the summed log-probability ratio of actor to reference, nats a response (ppo).";
     KlCoefficient, "klCoefficient", "rlhf_kl_coefficient", "Coefficient of the per-token KL penalty (ppo).";
     Entropy, "entropy", "rlhf_entropy", "Mean entropy of the actor's next-token law, nats a token (ppo).";
+    SamplerGap, "samplerGap", "rlhf_sampler_gap", "Mean difference of a drawn token's log-probability between the sampler, which decodes with a cache, and the scoring that learning starts from, nats a token (ppo): what rounding makes, unless the two disagree.";
+    SamplerGapMax, "samplerGapMax", "rlhf_sampler_gap_max", "The largest of these differences in the rollout, nats (ppo).";
     Ratio, "ratio", "rlhf_ratio", "Mean probability ratio of the actor to the rollout's policy (ppo).";
     ClipFraction, "clipFraction", "rlhf_clip_fraction", "Share of response tokens whose ratio was clipped (ppo).";
     ApproxKl, "approxKl", "rlhf_approx_kl", "Estimated KL of the rollout's policy to the actor, nats a token (ppo).";

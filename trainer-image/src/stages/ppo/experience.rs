@@ -31,8 +31,10 @@ pub(super) struct Experience {
     pub scores: Vec<f64>,
     /// Sum of the policy's entropies at the response's tokens.
     pub entropy: f64,
-    /// Log-probability under the policy that drew the token.
+    /// Log-probability under the policy that drew the token, as scoring has it.
     pub log_p: Vec<f64>,
+    /// Sum and maximum over tokens of the difference between that and what the sampler had.
+    pub sampler_gap: [f64; 2],
     /// Estimated KL to the reference (the settings' estimator).
     pub kl: Vec<f64>,
     /// The critic's value before the token.
@@ -119,6 +121,7 @@ impl Run<'_> {
             tokens: [request.prompt, &response.tokens].concat(),
             prompt_len: request.prompt.len(),
             ended: response.ended,
+            log_p: response.log_p,
             ..Experience::default()
         };
         Ok(requests.iter().zip(responses).map(join).collect())
@@ -142,6 +145,8 @@ impl Run<'_> {
             start = span.end;
             e.entropy = entropies[span.clone()].iter().sum();
             e.kl = span.clone().map(|i| kl_estimate(self.settings.kl.estimator, actor[i] - reference[i])).collect();
+            let gaps = e.log_p.iter().zip(&actor[span.clone()]).map(|(sampled, scored)| (sampled - scored).abs());
+            e.sampler_gap = gaps.fold([0.0, 0.0], |[sum, most], gap| [sum + gap, f64::max(most, gap)]);
             e.log_p = actor[span.clone()].to_vec();
             e.values = values[span].to_vec();
             e.scores = scores.iter().map(|of_rows| of_rows[row]).collect();
@@ -246,8 +251,8 @@ fn gather(group: &Group, mine: &[Experience], total: usize, shape: RowShape) -> 
     (0..total).map(|j| unpack(&all[((j % world) * slots + j / world) * width..][..width], shape)).collect()
 }
 
-/// Numbers before a packed row's tokens: tokens, prompt length, ended, score, entropy.
-const HEADER: usize = 5;
+/// Numbers before a packed row's tokens: tokens, prompt length, ended, score, entropy, and the two of the sampler's gap.
+const HEADER: usize = 7;
 
 fn pack(e: &Experience, row: &mut [f64], RowShape { max_tokens, max_new, .. }: RowShape) {
     row[..HEADER].copy_from_slice(&[
@@ -256,6 +261,8 @@ fn pack(e: &Experience, row: &mut [f64], RowShape { max_tokens, max_new, .. }: R
         f64::from(u8::from(e.ended)),
         e.score,
         e.entropy,
+        e.sampler_gap[0],
+        e.sampler_gap[1],
     ]);
     let (tokens, rest) = row[HEADER..].split_at_mut(max_tokens);
     tokens.iter_mut().zip(&e.tokens).for_each(|(slot, &t)| *slot = t as f64);
@@ -280,6 +287,7 @@ fn unpack(row: &[f64], RowShape { max_tokens, max_new, .. }: RowShape) -> Result
         score: row[3],
         scores: rest[3 * max_new..].to_vec(),
         entropy: row[4],
+        sampler_gap: [row[5], row[6]],
         log_p: part(0),
         kl: part(1),
         values: part(2),
@@ -300,6 +308,7 @@ mod tests {
             score: -0.5,
             scores: vec![0.5, -1.5],
             entropy: 2.25,
+            sampler_gap: [0.5, 0.25],
             log_p: vec![-1.0, -2.0],
             kl: vec![0.5, 0.25],
             values: vec![1.0, 3.0],

@@ -220,6 +220,8 @@ fn rollout_figures(experience: &[Experience]) -> Vec<(Figure, f64)> {
         (Figure::RewardStd, mean(&|e| (e.score - reward).powi(2)).sqrt()),
         (Figure::Kl, mean(&|e| e.kl.iter().sum())),
         (Figure::Entropy, entropy),
+        (Figure::SamplerGap, experience.iter().map(|e| e.sampler_gap[0]).sum::<f64>() / tokens),
+        (Figure::SamplerGapMax, experience.iter().map(|e| e.sampler_gap[1]).fold(0.0, f64::max)),
         (Figure::ResponseLength, mean(&|e| e.response_len() as f64)),
         (Figure::EosFraction, mean(&|e| f64::from(u8::from(e.ended)))),
         (
