@@ -18,13 +18,15 @@ pub fn kl_estimate(estimator: KlEstimator, d: f64) -> f64 {
     }
 }
 
-/// The adapted KL coefficient after `samples` responses whose KL was `kl` (Ziegler 2019, section 2.2).
+/// The adapted KL coefficient after `samples` responses whose KL was `kl` (Ziegler 2019, section 2.2). A batch counts for one
+/// horizon at most: beyond five, the factor would fall below zero and pay the actor for leaving the reference.
 pub fn adapted_kl_coefficient(settings: &Kl, coefficient: f64, kl: f64, samples: u32) -> f64 {
     match settings.target {
         None => coefficient,
         Some(target) => {
             let error = (kl / target - 1.0).clamp(-0.2, 0.2);
-            coefficient * (1.0 + error * f64::from(samples) / f64::from(settings.horizon))
+            let horizons = (f64::from(samples) / f64::from(settings.horizon)).min(1.0);
+            coefficient * (1.0 + error * horizons)
         }
     }
 }
@@ -258,6 +260,17 @@ mod tests {
             adapted_kl_coefficient(&kl, kl.coefficient, number(&case["kl"]), number(&case["samples"]) as u32),
             number(&case["next_coefficient"]),
         );
+    }
+
+    #[test]
+    fn the_kl_coefficient_keeps_its_sign_however_many_responses_a_batch_has() {
+        let kl = Kl { coefficient: 0.1, estimator: KlEstimator::K1, target: Some(100.0), horizon: 2 };
+        for samples in [2, 10, 11, 12, 4096] {
+            for measured in [-50.0, 0.0, 1e9] {
+                let next = adapted_kl_coefficient(&kl, 0.1, measured, samples);
+                assert!((0.08 - 1e-12..=0.12 + 1e-12).contains(&next), "{samples} responses of KL {measured}: {next}");
+            }
+        }
     }
 
     #[test]
