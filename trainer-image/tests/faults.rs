@@ -337,7 +337,7 @@ fn weights_that_are_not_finite_are_refused_and_scores_found_by_the_first_evaluat
 
     let volume = finished("llama-gqa-untied", &reward());
     poison(&volume, "jobs/j/reward/model", "score.weight", 3e38, |_| true);
-    let parts = ["the reward model 'reward' gave the score", "inf", "to the prompt \"w"];
+    let parts = ["the reward model 'liked' gave the score", "inf", "to the prompt \"w"];
     let told = |end: Finished, place: &str| end.expect(76, "NotFinite", &[&parts[..], &[place]].concat());
     told(volume.run(&ppo()), "the evaluation after iteration 0");
     // A clipped or replaced score is no more finite than it was.

@@ -243,3 +243,51 @@ fn at_learning_rate_zero_the_ratio_is_one_and_nothing_is_clipped() {
         assert!(off < 1e-6, "ratio off by {off}: {launch:?}");
     }
 }
+
+/// What the sampler had of each token, one by one over a cache and padded on the left, is what scoring has of it, whole and padded
+/// on the right: another position, mask or temperature in one of them would show here, and nowhere else.
+#[test]
+fn the_sampler_and_the_scoring_give_a_drawn_token_the_same_probability() {
+    for family in FAMILIES {
+        let trained = Volume::new(family);
+        trained.succeed(&reward());
+        // fp32's rounding through a softmax; 16 bits round a logit of about 4 by as much as 2^-7 and 2^-10 of it.
+        for (precision, tolerance) in [("fp32", 2e-5), ("bf16", 0.1), ("fp16", 0.02)] {
+            for (sampling, processes) in [(json!({}), 2), (json!({"temperature": 0.7, "topK": 30, "topP": 0.95}), 1)] {
+                let volume = Volume::new(family);
+                volume.copy_job(&trained);
+                let launch = ppo().with("/iterations", json!(2)).with("/sampling", sampling.clone()).micro(5);
+                volume.succeed(&launch.strategy(json!({"precision": precision})).processes(processes));
+                let (mean, most) = (volume.curve("ppo", "samplerGap"), volume.curve("ppo", "samplerGapMax"));
+                println!("{family}, {precision}, {sampling}: mean {mean:?}, at most {most:?}");
+                assert!(mean.len() == 2 && mean.iter().zip(&most).all(|(mean, most)| mean <= most));
+                assert!(most.iter().all(|most| *most < tolerance), "{family}, {precision}: off by up to {most:?}");
+            }
+        }
+    }
+}
+
+/// A critic that starts as a reward model that was trained with dropout has none itself.
+#[test]
+fn a_critic_drops_nothing_though_its_reward_model_was_trained_so() {
+    let trained = Volume::new("gpt2");
+    trained.succeed(&reward().lora(json!({"rank": 4, "dropout": 0.5})));
+    let still = ppo()
+        .with("/actorOptimizer/learningRate", json!(0.0))
+        .with("/criticOptimizer/learningRate", json!(0.0))
+        .lora(json!({"rank": 4}));
+    let run = |dropout: f64| {
+        let volume = Volume::new("gpt2");
+        volume.copy_job(&trained);
+        let path = volume.path("jobs/j/reward/adapter/adapter_config.json");
+        let mut config: Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+        assert_eq!(config["lora_dropout"], 0.5);
+        config["lora_dropout"] = json!(dropout);
+        std::fs::write(&path, config.to_string()).unwrap();
+        volume.succeed(&still);
+        volume.curve("ppo", "criticGradNorm")
+    };
+    let (dropped, whole) = (run(0.5), run(0.0));
+    assert!(whole.len() == 5 && whole.iter().all(|norm| *norm > 0.0));
+    assert_eq!(dropped, whole);
+}

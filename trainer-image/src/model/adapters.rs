@@ -34,6 +34,11 @@ impl Adapters {
         Ok(Self { lora: lora.clone(), blocks })
     }
 
+    /// The same adapters, nothing of whose inputs is dropped in training: they may come from a stage that asked for it.
+    pub fn without_dropout(self) -> Self {
+        Self { lora: Lora { dropout: 0.0, ..self.lora }, ..self }
+    }
+
     /// The parameters that the adapters of a block of this model have.
     ///
     /// # Errors

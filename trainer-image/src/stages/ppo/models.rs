@@ -170,9 +170,8 @@ impl Backbones<'_> {
         let init = context.scalar_init(trained.map(|_| score(source)));
         let dir = adapter_dir(&source.dir);
         if base_of(&dir)?.is_some_and(|base| base == context.config.paths.start_model) {
-            let adapters = read_adapters(&dir, actor.family, &actor.spec)?;
             // The reward model may have been trained with dropout; a critic must give one value for one text.
-            let adapters = Adapters { lora: Lora { dropout: 0.0, ..adapters.lora }, ..adapters };
+            let adapters = read_adapters(&dir, actor.family, &actor.spec)?.without_dropout();
             return self.actor.scalar_model(source, init, Some(&adapters), trained.is_some());
         }
         if !self.own.contains_key(&source.dir) {
