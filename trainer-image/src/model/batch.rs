@@ -66,13 +66,15 @@ impl Batch {
     }
 }
 
-/// A query sees the real keys up to its own column. A pad's own query sees nothing real and is never read.
+/// A query sees the real keys up to its own column, and itself. So a pad's query, which is never read, sees something: of
+/// nothing some kernels make NaN, which the next block's attention would spread to real rows as 0 times NaN.
 fn left_mask(lengths: &[i64], time: i64, device: Device) -> Tensor {
     let columns = Tensor::arange(time, (Kind::Int64, device));
     let starts = Tensor::from_slice(&lengths.iter().map(|n| time - n).collect::<Vec<_>>()).to_device(device);
     let real = columns.unsqueeze(0).ge_tensor(&starts.unsqueeze(1)).view([-1, 1, 1, time]);
     let causal = columns.unsqueeze(0).le_tensor(&columns.unsqueeze(1)).view([1, 1, time, time]);
-    real.logical_and(&causal)
+    let own = columns.unsqueeze(0).eq_tensor(&columns.unsqueeze(1)).view([1, 1, time, time]);
+    real.logical_and(&causal).logical_or(&own)
 }
 
 #[cfg(test)]
@@ -94,7 +96,8 @@ mod tests {
         assert_eq!((left.flat_index(1, 0), right.flat_index(1, 0)), (5, 3));
         let mask = left.mask.as_ref().map(|m| ids(&m.to_kind(Kind::Int64))).unwrap();
         assert_eq!(mask[..9], [1, 0, 0, 1, 1, 0, 1, 1, 1]);
-        assert_eq!(mask[9..], [0, 0, 0, 0, 0, 0, 0, 0, 1]);
+        // Pads see themselves alone.
+        assert_eq!(mask[9..], [1, 0, 0, 0, 1, 0, 0, 0, 1]);
         let nothing = Batch::right_padded(&[], Device::Cpu);
         assert_eq!((nothing.rows(), nothing.time(), nothing.lengths.len()), (1, 1, 0));
     }
