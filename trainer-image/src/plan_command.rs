@@ -5,7 +5,8 @@ use crate::commands::{LoraFlags, named, shape};
 use crate::error::{Error, Result};
 use clap::{Args, ValueEnum};
 use memory_plan::{
-    DeviceBytes, Fixed, HostBytes, Machines, Named, Scorer, Stage, Task, Verdict, fastest, parse_bytes, verdicts,
+    DeviceBytes, Fixed, HostBytes, Machines, Named, Scorer, Stage, Task, Verdict, dataset_bytes, fastest, parse_bytes,
+    verdicts,
 };
 use rlhf_api::stage::{Offload, Precision, Recompute, Sharding};
 use serde_json::{Value, json};
@@ -69,6 +70,9 @@ pub struct PlanFlags {
     /// fp32, bf16 or fp16.
     #[arg(long, value_parser = named::<Precision>, default_value = "bf16")]
     precision: Precision,
+    /// Tokens of the dataset, all of which every rank holds.
+    #[arg(long, default_value_t = 0)]
+    dataset_tokens: u64,
     /// Prints one JSON object in the last line.
     #[arg(long)]
     json: bool,
@@ -135,7 +139,8 @@ fn question(flags: &PlanFlags) -> Result<(Task, Machines)> {
             Stage::ppo(Scorer::new(model.clone(), lora.clone()), rows, flags.new_tokens)
         }
     };
-    Ok((Task { stage, model, lora, rows: flags.batch, time: flags.length }, machines))
+    let dataset = dataset_bytes(flags.dataset_tokens, flags.dataset_tokens / u64::from(flags.length.max(1)));
+    Ok((Task { stage, model, lora, rows: flags.batch, time: flags.length, dataset }, machines))
 }
 
 /// The answer as one JSON object: what was chosen or, where nothing fits, what comes closest.
@@ -193,8 +198,8 @@ fn table(verdicts: &[Verdict], chosen: Option<&Verdict>) -> String {
         let plan = &verdict.plan;
         let DeviceBytes { parameters, fetched, optimizer, gradients, activations, logits, cache } = plan.device;
         let device = [parameters, fetched, optimizer, gradients, activations, logits, cache];
-        let HostBytes { parameters, optimizer, gradients, loading } = plan.host;
-        let host = [parameters, optimizer, gradients, loading];
+        let HostBytes { parameters, optimizer, gradients, loading, dataset } = plan.host;
+        let host = [parameters, optimizer, gradients, loading + dataset];
         let star = if chosen.is_some_and(|c| c.plan.strategy == plan.strategy) { '*' } else { ' ' };
         let columns = |bytes: &[f64]| bytes.iter().fold(String::new(), |line, b| line + &format!("{:>9.2}", gib(*b)));
         // Writing to a string cannot fail.

@@ -40,7 +40,8 @@ impl Case {
             "reward" => Stage::RewardModel,
             _ => Stage::ppo(Scorer::new(model.clone(), self.lora.clone()), share, NEW_TOKENS),
         };
-        Task { stage, model, lora: self.lora.clone(), rows: self.rows.1, time: PROMPT_TOKENS + NEW_TOKENS }
+        let (rows, time) = (self.rows.1, PROMPT_TOKENS + NEW_TOKENS);
+        Task { stage, model, lora: self.lora.clone(), rows, time, dataset: 0.0 }
     }
 
     /// Runs it and returns what rank 0 measured.

@@ -35,6 +35,14 @@ pub struct Task {
     pub rows: u32,
     /// Tokens of a row; in PPO of prompt and response together.
     pub time: u32,
+    /// Bytes of the stage's dataset in memory ([`dataset_bytes`]), all of which every rank holds.
+    pub dataset: f64,
+}
+
+/// Bytes that a dataset of so many tokens in so many sequences takes in memory: a 64-bit number and a flag a token, and for each
+/// sequence two lists of them (24 bytes each, and 16 to 24 of the allocator's).
+pub fn dataset_bytes(tokens: u64, sequences: u64) -> f64 {
+    9.0 * tokens as f64 + 96.0 * sequences as f64
 }
 
 /// A kind of stage, with what only it has.
@@ -161,13 +169,15 @@ pub struct HostBytes {
     pub gradients: f64,
     /// What loading takes beyond all of these, or writing the model if that takes more.
     pub loading: f64,
+    /// The dataset.
+    pub dataset: f64,
 }
 
 impl HostBytes {
     /// All of them.
     pub fn total(&self) -> f64 {
-        let Self { parameters, optimizer, gradients, loading } = self;
-        parameters + optimizer + gradients + loading
+        let Self { parameters, optimizer, gradients, loading, dataset } = self;
+        parameters + optimizer + gradients + loading + dataset
     }
 
     fn scaled(self, ranks: f64) -> Self {
@@ -176,6 +186,7 @@ impl HostBytes {
             optimizer: self.optimizer * ranks,
             gradients: self.gradients * ranks,
             loading: self.loading * ranks,
+            dataset: self.dataset * ranks,
         }
     }
 }
@@ -189,6 +200,7 @@ impl Add for HostBytes {
             optimizer: self.optimizer + other.optimizer,
             gradients: self.gradients + other.gradients,
             loading: self.loading + other.loading,
+            dataset: self.dataset + other.dataset,
         }
     }
 }
@@ -232,7 +244,7 @@ pub fn estimate(task: &Task, machines: &Machines, strategy: Strategy) -> Plan {
         strategy,
         device: device + most,
         phase,
-        host: HostBytes { loading: loading.max(writing), ..host.scaled(ranks) },
+        host: HostBytes { loading: loading.max(writing), dataset: task.dataset * ranks, ..host.scaled(ranks) },
         writing: (writing - loading).max(0.0),
         checkpoint_copies: 3.0 * FP32 * trained / setting.world * ranks,
     }

@@ -18,7 +18,8 @@ pub use choose::{
     strategies, verdicts,
 };
 pub use estimate::{
-    DeviceBytes, HEAD_SLICE_BYTES, HostBytes, Machines, Plan, ROLLOUT_ROWS, Scorer, Stage, Task, estimate,
+    DeviceBytes, HEAD_SLICE_BYTES, HostBytes, Machines, Plan, ROLLOUT_ROWS, Scorer, Stage, Task, dataset_bytes,
+    estimate,
 };
 pub use presets::{keys, preset};
 pub use quantity::parse_bytes;

@@ -107,10 +107,15 @@ impl Setting {
     }
 
     /// Whether attention runs in a kernel that never holds all weights. libtorch's CPU kernel takes everything; of those for
-    /// CUDA only flash attention shares keys and values among heads, in 16 bits and up to a head size of 256.
-    fn fuses_attention(&self, spec: &ModelSpec) -> bool {
-        let grouped = spec.heads != spec.kv_heads;
-        !self.gpu || !grouped || (self.bytes() < FP32 && spec.head_dim <= 256 && spec.head_dim % 8 == 0)
+    /// CUDA only flash attention shares keys and values among heads, in 16 bits, up to a head size of 256 and without a mask.
+    fn fuses_attention(&self, spec: &ModelSpec, masked: bool) -> bool {
+        let flash = !masked && self.bytes() < FP32 && spec.head_dim <= 256 && spec.head_dim % 8 == 0;
+        !self.shares_on_gpu(spec) || flash
+    }
+
+    /// Whether heads share keys and values on a GPU, where a kernel that takes a mask does not.
+    fn shares_on_gpu(&self, spec: &ModelSpec) -> bool {
+        self.gpu && spec.heads != spec.kv_heads
     }
 }
 
@@ -218,7 +223,7 @@ impl<'a> Placed<'a> {
     }
 
     pub fn pass(&self, rows: u32, time: u32) -> Pass<'a> {
-        let (bytes, fused) = (self.setting.bytes(), self.setting.fuses_attention(self.spec));
+        let (bytes, fused) = (self.setting.bytes(), self.setting.fuses_attention(self.spec, false));
         Pass { rows: rows.into(), time: time.into(), bytes, fused, lora: self.lora }
     }
 
@@ -434,13 +439,19 @@ impl<'a> Placed<'a> {
         let prompt = time.saturating_sub(new_tokens).max(1);
         let row = attention_widths(spec).1 * set.bytes();
         let cache = f64::from(rows) * f64::from(time) * row * self.chunks.layers;
+        // Prompts of unequal length have a mask, for which each head gets keys and values of its own on a GPU; single tokens
+        // after them do without the kernel that wants those.
+        let shares = set.shares_on_gpu(spec);
         let prompts = self.pass(rows, prompt);
-        // Rows of unequal length have a mask, once as flags and once as numbers.
-        let mask = prompts.tokens() * prompts.time * (1.0 + set.bytes());
+        let prompts = Pass { fused: prompts.fused || shares, ..prompts };
+        let spread = if shares { 2.0 * prompts.tensor((spec.heads * spec.head_dim) as f64) } else { 0.0 };
+        // The mask itself is there once as flags and once as numbers.
+        let mask = prompts.tokens() * prompts.time * (1.0 + set.bytes()) + spread;
         // The sampler holds the logits, the law and its cumulative sums in fp64.
         let slices = 4.0;
         let prefill = self.infer(&prompts, prompt.into(), rows.into(), slices);
-        let decode = self.infer(&self.pass(rows, 1), time.into(), rows.into(), slices);
+        let tokens = Pass { fused: set.fuses_attention(spec, true), ..self.pass(rows, 1) };
+        let decode = self.infer(&tokens, time.into(), rows.into(), slices);
         let with_cache = |moment: DeviceBytes, mask: f64| DeviceBytes {
             cache: moment.cache + cache,
             activations: moment.activations + mask,

@@ -10,7 +10,7 @@ const GIB: u64 = 1 << 30;
 
 fn ppo(model: ModelSpec, rows: u32) -> Task {
     let stage = Stage::ppo(Scorer::new(model.clone(), None), rows, 112);
-    Task { stage, model, lora: None, rows, time: 512 }
+    Task { stage, model, lora: None, rows, time: 512, dataset: 0.0 }
 }
 
 fn gpus(nodes: u32, devices: u32) -> Machines {
@@ -56,6 +56,31 @@ fn a_rank_alone_needs_forty_bytes_a_parameter_for_ppo() {
         assert!((40.0..40.2).contains(&device), "{precision:?}: {device}");
         assert_eq!(on_host.device.parameters + on_host.device.optimizer, 0.0);
     }
+}
+
+/// No kernel for CUDA takes a mask and keys and values that heads share: a rollout's prompts are run with keys and values for each
+/// head, and never with their matrix of weights, which for these prompts would be 19 GB a layer and copy.
+#[test]
+fn a_rollout_of_unequal_prompts_is_planned_as_a_gpu_runs_it() {
+    let model = preset("8b").unwrap();
+    assert!(model.heads > model.kv_heads);
+    let lora = Lora { rank: 8, alpha: None, dropout: 0.0, targets: vec![Linear::Query] };
+    let stage = Stage::ppo(Scorer::new(model.clone(), None), 64, 512);
+    let strategy = Strategy { precision: Precision::Bf16, ..Strategy::default() };
+    let task = |model: ModelSpec| Task { stage: stage.clone(), lora: Some(lora.clone()), time: 2048, ..ppo(model, 1) };
+    let grouped = estimate(&task(model.clone()), &gpus(1, 1), strategy);
+    assert_eq!(grouped.phase, "rollout");
+    let (tokens, query) = (64.0 * 1536.0, (model.heads * model.head_dim) as f64);
+    let (spread, weights) = (2.0 * 2.0 * tokens * query, 4.0 * tokens * 1536.0 * model.heads as f64);
+    assert!((spread..weights / 2.0).contains(&grouped.device.activations), "{:?}", grouped.device);
+}
+
+#[test]
+fn a_dataset_is_held_by_every_rank() {
+    let task = Task { dataset: dataset_bytes(1 << 30, 1 << 20), ..ppo(preset("s").unwrap(), 1) };
+    let host = |task: &Task| estimate(task, &gpus(2, 8), Strategy::default()).host.total();
+    let bytes = host(&task) - host(&Task { dataset: 0.0, ..task.clone() });
+    assert!((8.0 * 9.0..8.0 * 9.2).contains(&(bytes / GIB as f64)), "{bytes}");
 }
 
 /// With adapters, four models need one backbone where the reward model was so trained too, and else two; the optimizer has the
@@ -196,7 +221,7 @@ prop_compose! {
                 Stage::Ppo { reference, critic: other, rewards, rollout_rows, new_tokens: time / 3 }
             }
         };
-        Task { stage, model, lora, rows, time }
+        Task { stage, model, lora, rows, time, dataset: 0.0 }
     }
 }
 

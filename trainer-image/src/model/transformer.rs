@@ -233,7 +233,11 @@ fn attention(
     if let Some(cache) = cache {
         (keys, values) = cache.append(&keys, &values)?;
     }
-    let grouped = spec.heads != spec.kv_heads;
+    let mut grouped = spec.heads != spec.kv_heads;
+    if grouped && context.mask.is_some() && time > 1 && x.device().is_cuda() {
+        // No kernel for CUDA takes a mask and shared heads at once but by the whole matrix of weights, as the plan knows.
+        (keys, values, grouped) = (for_each_head(spec, &keys)?, for_each_head(spec, &values)?, false);
+    }
     let mixed = Tensor::f_scaled_dot_product_attention(
         &queries,
         &keys,
@@ -246,6 +250,11 @@ fn attention(
     )?;
     let mixed = mixed.f_transpose(1, 2)?.f_reshape([rows, time, spec.heads * spec.head_dim])?;
     params.linear(&mixed, Linear::Output)
+}
+
+/// Keys or values `[b, kv_heads, t, d]` as `[b, heads, t, d]`, each beside the queries that share it.
+fn for_each_head(spec: &ModelSpec, shared: &Tensor) -> Result<Tensor> {
+    Ok(shared.f_repeat_interleave_self_int(spec.heads / spec.kv_heads, 1, None)?)
 }
 
 fn mlp(spec: &ModelSpec, params: BlockParams<'_>, x: &Tensor) -> Result<Tensor> {
@@ -275,4 +284,23 @@ pub fn head(spec: &ModelSpec, params: &Params, tied: Option<&Tensor>, x: &Tensor
         None => params.get(Param::LmHeadWeight)?,
     };
     Ok(normed.f_linear(weight, None::<&Tensor>)?.to_kind(Kind::Float))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_and_values_for_each_head_are_those_that_heads_share() {
+        let spec = ModelSpec { heads: 6, kv_heads: 2, ..memory_plan::preset("8b").unwrap() };
+        let random = |heads| Tensor::randn([2, heads, 5, 4], (Kind::Float, Device::Cpu));
+        let (queries, keys, values) = (random(6), random(2), random(2));
+        let mask = Tensor::ones([5, 5], (Kind::Bool, Device::Cpu)).tril(0).view([1, 1, 5, 5]);
+        let attend = |keys: &Tensor, values: &Tensor, grouped| {
+            Tensor::scaled_dot_product_attention(&queries, keys, values, Some(&mask), 0.0, false, None::<f64>, grouped)
+        };
+        let spread = |t: &Tensor| for_each_head(&spec, t).unwrap();
+        let gap = (attend(&keys, &values, true) - attend(&spread(&keys), &spread(&values), false)).abs().max();
+        assert!(gap.double_value(&[]) < 1e-6, "{gap:?}");
+    }
 }
