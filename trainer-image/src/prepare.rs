@@ -3,6 +3,7 @@
 //! The datasets are read by the very loaders of the stages, so that what passes here loads there.
 
 mod models;
+mod room;
 
 use crate::data::{self, Summary, dataset_path};
 use crate::error::{Error, Result};
@@ -83,6 +84,7 @@ pub fn run(config: &PrepareConfig, volume: &Path, telemetry: &Telemetry) -> Resu
     for stage in &config.stages {
         models.check_stage(stage).map_err(|e| e.context(format!("stage '{}'", stage.stage)))?;
     }
+    room::tell(&config.stages, &models, volume)?;
     let mut check = |stage: &StageConfig| {
         parts.begin(format!("stage '{}': {}", stage.stage, stage.kind.dataset().1.source));
         check_dataset(stage, volume, &models.tokenizer)

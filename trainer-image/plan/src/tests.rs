@@ -269,7 +269,7 @@ prop_compose! {
             }
             stage => stage,
         };
-        Task { stage, model, lora: ranked(task.lora), rows, time }
+        Task { stage, model, lora: ranked(task.lora), rows, time, dataset: 0.0 }
     }
 }
 

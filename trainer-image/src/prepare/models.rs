@@ -110,6 +110,18 @@ impl Models {
         Ok(())
     }
 
+    /// The shapes of the model that a stage trains and, in PPO, of its critic. The stage was checked before.
+    pub fn trained(&self, stage: &StageConfig) -> Option<[&ModelSpec; 2]> {
+        let paths = &stage.paths;
+        let first = match &stage.kind {
+            StageKind::Ppo(s) => s.rewards.first().and_then(|reward| paths.reward_models.get(&reward.name)),
+            _ => None,
+        };
+        let critic = paths.critic_model.as_ref().or(first).unwrap_or(&paths.start_model);
+        let shape = |path: &String| self.known.get(path).map(|known| &known.spec);
+        Some([shape(&paths.start_model)?, shape(critic)?])
+    }
+
     fn check_role(&self, path: &str, known: &Known, role: Role) -> Result<()> {
         let dir = self.volume.join(path);
         match (known.scores, role) {

@@ -1,4 +1,5 @@
 use super::*;
+use crate::model::HeadKind;
 use crate::tokenizer::fixture::{VOCAB, changed, write, write_tokenizer};
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
@@ -342,4 +343,24 @@ fn adapters_without_a_target_in_the_model_are_refused() {
     let with = |targets: Value| prepare(volume.path(), |s| s[0]["kind"]["sft"]["lora"] = json!({"targets": targets}));
     check(&with(json!(["gate"])).unwrap_err(), 64, &["stage 'sft'", "lora.targets"]);
     assert!(with(json!(["gate", "up"])).is_ok());
+}
+
+/// GPT-2's smallest, 124 million parameters: 12 bytes a parameter and checkpoint, of which one more than are kept is there.
+#[test]
+fn the_room_that_a_stage_takes_is_that_of_its_checkpoints_and_its_model() {
+    let model = memory_plan::preset("s").unwrap();
+    let parameters = model.parameter_count(HeadKind::Lm).unsigned_abs();
+    let room = |i: usize, change: &dyn Fn(&mut Value)| {
+        let mut stage = stages()[i].clone();
+        stage["checkpoint"] = json!({"keep": 3});
+        change(&mut stage["kind"]);
+        room::of(&serde_json::from_value(stage).unwrap(), [&model, &model])
+    };
+    let sft = room(0, &|_| ());
+    assert_eq!((sft.checkpoint, sft.checkpoints, sft.output), (12 * parameters, 48 * parameters, 4 * parameters));
+    // Actor and critic, whose head has a number for each of the hidden state and a bias.
+    assert!((24 * parameters..24 * parameters + 12_000).contains(&room(2, &|_| ()).checkpoint));
+    // Rank 8 on each of a block's six matrices: 8 (768 + 768) of four, 8 (768 + 3072) of two.
+    let adapted = room(0, &|kind| kind["sft"]["lora"] = json!({"rank": 8}));
+    assert_eq!((adapted.checkpoint, adapted.output), (12 * 12 * 8 * (4 * 1536 + 2 * 3840), 4 * parameters));
 }
