@@ -89,11 +89,10 @@ pub struct Optimizer {
     #[schemars(range(min = 0.0, max = 0.9999999))]
     #[serde(deserialize_with = "decimal::read")]
     pub beta2: f64,
-    /// Added to the root of the bias-corrected second moment. 1e-5 as in Ziegler 2019.
-    #[serde(default = "default_epsilon")]
+    /// Added to the root of the bias-corrected second moment. By default 1e-8, as in torch, and 1e-5 in PPO, as in Ziegler 2019.
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "decimal::read_some")]
     #[schemars(range(min = 1e-12, max = 0.1))]
-    #[serde(deserialize_with = "decimal::read")]
-    pub epsilon: f64,
+    pub epsilon: Option<f64>,
     /// Gradients are scaled down to this global L2 norm.
     #[serde(default = "default_max_grad_norm")]
     #[schemars(range(min = 1e-6, max = 1e6))]
@@ -101,14 +100,24 @@ pub struct Optimizer {
     pub max_grad_norm: f64,
 }
 
+impl Optimizer {
+    /// The default of [`Optimizer::epsilon`].
+    pub const EPSILON: f64 = 1e-8;
+    /// The same in PPO. There a second moment that has only seen small gradients must not make a step of the full rate; in
+    /// supervised training of a large model it would halve every step (clipped to norm 1, a gradient's numbers are about 1e-5).
+    pub const PPO_EPSILON: f64 = 1e-5;
+
+    /// The same with this epsilon, unless the user has chosen one.
+    pub fn or_epsilon(&self, epsilon: f64) -> Self {
+        Self { epsilon: self.epsilon.or(Some(epsilon)), ..self.clone() }
+    }
+}
+
 fn default_beta1() -> f64 {
     0.9
 }
 fn default_beta2() -> f64 {
     0.95
-}
-fn default_epsilon() -> f64 {
-    1e-5
 }
 fn default_max_grad_norm() -> f64 {
     1.0

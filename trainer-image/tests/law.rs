@@ -325,3 +325,26 @@ fn a_critic_drops_nothing_though_its_reward_model_was_trained_so() {
     assert!(whole.len() == 5 && whole.iter().all(|norm| *norm > 0.0));
     assert_eq!(dropped, whole);
 }
+
+/// Supervised stages take torch's epsilon and PPO that of Ziegler 2019, unless they are told another.
+#[test]
+fn adams_epsilon_is_by_default_what_its_stage_wants() {
+    let trained = Volume::new("gpt2");
+    trained.succeed(&reward());
+    let weights = |launch: Launch| {
+        let volume = Volume::new("gpt2");
+        volume.copy_job(&trained);
+        volume.succeed(&launch);
+        volume.weights(launch.config["stage"].as_str().unwrap())
+    };
+    let [small, large] = [1e-8, 1e-5].map(|epsilon| json!(epsilon));
+    let sft_with = |epsilon: &Value| weights(sft().with("/optimizer/epsilon", epsilon.clone()));
+    let plain = weights(sft());
+    assert!(plain == sft_with(&small) && plain != sft_with(&large));
+    let ppo_with = |epsilon: &Value| {
+        let both = ppo().with("/actorOptimizer/epsilon", epsilon.clone());
+        weights(both.with("/criticOptimizer/epsilon", epsilon.clone()))
+    };
+    let plain = weights(ppo());
+    assert!(plain == ppo_with(&large) && plain != ppo_with(&small));
+}

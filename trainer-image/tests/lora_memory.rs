@@ -32,7 +32,7 @@ fn train(model: &mut Model) {
         weight_decay: 0.0,
         beta1: 0.9,
         beta2: 0.95,
-        epsilon: 1e-8,
+        epsilon: None,
         max_grad_norm: 1.0,
     };
     model.step(&optimizer, 0.01).unwrap();

@@ -101,7 +101,7 @@ impl Model {
             lr: learning_rate,
             beta1: settings.beta1,
             beta2: settings.beta2,
-            epsilon: settings.epsilon,
+            epsilon: settings.epsilon.unwrap_or(Optimizer::EPSILON),
             weight_decay: 0.0,
         };
         let scale = self.scale_of_loss();

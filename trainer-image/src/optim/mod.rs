@@ -30,7 +30,7 @@ mod tests {
             weight_decay: 0.0,
             beta1: 0.9,
             beta2: 0.95,
-            epsilon: 1e-5,
+            epsilon: None,
             max_grad_norm: 1.0,
         }
     }

@@ -10,7 +10,7 @@ use crate::stages::Context;
 use crate::stages::math::{entropy, log_probabilities, policy_loss, value_loss};
 use crate::stages::supervised::{named, part};
 use crate::telemetry::Figure;
-use rlhf_api::stage::Ppo;
+use rlhf_api::stage::{Optimizer, Ppo};
 use std::ops::Range;
 use tch::{Kind, Tensor};
 
@@ -111,11 +111,10 @@ fn step(
     place: &str,
     norms: &mut [Norms; 2],
 ) -> Result<()> {
-    let steps = step_together([
-        (&mut models.actor, &settings.actor_optimizer, rates[0]),
-        (&mut models.critic, &settings.critic_optimizer, rates[1]),
-    ])
-    .map_err(|e| Error { message: format!("{} ({place})", e.message), ..e })?;
+    let [actor, critic] =
+        [&settings.actor_optimizer, &settings.critic_optimizer].map(|o| o.or_epsilon(Optimizer::PPO_EPSILON));
+    let steps = step_together([(&mut models.actor, &actor, rates[0]), (&mut models.critic, &critic, rates[1])])
+        .map_err(|e| Error { message: format!("{} ({place})", e.message), ..e })?;
     let named = [("actor", &models.actor), ("critic", &models.critic)];
     for ((step, norms), (name, model)) in steps.into_iter().zip(norms).zip(named) {
         match step {
