@@ -685,6 +685,11 @@ pub struct CheckpointPolicy {
     #[serde(default = "default_checkpoint_every")]
     #[schemars(range(min = 1, max = 1_000_000_000))]
     pub every_steps: u32,
+    /// Seconds after which one is written at the next step's end, however many steps have passed: what the loss of a node may
+    /// cost at most.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1_000_000_000))]
+    pub every_seconds: Option<u32>,
     /// Checkpoints kept; older ones are deleted.
     #[serde(default = "default_checkpoint_keep")]
     #[schemars(range(min = 1, max = 100))]
@@ -700,6 +705,6 @@ fn default_checkpoint_keep() -> u32 {
 
 impl Default for CheckpointPolicy {
     fn default() -> Self {
-        Self { every_steps: default_checkpoint_every(), keep: default_checkpoint_keep() }
+        Self { every_steps: default_checkpoint_every(), every_seconds: None, keep: default_checkpoint_keep() }
     }
 }

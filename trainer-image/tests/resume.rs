@@ -248,3 +248,16 @@ fn a_run_that_goes_on_with_other_threads_says_that_it_does_not_end_bit_for_bit()
     let parts = ["1 ranks of 1 threads", "1 ranks of 2 threads", "sums round otherwise"];
     assert!(log.lines().any(|l| l.contains("WARN") && parts.iter().all(|part| l.contains(part))), "{log}");
 }
+
+/// A period in time is for stages whose steps are long: it is kept at the end of the step in which it ends.
+#[test]
+fn a_checkpoint_is_written_after_so_many_seconds_whatever_the_steps() {
+    let mut launch = sft().processes(2).with("/maxSteps", json!(1_000_000)).with("/epochs", json!(1_000_000));
+    launch.config["checkpoint"] = json!({"everySteps": 1_000_000, "everySeconds": 1, "keep": 100});
+    let volume = Volume::new("gpt2");
+    let running = volume.start(&launch);
+    wait_until("three checkpoints", || volume.checkpoints("sft").len() >= 3);
+    let steps = volume.curve("sft", "loss").len();
+    drop(running);
+    assert!(steps > 2 * volume.checkpoints("sft").len(), "{steps} steps, of which not every one was saved");
+}

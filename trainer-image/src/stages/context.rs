@@ -18,10 +18,11 @@ use rlhf_api::report::{Checkpoint, ExitCode, Output};
 use rlhf_api::stage::Dataset;
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
-use std::cell::{OnceCell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::rc::Rc;
+use std::time::Instant;
 use tch::Device;
 
 /// A file beside the stage's model with one JSON line for each step: the stage's learning curves.
@@ -65,6 +66,8 @@ pub struct Context {
     saving: RefCell<Option<Saving>>,
     /// Scores by each reward that the next line of the learning curves is to have.
     rewards: RefCell<Vec<(String, f64)>>,
+    /// When the last checkpoint was begun, or the process.
+    saved_at: Cell<Instant>,
 }
 
 impl Context {
@@ -88,6 +91,7 @@ impl Context {
             begun: OnceCell::new(),
             saving: RefCell::new(None),
             rewards: RefCell::default(),
+            saved_at: Cell::new(Instant::now()),
         }
     }
 
@@ -398,10 +402,12 @@ impl Context {
     /// # Errors
     /// [`ExitCode::Terminated`] after a stop, or where saving failed.
     pub fn step_edge(&self, step: u64, total: u64, stop: bool, models: &[(&str, &Model)], state: &Value) -> Result<()> {
-        let due = step.is_multiple_of(u64::from(self.config.checkpoint.every_steps)) || step == total;
+        let by_step = step.is_multiple_of(u64::from(self.config.checkpoint.every_steps)) || step == total;
+        let due = self.is_time_to_save()? || by_step;
         self.telemetry.phase(Phase::Checkpoint, || {
             self.finish_save(due || stop)?;
             if due || stop {
+                self.saved_at.set(Instant::now());
                 let saving = self.start_save(step, models, state)?;
                 *self.saving.borrow_mut() = Some(saving);
                 self.finish_save(stop || step == total)?;
@@ -412,6 +418,12 @@ impl Context {
             return Err(Error::new(ExitCode::Terminated, format!("stopped on request after step {step} of {total}")));
         }
         Ok(())
+    }
+
+    /// Whether the last checkpoint was begun as long ago as the policy allows, by rank 0's clock. Every rank must call it.
+    fn is_time_to_save(&self) -> Result<bool> {
+        let Some(seconds) = self.config.checkpoint.every_seconds else { return Ok(false) };
+        self.group.any(self.group.is_first() && self.saved_at.get().elapsed().as_secs() >= seconds.into())
     }
 
     fn start_save(&self, step: u64, models: &[(&str, &Model)], state: &Value) -> Result<Saving> {
