@@ -211,6 +211,12 @@ pub struct DatasetShape {
     pub longest_tokens: u32,
     /// Sequences of a record: the responses of a ranking at most, 1 for others.
     pub sequences: u32,
+    /// Records, as they are trained and evaluated on (0: not known).
+    #[serde(default)]
+    pub records: u64,
+    /// Tokens of all of them.
+    #[serde(default)]
+    pub tokens: u64,
 }
 
 /// The last word of a pod: one JSON document of at most [`MAX_TERMINATION_BYTES`], prepare's of [`MAX_PREPARED_BYTES`].

@@ -47,6 +47,8 @@ impl PrepareReport {
             stage: report.stage.clone(),
             longest_tokens: bounded(report.dataset.longest_tokens),
             sequences: bounded(report.dataset.sequences),
+            records: report.dataset.train + report.dataset.eval,
+            tokens: report.dataset.tokens,
         };
         let prepared = Prepared { models: self.models.clone(), datasets: self.stages.iter().map(shape).collect() };
         let bytes = serde_json::to_vec(&prepared).map_err(|e| Error::bug(e.to_string()))?.len();

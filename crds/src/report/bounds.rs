@@ -110,6 +110,9 @@ impl Prepared {
 
 impl DatasetShape {
     fn check(&self) -> Result<(), Unbelievable> {
+        let number = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
+        within("records", number(self.records), 0, 1 << 50)?;
+        within("tokens", number(self.tokens), 0, 1 << 50)?;
         within("longestTokens", self.longest_tokens.into(), 0, 1 << 30)?;
         within("sequences", self.sequences.into(), 0, 1 << 20)
     }

@@ -238,7 +238,8 @@ impl<'a> Pass<'a> {
                 (shape, s.batch.micro_size.min(share(s.batch.global_size)), time)
             }
         };
-        Some(Task { stage: shape, model, lora: kind.lora().cloned(), rows: rows.max(1), time: time.max(2) })
+        let dataset = memory_plan::dataset_bytes(data.tokens, data.records.saturating_mul(data.sequences.into()));
+        Some(Task { stage: shape, model, lora: kind.lora().cloned(), rows: rows.max(1), time: time.max(2), dataset })
     }
 
     /// The adapters of a reward model, where it was trained by some from the actor's start: their models then share a

@@ -30,7 +30,8 @@ fn gpus(memory: &str) -> Value {
 }
 
 pub(in crate::decide) fn word_of_prepare(longest_tokens: u32) -> TerminationMessage {
-    let dataset = |stage: &str, sequences| DatasetShape { stage: stage.into(), longest_tokens, sequences };
+    let dataset =
+        |stage: &str, sequences| DatasetShape { stage: stage.into(), longest_tokens, sequences, records: 0, tokens: 0 };
     let datasets = vec![dataset("tune", 1), dataset("judge", 2), dataset("act", 1)];
     let prepared = Prepared { models: vec![memory_plan::preset("s").unwrap()], datasets };
     TerminationMessage {
