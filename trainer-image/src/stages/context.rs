@@ -64,6 +64,8 @@ pub struct Context {
     begun: OnceCell<(RunId, Lease)>,
     /// The checkpoint that is being written.
     saving: RefCell<Option<Saving>>,
+    /// Whether a request to stop is heard. (In a bench it ends the process.)
+    listens: Cell<bool>,
     /// Scores by each reward that the next line of the learning curves is to have.
     rewards: RefCell<Vec<(String, f64)>>,
     /// When the last checkpoint was begun, or the process.
@@ -90,6 +92,7 @@ impl Context {
             data: OnceCell::new(),
             begun: OnceCell::new(),
             saving: RefCell::new(None),
+            listens: Cell::new(false),
             rewards: RefCell::default(),
             saved_at: Cell::new(Instant::now()),
         }
@@ -304,6 +307,7 @@ impl Context {
             self.telemetry.checkpoint(restored.checkpoint.clone());
         }
         self.shutdown.listen()?;
+        self.listens.set(true);
         Ok(restored)
     }
 
@@ -356,7 +360,7 @@ impl Context {
     pub fn keep_edge(&self, step: u64, models: &[(&str, &Model)], state: &Value) -> Result<Edge> {
         let saved = self.saving.borrow().as_ref().map(Saving::step);
         let saved = saved.or_else(|| self.telemetry.progress().checkpoint.map(|c| c.step));
-        if step == 0 || saved == Some(step) {
+        if step == 0 || saved == Some(step) || !self.listens.get() {
             return Ok(Edge::Saved);
         }
         let kept = self.checkpoints().keep(&self.group, step, models, state)?;
