@@ -9,7 +9,7 @@
 
 use crate::decide::PROGRESS_PERIOD;
 use rlhf_api::config::HTTP_PORT;
-use rlhf_api::report::Progress;
+use rlhf_api::report::{MAX_DOCUMENT_BYTES, Progress, Unbelievable};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -19,12 +19,6 @@ use std::time::{Duration, Instant};
 const ASKED_A_SECOND: u32 = 10;
 /// A trainer answers from memory; one that takes longer is too busy to be waited for.
 const TIMEOUT: Duration = Duration::from_secs(2);
-/// More than any trainer's figures take.
-const MAX_BYTES: usize = 64 * 1024;
-/// Figures kept of an answer.
-const MAX_METRICS: usize = 64;
-/// Longest name of a figure and longest path of a checkpoint, in bytes.
-const MAX_TEXT_BYTES: usize = 512;
 /// A pod that is not asked for so long after it was due is forgotten. Longer than any pause after failed passes.
 const FORGOTTEN_AFTER: Duration = Duration::from_secs(600);
 
@@ -94,10 +88,10 @@ impl Trainers {
 enum Error {
     #[error("no answer: {0}")]
     Http(#[from] reqwest::Error),
-    #[error("the answer has more than {MAX_BYTES} bytes")]
+    #[error("the answer has more than {MAX_DOCUMENT_BYTES} bytes")]
     TooLong,
     #[error("not a progress document: {0}")]
-    Document(#[from] serde_json::Error),
+    Document(#[from] Unbelievable),
 }
 
 impl Asked {
@@ -214,21 +208,13 @@ impl ProgressReader {
         let mut response = self.client.get(url).bearer_auth(guard).send().await?.error_for_status()?;
         let mut body = Vec::new();
         while let Some(chunk) = response.chunk().await? {
-            if body.len() + chunk.len() > MAX_BYTES {
+            if body.len() + chunk.len() > MAX_DOCUMENT_BYTES {
                 return Err(Error::TooLong);
             }
             body.extend_from_slice(&chunk);
         }
-        Ok(trimmed(serde_json::from_slice(&body)?))
+        Ok(Progress::parse(&body)?)
     }
-}
-
-/// An answer cut down to what a status can carry.
-fn trimmed(progress: Progress) -> Progress {
-    let metrics =
-        progress.metrics.into_iter().filter(|(name, _)| name.len() <= MAX_TEXT_BYTES).take(MAX_METRICS).collect();
-    let checkpoint = progress.checkpoint.filter(|c| c.path.len() <= MAX_TEXT_BYTES);
-    Progress { metrics, checkpoint, ..progress }
 }
 
 #[cfg(test)]
@@ -343,10 +329,11 @@ mod tests {
 
     #[tokio::test]
     async fn an_answer_is_bounded() {
-        let (port, _) = pod(format!(r#"{{"step": 1, "totalSteps": 1, "x": "{}"}}"#, "y".repeat(MAX_BYTES))).await;
+        let (port, _) = pod(format!(r#"{{"step": 1, "totalSteps": 1, "x": "{}"}}"#, "y".repeat(MAX_DOCUMENT_BYTES))).await;
         let reader = ProgressReader::on_port(port).unwrap();
         assert!(matches!(reader.ask("127.0.0.1", KEY).await, Err(Error::TooLong)));
-        let many = (0..1000).map(|i| (format!("m{i}"), 1.0)).collect();
-        assert_eq!(trimmed(Progress { metrics: many, ..Default::default() }).metrics.len(), MAX_METRICS);
+        let (port, _) = pod(format!(r#"{{"step": 1, "totalSteps": 1, "metrics": {{"{}": 1}}}}"#, "y".repeat(999))).await;
+        let answer = ProgressReader::on_port(port).unwrap().ask("127.0.0.1", KEY).await.unwrap();
+        assert!(answer.metrics.is_empty());
     }
 }

@@ -177,7 +177,7 @@ fn state(pod: &Pod) -> PodState {
 const GONE: i32 = 255;
 
 fn end(pod: &Pod, ended: &ContainerStateTerminated) -> End {
-    let word = ended.message.as_deref().and_then(|m| serde_json::from_str::<TerminationMessage>(m).ok());
+    let word = ended.message.as_deref().and_then(word);
     let unknown = matches!(ended.reason.as_deref(), Some("Unknown" | "ContainerStatusUnknown"));
     End {
         code: Some(ended.exit_code),
@@ -188,6 +188,15 @@ fn end(pod: &Pod, ended: &ContainerStateTerminated) -> End {
         word,
         at: ended.finished_at.as_ref().map(|t| t.0),
     }
+}
+
+/// A pod's last word. What it says of models that no machine has is left out, and told.
+fn word(text: &str) -> Option<TerminationMessage> {
+    let (mut word, doubt) = TerminationMessage::parse(text.as_bytes()).ok()?;
+    if let Some(doubt) = doubt {
+        word.message = format!("{}; what it found cannot be believed: {doubt}", word.message);
+    }
+    Some(word)
 }
 
 /// The other container whose end has failed the pod.

@@ -216,7 +216,7 @@ prop_compose! {
             _ => {
                 let scorer = Scorer::new(model.clone(), reward_lora);
                 let other = Scorer { source: 1, lora: None, ..scorer.clone() };
-                let rewards = [vec![scorer.clone()], vec![scorer, other.clone()]].swap_remove(usize::from(several));
+                let rewards = if several { vec![scorer, other.clone()] } else { vec![scorer] };
                 let reference = several.then(|| model.clone());
                 Stage::Ppo { reference, critic: other, rewards, rollout_rows, new_tokens: time / 3 }
             }

@@ -52,6 +52,7 @@ fn after(seconds: u64) -> Progress {
     ];
     Progress {
         activity: 0,
+        doing: None,
         step,
         total_steps: STEPS,
         eta_seconds: Some(STEPS - step),
