@@ -20,4 +20,6 @@ pub mod observe;
 pub mod progress;
 pub mod requirements;
 pub mod retries;
+pub mod scope;
 pub mod view;
+mod watches;

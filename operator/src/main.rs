@@ -20,6 +20,7 @@ use rlhf_operator::metrics::Metrics;
 use rlhf_operator::progress::ProgressReader;
 use rlhf_operator::requirements::{self, check_crd, check_fields, check_pod_groups};
 use rlhf_operator::retries::Retries;
+use rlhf_operator::scope::Scope;
 use std::error::Error;
 use std::io::{ErrorKind, IsTerminal};
 use std::net::{Ipv4Addr, Ipv6Addr};
@@ -51,9 +52,12 @@ struct Args {
     /// How the operator and its trainers log. RUST_LOG filters.
     #[arg(long, env = "RLHF_LOG_FORMAT", default_value = "text")]
     log_format: LogFormat,
-    /// Reconcile RLHFJobs of this namespace only; empty: of all namespaces.
-    #[arg(long, env = "RLHF_WATCH_NAMESPACE", default_value = "")]
-    watch_namespace: String,
+    /// Reconcile RLHFJobs of this namespace only. May be given again; left out: of all namespaces.
+    #[arg(long, env = "RLHF_WATCH_NAMESPACE", value_delimiter = ',')]
+    watch_namespace: Vec<String>,
+    /// Reconcile RLHFJobs whose label rlhf.dev/class has this value only; empty: those without the label.
+    #[arg(long, env = "RLHF_CLASS", default_value = "")]
+    class: String,
     /// The Lease, in the operator's own namespace, by which operators of one installation elect who works.
     #[arg(long, env = "RLHF_LEASE_NAME", default_value = "rlhf-operator")]
     lease_name: String,
@@ -120,11 +124,12 @@ fn start_logs(format: LogFormat) {
 async fn run(args: Args) -> Result<(), Box<dyn Error>> {
     // First of all: as a container's first process it would not hear it otherwise.
     let mut terminate = signal(SignalKind::terminate())?;
-    let namespace = Some(args.watch_namespace.as_str()).filter(|n| !n.is_empty());
+    let scope = Scope::new(&args.watch_namespace, &args.class);
     let client = Client::try_default().await?;
     let watches = Watches::default();
     let metrics = Arc::new(Metrics::new()?);
-    let (listed, leadership, checked) = (Listed::default(), Leadership::default(), Arc::<OnceLock<()>>::default());
+    let (listed, leadership, checked) =
+        (Listed::new(scope.clone()), Leadership::default(), Arc::<OnceLock<()>>::default());
     let served = Served {
         checked: checked.clone(),
         metrics: metrics.clone(),
@@ -133,13 +138,13 @@ async fn run(args: Args) -> Result<(), Box<dyn Error>> {
         leadership: leadership.clone(),
     };
     let listener = listen(args.http_port).await?;
-    tracing::info!(port = args.http_port, namespace = namespace.unwrap_or("all"), "the operator starts");
+    tracing::info!(port = args.http_port, %scope, "the operator starts");
     let (stop, stopping) = watch::channel(false);
     let mut server = tokio::spawn(serve(listener, served, told(stopping.clone())));
     let mut candidate =
         Candidate::new(client.clone(), &args.lease_name, &args.host, leadership.clone(), metrics.clone());
     let begin = async {
-        let keys = requirements::answered(async || check(&client, namespace, &args).await).await?;
+        let keys = requirements::answered(async || check(&client, &scope, &args).await).await?;
         _ = checked.set(());
         candidate.acquire().await;
         Ok::<_, requirements::Error>(keys)
@@ -177,7 +182,7 @@ async fn run(args: Args) -> Result<(), Box<dyn Error>> {
         retries: Retries::default(),
         leadership,
     });
-    let controller = watches.run(ctx, namespace, told(stopping));
+    let controller = watches.run(ctx, &scope, told(stopping));
     work(candidate, controller, server, stop, terminate).await
 }
 
@@ -192,8 +197,8 @@ async fn listen(port: u16) -> Result<TcpListener, String> {
 }
 
 /// Whether the cluster has what the operator requires, of which the keys are a part.
-async fn check(client: &Client, namespace: Option<&str>, args: &Args) -> Result<ProgressKeys, requirements::Error> {
-    check_crd(client, namespace).await?;
+async fn check(client: &Client, scope: &Scope, args: &Args) -> Result<ProgressKeys, requirements::Error> {
+    check_crd(client, scope).await?;
     check_fields(client).await?;
     if args.gang_scheduling {
         check_pod_groups(client).await?;

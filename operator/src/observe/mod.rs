@@ -41,7 +41,7 @@ pub struct Error {
 
 /// Everything that is known of a job's children.
 pub async fn observe(job: &RLHFJob, ctx: &Context) -> Result<Observed, Error> {
-    ctx.listed.wait().await;
+    ctx.listed.wait(&job.namespace().unwrap_or_default()).await;
     let mut stages = from_watches(job, ctx);
     let status = job.status.clone().unwrap_or_default();
     let is_live = |s: &&StageStatus| matches!(s.phase, StagePhase::Starting | StagePhase::Running);
