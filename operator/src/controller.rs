@@ -26,8 +26,6 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Passes that run at the same time, each over another job.
-const CONCURRENCY: u16 = 16;
 /// A gang's pods change together; their events are answered by one pass.
 const DEBOUNCE: Duration = Duration::from_millis(100);
 /// A pass is a handful of requests. One that takes longer is given up, so that a silent API server holds up nothing.
@@ -169,11 +167,12 @@ impl Watches {
         self.rlhf_jobs.as_reader()
     }
 
-    /// The run itself, which ends only after `shutdown`.
+    /// The run itself, with so many passes at the same time, each over another job. It ends only after `shutdown`.
     pub fn run(
         self,
         ctx: Arc<Context>,
         scope: &Scope,
+        concurrency: u16,
         shutdown: impl Future<Output = ()> + Send + Sync + 'static,
     ) -> BoxFuture<'static, ()> {
         let Self { mut rlhf_jobs, jobs, pods } = self;
@@ -188,7 +187,7 @@ impl Watches {
         let own = own.inspect(move |(part, event)| rlhf_jobs.take(part, event));
         let own = tell(own, Watch::RlhfJobs, listed.clone()).applied_objects();
         let controller = Controller::for_stream(own, store)
-            .with_config(Config::default().concurrency(CONCURRENCY).debounce(DEBOUNCE))
+            .with_config(Config::default().concurrency(concurrency).debounce(DEBOUNCE))
             .watches_stream(jobs, |job| owner(&job))
             .watches_stream(pods, |pod| owner(&pod))
             .graceful_shutdown_on(shutdown);

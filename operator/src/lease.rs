@@ -11,6 +11,12 @@
 //! kube-lease-manager 0.13 and kube-leader-election 0.44 were looked at and not taken: the first compares wall clocks
 //! of different machines, the second writes without a resource version.
 
+mod leadership;
+mod times;
+
+pub use leadership::Leadership;
+pub use times::LeaseTimes;
+
 use crate::metrics::Metrics;
 use jiff::Timestamp;
 use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
@@ -19,46 +25,9 @@ use kube::api::PostParams;
 use kube::core::Status;
 use kube::{Api, Client, ResourceExt};
 use std::hash::{BuildHasher, Hasher, RandomState};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::{Instant, sleep, timeout};
-
-/// How long a Lease that is not renewed keeps others out.
-const DURATION: Duration = Duration::from_secs(15);
-/// A holder that could not renew for so long has lost it.
-const RENEW_DEADLINE: Duration = Duration::from_secs(10);
-/// How often the holder renews.
-const RENEW_PERIOD: Duration = Duration::from_secs(5);
-/// How often candidates look, and how soon a failed renewal is tried again.
-const RETRY_PERIOD: Duration = Duration::from_secs(2);
-
-/// Whether this process leads. Clones are the same leadership.
-#[derive(Clone, Debug, Default)]
-pub struct Leadership(Arc<Mutex<Option<Instant>>>);
-
-impl Leadership {
-    /// Whether this process leads now.
-    pub fn holds(&self) -> bool {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).is_some_and(|until| Instant::now() < until)
-    }
-
-    /// Counts from the time at which a write that succeeded was begun.
-    fn renewed(&self, at: Instant) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(at + RENEW_DEADLINE);
-    }
-
-    fn ended(&self) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = None;
-    }
-
-    /// One that holds for as long as a test takes.
-    #[cfg(test)]
-    pub(crate) fn held() -> Self {
-        let leadership = Self::default();
-        leadership.renewed(Instant::now());
-        leadership
-    }
-}
 
 /// Why the holder has to stop.
 #[derive(Debug, thiserror::Error)]
@@ -67,8 +36,8 @@ pub enum Lost {
     #[error("the lease is held by {0}")]
     Taken(String),
     /// The API server did not take a renewal in time.
-    #[error("the lease could not be renewed for {} seconds", RENEW_DEADLINE.as_secs())]
-    NotRenewed,
+    #[error("the lease could not be renewed for {} seconds", .0.as_secs())]
+    NotRenewed(Duration),
 }
 
 /// One operator that wants to lead.
@@ -79,6 +48,7 @@ pub struct Candidate {
     identity: String,
     leadership: Leadership,
     metrics: Arc<Metrics>,
+    times: LeaseTimes,
     /// The Lease as it was last read or written.
     lease: Option<Lease>,
     /// Since when it is as it is, by this process's own clock.
@@ -95,9 +65,18 @@ impl Candidate {
             identity: format!("{host}_{random:016x}"),
             leadership,
             metrics,
+            times: LeaseTimes::default(),
             lease: None,
             unchanged_since: Instant::now(),
         }
+    }
+
+    /// The same with other times.
+    ///
+    /// # Errors
+    /// With them two might lead.
+    pub fn with_times(self, times: LeaseTimes) -> Result<Self, String> {
+        Ok(Self { times: times.check()?, ..self })
     }
 
     /// The name under which this process leads.
@@ -109,7 +88,7 @@ impl Candidate {
     pub async fn acquire(&mut self) {
         let mut said = None;
         loop {
-            match timeout(RENEW_DEADLINE, self.try_acquire()).await {
+            match timeout(self.times.renew_deadline, self.try_acquire()).await {
                 Ok(Ok(None)) => return,
                 Ok(Ok(Some(holder))) if said.as_ref() != Some(&holder) => {
                     tracing::info!(holder, "stands by: another operator leads");
@@ -119,7 +98,7 @@ impl Candidate {
                 Ok(Err(error)) => tracing::warn!(%error, lease = self.name, "the lease cannot be read or written"),
                 Err(_) => tracing::warn!(lease = self.name, "the API server does not answer about the lease"),
             }
-            sleep(RETRY_PERIOD).await;
+            sleep(self.times.retry_period).await;
         }
     }
 
@@ -142,7 +121,9 @@ impl Candidate {
         let spec = found.spec.clone().unwrap_or_default();
         let holder = spec.holder_identity.clone().unwrap_or_default();
         let theirs = spec.lease_duration_seconds.and_then(|s| u64::try_from(s).ok()).map(Duration::from_secs);
-        if !holder.is_empty() && self.unchanged_since.elapsed() < theirs.map_or(DURATION, |d| d.max(DURATION)) {
+        if !holder.is_empty()
+            && self.unchanged_since.elapsed() < theirs.map_or(self.times.duration, |d| d.max(self.times.duration))
+        {
             return Ok(Some(holder));
         }
         let begun = Instant::now();
@@ -157,10 +138,11 @@ impl Candidate {
     /// Keeps the Lease until `stop`, and then clears it. Ends earlier only when the Lease is lost.
     pub async fn keep(mut self, stop: impl Future<Output = ()>) -> Result<(), Lost> {
         let renewals = async {
-            let mut wait = RENEW_PERIOD;
+            let (mut wait, period, retry) =
+                (self.times.renew_period(), self.times.renew_period(), self.times.retry_period);
             loop {
                 sleep(wait).await;
-                wait = if self.renew().await? { RENEW_PERIOD } else { RETRY_PERIOD };
+                wait = if self.renew().await? { period } else { retry };
             }
         };
         let result: Result<(), Lost> = tokio::select! {
@@ -178,16 +160,16 @@ impl Candidate {
     /// Renews the Lease once; `false` if that is to be tried again soon.
     async fn renew(&mut self) -> Result<bool, Lost> {
         if !self.leadership.holds() {
-            return Err(Lost::NotRenewed);
+            return Err(Lost::NotRenewed(self.times.renew_deadline));
         }
         let begun = Instant::now();
-        match timeout(RETRY_PERIOD, self.try_renew()).await {
+        match timeout(self.times.retry_period, self.try_renew()).await {
             Ok(Ok(lease)) => {
                 self.hold(lease, begun);
                 return Ok(true);
             }
             Ok(Err(kube::Error::Api(s))) if is_out_of_date(&s) => {
-                let found = timeout(RETRY_PERIOD, self.api.get_opt(&self.name)).await;
+                let found = timeout(self.times.retry_period, self.api.get_opt(&self.name)).await;
                 let found = found.ok().and_then(|answer| self.metrics.api("get", answer).ok());
                 match found {
                     Some(Some(other)) if !holder(&other).is_empty() && holder(&other) != self.identity => {
@@ -214,7 +196,7 @@ impl Candidate {
         let spec = renewed.spec.get_or_insert_default();
         spec.holder_identity = Some(self.identity.clone());
         // Candidates go by what stands there, and this process by its own deadline, which suits no other duration.
-        spec.lease_duration_seconds = i32::try_from(DURATION.as_secs()).ok();
+        spec.lease_duration_seconds = self.times.seconds();
         spec.renew_time = Some(MicroTime(Timestamp::now()));
         self.replace(&renewed).await
     }
@@ -225,7 +207,7 @@ impl Candidate {
         let spec = lease.spec.get_or_insert_default();
         spec.holder_identity = Some(String::new());
         spec.renew_time = Some(MicroTime(Timestamp::now()));
-        match timeout(RETRY_PERIOD, self.replace(&lease)).await {
+        match timeout(self.times.retry_period, self.replace(&lease)).await {
             Ok(Ok(_)) => tracing::info!(lease = self.name, "released the lease"),
             Ok(Err(error)) => tracing::warn!(%error, lease = self.name, "the lease was not released"),
             Err(_) => tracing::warn!(lease = self.name, "the API server does not answer about the lease"),
@@ -242,7 +224,7 @@ impl Candidate {
         let now = MicroTime(Timestamp::now());
         LeaseSpec {
             holder_identity: Some(self.identity.clone()),
-            lease_duration_seconds: i32::try_from(DURATION.as_secs()).ok(),
+            lease_duration_seconds: self.times.seconds(),
             acquire_time: Some(now.clone()),
             renew_time: Some(now),
             lease_transitions: Some(before.and_then(|b| b.lease_transitions).unwrap_or(0).saturating_add(1)),
@@ -261,7 +243,7 @@ impl Candidate {
     /// This process holds the Lease by a write that began at a time.
     fn hold(&mut self, lease: Lease, begun: Instant) -> Option<String> {
         self.lease = Some(lease);
-        self.leadership.renewed(begun);
+        self.leadership.renewed(begun + self.times.renew_deadline);
         self.metrics.leads(true);
         None
     }
@@ -283,6 +265,12 @@ mod tests {
     use http_body_util::BodyExt;
     use kube::client::Body;
     use serde_json::{Value, json};
+    use std::sync::Mutex;
+
+    const TIMES: [Duration; 3] = [Duration::from_secs(15), Duration::from_secs(10), Duration::from_secs(2)];
+    const DURATION: Duration = TIMES[0];
+    const RENEW_DEADLINE: Duration = TIMES[1];
+    const RETRY_PERIOD: Duration = TIMES[2];
 
     /// An API server that holds one Lease, and may be out of reach.
     #[derive(Clone, Default)]
@@ -388,10 +376,34 @@ mod tests {
         assert!(led.holds() && !leads.holds() && !acquired.is_finished(), "renewals keep the other out");
         *cut.lock().unwrap() = true;
         let begun = Instant::now();
-        assert!(matches!(kept.await.unwrap(), Err(Lost::NotRenewed)));
+        assert!(matches!(kept.await.unwrap(), Err(Lost::NotRenewed(_))));
         assert!(!led.holds() && !leads.holds() && begun.elapsed() <= RENEW_DEADLINE + RETRY_PERIOD);
         acquired.await.unwrap();
         assert!(leads.holds() && begun.elapsed() <= DURATION + RETRY_PERIOD, "{:?}", begun.elapsed());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn other_times_are_kept_to_and_such_with_which_two_might_lead_are_refused() {
+        let seconds = |duration, renew_deadline, retry_period| LeaseTimes {
+            duration: Duration::from_secs(duration),
+            renew_deadline: Duration::from_secs(renew_deadline),
+            retry_period: Duration::from_secs(retry_period),
+        };
+        assert_eq!(LeaseTimes::default().check(), Ok(seconds(15, 10, 2)));
+        for times in [seconds(10, 10, 2), seconds(15, 14, 2), seconds(15, 3, 2), seconds(15, 10, 0)] {
+            assert!(times.check().is_err(), "{times:?}");
+        }
+        let server = Server::default();
+        let (first, led, cut) = server.candidate("first");
+        let mut first = first.with_times(seconds(60, 40, 5)).unwrap();
+        first.acquire().await;
+        let kept = tokio::spawn(first.keep(std::future::pending()));
+        let lease = server.0.lock().unwrap().lease.clone().unwrap();
+        assert_eq!(lease["spec"]["leaseDurationSeconds"], 60);
+        *cut.lock().unwrap() = true;
+        sleep(Duration::from_secs(19)).await;
+        assert!(led.holds());
+        assert!(matches!(kept.await.unwrap(), Err(Lost::NotRenewed(_))) && !led.holds());
     }
 
     #[tokio::test(start_paused = true)]
