@@ -33,7 +33,6 @@ free_of rlhf-trainer 'kube|kube-.*|k8s-openapi'
 
 step "chart"
 tests/cluster/kubebox.sh
-.cache/bin/helm lint --strict --quiet charts/rlhf-operator
 tests/chart.sh
 
 step "dependencies"

@@ -21,6 +21,8 @@ pub const LABEL_JOB_UID: &str = "rlhf.dev/job-uid";
 pub const LABEL_STAGE: &str = "rlhf.dev/stage";
 /// Label: the attempt's number.
 pub const LABEL_ATTEMPT: &str = "rlhf.dev/attempt";
+/// Label of an RLHFJob: the class of operators that run it. Without it, those that have no class do.
+pub const LABEL_CLASS: &str = "rlhf.dev/class";
 /// Label: who manages the object.
 pub const LABEL_MANAGED_BY: &str = "app.kubernetes.io/managed-by";
 /// Label: the Kueue LocalQueue in which a Job waits.

@@ -5,6 +5,7 @@
 //! that memory. What is found here carries the job's label and no more; whose child it is, [`crate::view::stages`] tells.
 
 use crate::view::{JobView, PodView};
+use crate::watches::Part;
 use jiff::SignedDuration;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::Pod;
@@ -12,7 +13,6 @@ use kube::runtime::watcher::Event;
 use kube::{Resource, ResourceExt};
 use rlhf_api::names;
 use std::collections::HashMap;
-use std::mem::take;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -57,14 +57,14 @@ impl<K: Child> Clone for Children<K> {
 
 impl<K: Child> Default for Children<K> {
     fn default() -> Self {
-        Self(Arc::new(Mutex::new(Watched { known: Known::default(), listing: Known::default() })))
+        Self(Arc::new(Mutex::new(Watched { known: Known::default(), listing: HashMap::new() })))
     }
 }
 
 struct Watched<V> {
     known: Known<V>,
-    /// What a list has told that is not at its end.
-    listing: Known<V>,
+    /// What the lists have told that are not at their ends, by the part of the scope.
+    listing: HashMap<Part, Known<V>>,
 }
 
 struct Known<V> {
@@ -116,6 +116,19 @@ impl<V> Known<V> {
         Some(known.unwrap_or_else(Instant::now))
     }
 
+    /// What a list has told takes the place of what was known of a namespace, or of all.
+    fn replace(&mut self, namespace: Option<&str>, listed: Self) {
+        let Some(namespace) = namespace else { return *self = listed };
+        let of_it = self.children.iter().filter(|(_, kept)| kept.namespace == namespace);
+        for uid in of_it.map(|(uid, _)| uid.clone()).collect::<Vec<_>>() {
+            self.remove(&uid);
+        }
+        self.children.extend(listed.children);
+        for (job, children) in listed.families {
+            self.families.entry(job).or_default().extend(children);
+        }
+    }
+
     fn remove(&mut self, uid: &str) {
         let Some(kept) = self.children.remove(uid) else { return };
         let Some(family) = self.families.get_mut(&kept.job) else { return };
@@ -131,21 +144,22 @@ impl<K: Child> Children<K> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes in what the watch tells. Until a list is at its end, what was known before stands.
-    pub fn take(&self, event: &Event<K>) {
+    /// Takes in what the watch of a part of the scope tells. Until a list is at its end, what was known before stands.
+    pub(crate) fn take(&self, part: &Part, event: &Event<K>) {
         let mut watched = self.lock();
+        let Watched { known, listing } = &mut *watched;
         match event {
             Event::Apply(child) => {
-                let since = watched.known.deleting_since(child);
-                watched.known.take(child, since);
+                let since = known.deleting_since(child);
+                known.take(child, since);
             }
-            Event::Delete(child) => watched.known.remove(child.meta().uid.as_deref().unwrap_or_default()),
-            Event::Init => watched.listing = Known::default(),
+            Event::Delete(child) => known.remove(child.meta().uid.as_deref().unwrap_or_default()),
+            Event::Init => _ = listing.insert(part.clone(), Known::default()),
             Event::InitApply(child) => {
-                let since = watched.known.deleting_since(child);
-                watched.listing.take(child, since);
+                let since = known.deleting_since(child);
+                listing.entry(part.clone()).or_default().take(child, since);
             }
-            Event::InitDone => watched.known = take(&mut watched.listing),
+            Event::InitDone => known.replace(part.as_deref(), listing.remove(part).unwrap_or_default()),
         }
     }
 
@@ -192,10 +206,10 @@ mod tests {
             ("of-another-namespace", "/metadata/namespace", json!("other")),
             ("of-no-attempt", "/metadata/labels/rlhf.dev~1attempt", json!("first")),
         ] {
-            children.take(&Event::Apply(pod(name, |p| *p.pointer_mut(path).unwrap() = value.clone())));
+            children.take(&None, &Event::Apply(pod(name, |p| *p.pointer_mut(path).unwrap() = value.clone())));
         }
         assert!(of_the_job(&children).is_empty());
-        children.take(&Event::Apply(pod("a", |_| ())));
+        children.take(&None, &Event::Apply(pod("a", |_| ())));
         assert_eq!(of_the_job(&children), ["tune a"]);
     }
 
@@ -203,15 +217,15 @@ mod tests {
     fn a_child_is_as_it_was_last_told_until_it_is_deleted_or_given_away() {
         let children = Children::default();
         let relabelled = |p: &mut Value| p["metadata"]["labels"][names::LABEL_JOB_UID] = json!("another");
-        children.take(&Event::Apply(pod("a", |_| ())));
-        children.take(&Event::Apply(pod("b", |_| ())));
-        children.take(&Event::Apply(pod("a", |p| p["spec"] = json!({"containers": [], "nodeName": "n"}))));
+        children.take(&None, &Event::Apply(pod("a", |_| ())));
+        children.take(&None, &Event::Apply(pod("b", |_| ())));
+        children.take(&None, &Event::Apply(pod("a", |p| p["spec"] = json!({"containers": [], "nodeName": "n"}))));
         assert_eq!(of_the_job(&children), ["tune a", "tune b"]);
         assert!(children.of(&job()).iter().any(|view| view.node.as_deref() == Some("n")));
-        children.take(&Event::Delete(pod("b", |_| ())));
-        children.take(&Event::Apply(pod("a", relabelled)));
+        children.take(&None, &Event::Delete(pod("b", |_| ())));
+        children.take(&None, &Event::Apply(pod("a", relabelled)));
         assert!(of_the_job(&children).is_empty());
-        children.take(&Event::Delete(pod("a", relabelled)));
+        children.take(&None, &Event::Delete(pod("a", relabelled)));
         let watched = children.lock();
         assert!(watched.known.children.is_empty() && watched.known.families.is_empty());
     }
@@ -223,25 +237,52 @@ mod tests {
         let deleted = |p: &mut Value| {
             p["metadata"]["deletionTimestamp"] = json!("2020-01-01T00:00:00Z");
         };
-        children.take(&Event::Apply(pod("a", |_| ())));
+        children.take(&None, &Event::Apply(pod("a", |_| ())));
         assert_eq!(deleting_for(), SignedDuration::ZERO);
-        children.take(&Event::Apply(pod("a", deleted)));
+        children.take(&None, &Event::Apply(pod("a", deleted)));
         let first = deleting_for();
         assert!(first < SignedDuration::from_secs(60), "the API server's time, long ago, is not asked");
         std::thread::sleep(Duration::from_millis(20));
         let least = first + SignedDuration::from_millis(20);
-        children.take(&Event::Apply(pod("a", deleted)));
+        children.take(&None, &Event::Apply(pod("a", deleted)));
         assert!(deleting_for() >= least);
         for event in [Event::Init, Event::InitApply(pod("a", deleted)), Event::InitDone] {
-            children.take(&event);
+            children.take(&None, &event);
             assert!(deleting_for() >= least);
         }
     }
 
     #[test]
+    fn a_list_of_one_namespace_leaves_the_children_of_others() {
+        let children = Children::default();
+        let (team, other): (Part, Part) = (Some("team".into()), Some("other".into()));
+        let elsewhere = |p: &mut Value| p["metadata"]["namespace"] = json!("other");
+        let known = || {
+            let watched = children.lock();
+            let mut all: Vec<_> = watched.known.children.keys().map(ToString::to_string).collect();
+            all.sort();
+            all.join(" ")
+        };
+        for (part, event, wanted) in [
+            (&team, Event::Init, ""),
+            (&other, Event::Init, ""),
+            (&team, Event::InitApply(pod("a", |_| ())), ""),
+            (&other, Event::InitApply(pod("o", elsewhere)), ""),
+            (&other, Event::InitDone, "o"),
+            (&team, Event::InitDone, "a o"),
+            (&team, Event::Init, "a o"),
+            (&team, Event::InitDone, "o"),
+        ] {
+            children.take(part, &event);
+            assert_eq!(known(), wanted);
+        }
+        assert_eq!(children.lock().known.families.len(), 1);
+    }
+
+    #[test]
     fn a_new_list_replaces_what_was_known_once_it_is_whole() {
         let children = Children::default();
-        children.take(&Event::Apply(pod("a", |_| ())));
+        children.take(&None, &Event::Apply(pod("a", |_| ())));
         for (event, wanted) in [
             (Event::Init, "tune a"),
             (Event::InitApply(pod("b", |_| ())), "tune a"),
@@ -249,7 +290,7 @@ mod tests {
             (Event::InitApply(pod("c", |_| ())), "tune a"),
             (Event::InitDone, "tune c"),
         ] {
-            children.take(&event);
+            children.take(&None, &event);
             assert_eq!(of_the_job(&children), [wanted]);
         }
     }

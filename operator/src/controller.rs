@@ -4,46 +4,32 @@ use crate::children::{Child, Children};
 use crate::context::Context;
 use crate::listed::{Listed, Watch};
 use crate::pass::{error_policy, reconcile};
-use backon::ExponentialBuilder;
+use crate::scope::Scope;
+use crate::watches::{Gathered, Part, watch};
 use futures::future::BoxFuture;
-use futures::{FutureExt, Stream, StreamExt, TryStreamExt};
-use k8s_openapi::NamespaceResourceScope;
+use futures::{FutureExt, Stream, StreamExt};
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::Pod;
 use kube::core::DeserializeGuard;
 use kube::runtime::controller::Config;
-use kube::runtime::reflector::{self, ObjectRef, Store};
-use kube::runtime::watcher::ExponentialBackoff;
+use kube::runtime::reflector::{ObjectRef, Store};
 use kube::runtime::{Controller, WatchStreamExt, watcher};
-use kube::{Api, Client, Resource, ResourceExt};
+use kube::{Resource, ResourceExt};
 use rlhf_api::job::RLHFJob;
 use rlhf_api::names;
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Passes that run at the same time, each over another job.
-pub const CONCURRENCY: usize = 16;
 /// A gang's pods change together; their events are answered by one pass.
 const DEBOUNCE: Duration = Duration::from_millis(100);
 /// An RLHFJob, or what could not be read as one.
 pub type Guarded = DeserializeGuard<RLHFJob>;
 
-/// The API of a kind in the watched namespace, or in all.
-pub(crate) fn scoped<K>(client: &Client, namespace: Option<&str>) -> Api<K>
-where
-    K: Resource<DynamicType = (), Scope = NamespaceResourceScope>,
-{
-    match namespace {
-        Some(namespace) => Api::namespaced(client.clone(), namespace),
-        None => Api::all(client.clone()),
-    }
-}
-
 /// The stores and streams of one run of the operator.
 #[derive(Default)]
 pub struct Watches {
-    rlhf_jobs: reflector::store::Writer<Guarded>,
+    rlhf_jobs: Gathered<Guarded>,
     jobs: Children<Job>,
     pods: Children<Pod>,
 }
@@ -59,24 +45,25 @@ impl Watches {
         self.rlhf_jobs.as_reader()
     }
 
-    /// The run itself, which ends only after `shutdown`.
+    /// The run itself, with so many passes at the same time, each over another job. It ends only after `shutdown`.
     pub fn run(
         self,
         ctx: Arc<Context>,
-        namespace: Option<&str>,
+        scope: &Scope,
         shutdown: impl Future<Output = ()> + Send + Sync + 'static,
     ) -> BoxFuture<'static, ()> {
-        let client = &ctx.client;
-        let listed = ctx.listed.clone();
-        let jobs = watched(scoped(client, namespace), self.jobs, Watch::Jobs, listed.clone());
-        let pods = watched(scoped(client, namespace), self.pods, Watch::Pods, listed.clone());
-        let store = self.rlhf_jobs.as_reader();
-        let stream = watcher(scoped::<Guarded>(client, namespace), watcher::Config::default())
-            .backoff(watch_backoff())
-            .modify(forget_writers)
-            .reflect(self.rlhf_jobs);
-        let stream = tell(stream, Watch::RlhfJobs, listed).applied_objects();
-        let controller = Controller::for_stream(stream, store)
+        let Self { mut rlhf_jobs, jobs, pods } = self;
+        let (client, listed) = (&ctx.client, &ctx.listed);
+        let children = watcher::Config::default().labels(names::LABEL_JOB_UID);
+        let jobs = watched(watch(client, scope, &children), jobs, Watch::Jobs, listed.clone());
+        let pods = watched(watch(client, scope, &children), pods, Watch::Pods, listed.clone());
+        let store = rlhf_jobs.as_reader();
+        rlhf_jobs.begin(scope);
+        let own = watch(client, scope, &watcher::Config::default().labels(&scope.selector()));
+        let own = own.map(|(part, event): (Part, watcher::Event<Guarded>)| (part, without_writers(event)));
+        let own = own.inspect(move |(part, event)| rlhf_jobs.take(part, event));
+        let own = tell(own, Watch::RlhfJobs, listed.clone()).applied_objects();
+        let controller = Controller::for_stream(own, store)
             // Whose turn it is, [`Turns`](crate::turns::Turns) say: the controller itself would take jobs as they come.
             .with_config(Config::default().concurrency(0).debounce(DEBOUNCE))
             .watches_stream(jobs, |job| owner(&job))
@@ -95,8 +82,6 @@ impl Watches {
                 ctx.known.forget(namespace, &gone.name);
                 ctx.deciding.forget(namespace, &gone.name);
                 ctx.metrics.forget(namespace, &gone.name);
-            } else if let Err(kube::runtime::controller::Error::QueueError(error)) = &result {
-                tracing::warn!(%error, "a watch failed and is started again");
             }
             std::future::ready(())
         });
@@ -106,46 +91,38 @@ impl Watches {
 
 /// Takes out who wrote which field and, from `kubectl apply`, the manifest once more: half of an object, and not looked
 /// at here.
-fn forget_writers(job: &mut Guarded) {
-    job.managed_fields_mut().clear();
-    job.annotations_mut().remove("kubectl.kubernetes.io/last-applied-configuration");
-}
-
-/// A watch that fails is tried again soon, for as long as it takes: without it the operator is blind, and three watches are
-/// no burden for an API server that has just come back. (kube's own default waits for up to 30 s.)
-fn watch_backoff() -> ExponentialBackoff {
-    let (first, longest) = (Duration::from_millis(200), Duration::from_secs(5));
-    let builder =
-        ExponentialBuilder::new().with_min_delay(first).with_max_delay(longest).with_factor(2.0).with_jitter();
-    builder.without_max_times().into()
+fn without_writers(mut event: watcher::Event<Guarded>) -> watcher::Event<Guarded> {
+    if let watcher::Event::Apply(job) | watcher::Event::InitApply(job) | watcher::Event::Delete(job) = &mut event {
+        job.managed_fields_mut().clear();
+        job.annotations_mut().remove("kubectl.kubernetes.io/last-applied-configuration");
+    }
+    event
 }
 
 /// The watch of one kind of child, whose events come after what they tell is known.
 fn watched<K>(
-    api: Api<K>,
+    events: impl Stream<Item = (Part, watcher::Event<K>)> + Send,
     children: Children<K>,
     watch: Watch,
     listed: Listed,
 ) -> impl Stream<Item = Result<K, watcher::Error>> + Send
 where
-    K: Child<View: Send> + Clone + serde::de::DeserializeOwned + std::fmt::Debug + Send + Sync + 'static,
+    K: Child<View: Send> + Send + Sync + 'static,
 {
-    let stream = watcher(api, watcher::Config::default().labels(names::LABEL_JOB_UID))
-        .backoff(watch_backoff())
-        .inspect_ok(move |event| children.take(event));
-    tell(stream, watch, listed).touched_objects()
+    tell(events.inspect(move |(part, event)| children.take(part, event)), watch, listed).touched_objects()
 }
 
-/// Tells when a watch, whose events are known by now, has listed everything.
+/// Tells when a watch, whose events are known by now, has listed everything in a part of the scope.
 fn tell<K>(
-    events: impl Stream<Item = Result<watcher::Event<K>, watcher::Error>> + Send,
+    events: impl Stream<Item = (Part, watcher::Event<K>)> + Send,
     watch: Watch,
     listed: Listed,
 ) -> impl Stream<Item = Result<watcher::Event<K>, watcher::Error>> + Send {
-    events.inspect_ok(move |event| {
+    events.map(move |(part, event)| {
         if matches!(event, watcher::Event::InitDone) {
-            listed.done(watch);
+            listed.done(part.as_deref(), watch);
         }
+        Ok(event)
     })
 }
 

@@ -91,7 +91,7 @@ mod tests {
             checked.set(()).unwrap();
             assert_eq!((status(port, "/healthz").await, status(port, "/readyz").await), (200, before));
             for watch in [Watch::RlhfJobs, Watch::Jobs, Watch::Pods] {
-                listed.done(watch);
+                listed.done(None, watch);
             }
             assert_eq!((status(port, "/readyz").await, status(port, "/metrics").await), (200, 200));
             stop.send(()).unwrap();

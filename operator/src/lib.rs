@@ -25,5 +25,7 @@ pub mod pass;
 pub mod progress;
 pub mod requirements;
 pub mod retries;
+pub mod scope;
 pub mod turns;
 pub mod view;
+mod watches;

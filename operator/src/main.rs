@@ -12,17 +12,18 @@ use rlhf_api::names::FIELD_MANAGER;
 use rlhf_operator::build::{Allowances, NetworkRules, Settings};
 use rlhf_operator::clock::Clock;
 use rlhf_operator::context::Context;
-use rlhf_operator::controller::{CONCURRENCY, Watches};
+use rlhf_operator::controller::Watches;
 use rlhf_operator::deciding::Deciding;
 use rlhf_operator::http::{Served, serve};
 use rlhf_operator::keys::ProgressKeys;
 use rlhf_operator::known::Known;
-use rlhf_operator::lease::{Candidate, Leadership, Lost};
+use rlhf_operator::lease::{Candidate, Leadership, LeaseTimes, Lost};
 use rlhf_operator::listed::Listed;
 use rlhf_operator::metrics::Metrics;
 use rlhf_operator::progress::ProgressReader;
 use rlhf_operator::requirements::{self, check_crd, check_fields, check_pod_groups};
 use rlhf_operator::retries::Retries;
+use rlhf_operator::scope::Scope;
 use rlhf_operator::turns::Turns;
 use std::error::Error;
 use std::io::{ErrorKind, IsTerminal};
@@ -35,9 +36,6 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task::{JoinError, JoinHandle};
 use tracing_subscriber::EnvFilter;
-
-/// Passes in flight get this long to end after SIGTERM; Kubernetes kills after 30 seconds.
-const SHUTDOWN_LIMIT: Duration = Duration::from_secs(25);
 
 /// Reconciles RLHFJobs.
 #[derive(Parser)]
@@ -55,12 +53,33 @@ struct Args {
     /// How the operator and its trainers log. RUST_LOG filters.
     #[arg(long, env = "RLHF_LOG_FORMAT", default_value = "text")]
     log_format: LogFormat,
-    /// Reconcile RLHFJobs of this namespace only; empty: of all namespaces.
-    #[arg(long, env = "RLHF_WATCH_NAMESPACE", default_value = "")]
-    watch_namespace: String,
+    /// Names of Secrets, in the jobs' own namespaces, with which the trainer image is pulled. May be given again.
+    #[arg(long, env = "RLHF_TRAINER_IMAGE_PULL_SECRET", value_delimiter = ',')]
+    trainer_image_pull_secret: Vec<String>,
+    /// Reconcile RLHFJobs of this namespace only. May be given again; left out: of all namespaces.
+    #[arg(long, env = "RLHF_WATCH_NAMESPACE", value_delimiter = ',')]
+    watch_namespace: Vec<String>,
+    /// Reconcile RLHFJobs whose label rlhf.dev/class has this value only; empty: those without the label.
+    #[arg(long, env = "RLHF_CLASS", default_value = "")]
+    class: String,
+    /// Passes that run at the same time, each over another RLHFJob.
+    #[arg(long, env = "RLHF_CONCURRENCY", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    concurrency: u16,
+    /// Passes in flight get this long to end after SIGTERM: less than the time after which Kubernetes kills.
+    #[arg(long, env = "RLHF_SHUTDOWN_SECONDS", default_value_t = 25)]
+    shutdown_seconds: u16,
     /// The Lease, in the operator's own namespace, by which operators of one installation elect who works.
     #[arg(long, env = "RLHF_LEASE_NAME", default_value = "rlhf-operator")]
     lease_name: String,
+    /// How long a Lease that is not renewed keeps other operators out.
+    #[arg(long, env = "RLHF_LEASE_DURATION_SECONDS", default_value_t = 15)]
+    lease_duration_seconds: u16,
+    /// The operator that leads ends when it could not renew the Lease for so long.
+    #[arg(long, env = "RLHF_LEASE_RENEW_DEADLINE_SECONDS", default_value_t = 10)]
+    lease_renew_deadline_seconds: u16,
+    /// How often operators look at the Lease, and how long a request about it may take.
+    #[arg(long, env = "RLHF_LEASE_RETRY_PERIOD_SECONDS", default_value_t = 2)]
+    lease_retry_period_seconds: u16,
     /// Begins this process's name in the Lease.
     #[arg(long, env = "HOSTNAME", default_value = "rlhf-operator")]
     host: String,
@@ -74,6 +93,49 @@ struct Args {
     /// Give nodes to all pods of a stage or to none, by PodGroups, which the cluster must know.
     #[arg(long, env = "RLHF_GANG_SCHEDULING")]
     gang_scheduling: bool,
+    /// Let pod templates name a service account of their namespace.
+    #[arg(long, env = "RLHF_ALLOW_SERVICE_ACCOUNTS")]
+    allow_service_accounts: bool,
+    /// Let pod templates add volumes and mounts.
+    #[arg(long, env = "RLHF_ALLOW_VOLUMES")]
+    allow_volumes: bool,
+    /// Let pod templates ask for the capability IPC_LOCK, as RDMA needs it.
+    #[arg(long, env = "RLHF_ALLOW_IPC_LOCK")]
+    allow_ipc_lock: bool,
+    /// Leave the ids of users and groups of pods to the cluster, as OpenShift's restricted-v2 wants it.
+    #[arg(long, env = "RLHF_OMIT_USER_IDS")]
+    omit_user_ids: bool,
+}
+
+impl Args {
+    fn scope(&self) -> Scope {
+        Scope::new(&self.watch_namespace, &self.class)
+    }
+
+    fn lease_times(&self) -> LeaseTimes {
+        let seconds = [self.lease_duration_seconds, self.lease_renew_deadline_seconds, self.lease_retry_period_seconds];
+        let [duration, renew_deadline, retry_period] = seconds.map(|s| Duration::from_secs(s.into()));
+        LeaseTimes { duration, renew_deadline, retry_period }
+    }
+
+    /// What is told to those who build trainer pods.
+    fn settings(self, keys: ProgressKeys) -> Settings {
+        Settings {
+            trainer_image: self.trainer_image,
+            trainer_image_pull_policy: word(self.trainer_image_pull_policy),
+            log_format: word(self.log_format),
+            keys,
+            network: self.network_policy,
+            gang_scheduling: self.gang_scheduling,
+            allow: Allowances {
+                service_accounts: self.allow_service_accounts,
+                volumes: self.allow_volumes,
+                ipc_lock: self.allow_ipc_lock,
+            },
+            omit_user_ids: self.omit_user_ids,
+            image_pull_secrets: self.trainer_image_pull_secret.into_iter().filter(|name| !name.is_empty()).collect(),
+        }
+    }
 }
 
 fn network_rules(text: &str) -> Result<NetworkRules, serde_json::Error> {
@@ -124,11 +186,13 @@ fn start_logs(format: LogFormat) {
 async fn run(args: Args) -> Result<(), Box<dyn Error>> {
     // First of all: as a container's first process it would not hear it otherwise.
     let mut terminate = signal(SignalKind::terminate())?;
-    let namespace = Some(args.watch_namespace.as_str()).filter(|n| !n.is_empty());
+    let (scope, concurrency) = (args.scope(), args.concurrency);
+    let limit = Duration::from_secs(args.shutdown_seconds.into());
     let client = Client::try_default().await?;
     let watches = Watches::default();
     let metrics = Arc::new(Metrics::new()?);
-    let (listed, leadership, checked) = (Listed::default(), Leadership::default(), Arc::<OnceLock<()>>::default());
+    let (listed, leadership, checked) =
+        (Listed::new(scope.clone()), Leadership::default(), Arc::<OnceLock<()>>::default());
     let served = Served {
         checked: checked.clone(),
         metrics: metrics.clone(),
@@ -137,13 +201,14 @@ async fn run(args: Args) -> Result<(), Box<dyn Error>> {
         leadership: leadership.clone(),
     };
     let listener = listen(args.http_port).await?;
-    tracing::info!(port = args.http_port, namespace = namespace.unwrap_or("all"), "the operator starts");
+    tracing::info!(port = args.http_port, %scope, "the operator starts");
     let (stop, stopping) = watch::channel(false);
     let mut server = tokio::spawn(serve(listener, served, told(stopping.clone())));
     let mut candidate =
-        Candidate::new(client.clone(), &args.lease_name, &args.host, leadership.clone(), metrics.clone());
+        Candidate::new(client.clone(), &args.lease_name, &args.host, leadership.clone(), metrics.clone())
+            .with_times(args.lease_times())?;
     let begin = async {
-        let keys = requirements::answered(async || check(&client, namespace, &args).await).await?;
+        let keys = requirements::answered(async || check(&client, &scope, &args).await).await?;
         _ = checked.set(());
         candidate.acquire().await;
         Ok::<_, requirements::Error>(keys)
@@ -152,7 +217,7 @@ async fn run(args: Args) -> Result<(), Box<dyn Error>> {
         keys = begin => keys?,
         () = told_to_stop(&mut terminate) => {
             stop.send(true)?;
-            _ = tokio::time::timeout(SHUTDOWN_LIMIT, server).await;
+            _ = tokio::time::timeout(limit, server).await;
             return Ok(());
         }
         ended = &mut server => return Err(format!("the HTTP server has ended by itself: {ended:?}").into()),
@@ -165,28 +230,18 @@ async fn run(args: Args) -> Result<(), Box<dyn Error>> {
         jobs,
         pods,
         listed,
-        settings: Settings {
-            trainer_image: args.trainer_image,
-            trainer_image_pull_policy: word(args.trainer_image_pull_policy),
-            log_format: word(args.log_format),
-            keys,
-            network: args.network_policy,
-            gang_scheduling: args.gang_scheduling,
-            allow: Allowances::default(),
-            omit_user_ids: false,
-            image_pull_secrets: vec![],
-        },
+        settings: args.settings(keys),
         metrics,
         progress: ProgressReader::new()?,
         retries: Retries::default(),
         clock: Clock::default(),
         known: Known::default(),
         deciding: Deciding::default(),
-        turns: Turns::new(CONCURRENCY),
+        turns: Turns::new(concurrency.into()),
         leadership,
     });
-    let controller = watches.run(ctx, namespace, told(stopping));
-    work(candidate, controller, server, stop, terminate).await
+    let controller = watches.run(ctx, &scope, told(stopping));
+    work(candidate, controller, server, stop, terminate, limit).await
 }
 
 /// Of every interface; where the kernel has no IPv6, of those of IPv4.
@@ -200,8 +255,8 @@ async fn listen(port: u16) -> Result<TcpListener, String> {
 }
 
 /// Whether the cluster has what the operator requires, of which the keys are a part.
-async fn check(client: &Client, namespace: Option<&str>, args: &Args) -> Result<ProgressKeys, requirements::Error> {
-    check_crd(client, namespace).await?;
+async fn check(client: &Client, scope: &Scope, args: &Args) -> Result<ProgressKeys, requirements::Error> {
+    check_crd(client, scope).await?;
     check_fields(client).await?;
     if args.gang_scheduling {
         check_pod_groups(client).await?;
@@ -218,6 +273,7 @@ async fn work(
     mut server: Server,
     stop: watch::Sender<bool>,
     mut terminate: Signal,
+    limit: Duration,
 ) -> Result<(), Box<dyn Error>> {
     let mut controller = tokio::spawn(controller);
     let (done, is_done) = watch::channel(false);
@@ -236,10 +292,10 @@ async fn work(
         _ = done.send(true);
         (lease.await, server.await)
     };
-    match tokio::time::timeout(SHUTDOWN_LIMIT, finished).await {
+    match tokio::time::timeout(limit, finished).await {
         Ok((Ok(Ok(())), _)) => tracing::info!("stopped"),
         Ok((lost, _)) => return Err(why(lost)),
-        Err(_) => tracing::warn!("a pass did not end within {} seconds and is cut off", SHUTDOWN_LIMIT.as_secs()),
+        Err(_) => tracing::warn!("a pass did not end within {} seconds and is cut off", limit.as_secs()),
     }
     Ok(())
 }

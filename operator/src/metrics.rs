@@ -66,7 +66,7 @@ impl Metrics {
             duration: Histogram::with_opts(duration.buckets(buckets))?,
             in_flight: IntGauge::new(
                 "rlhf_operator_reconciles_in_flight",
-                "Passes under way now; at most 16, and jobs that wait for one of these are not counted.",
+                "Passes under way now, as many as --concurrency at most; jobs that wait for one of these are not counted.",
             )?,
             first_step: Histogram::with_opts(first_step.buckets(prometheus::exponential_buckets(5.0, 2.0, 12)?))?,
             first_steps: FirstSteps::default(),
@@ -205,7 +205,7 @@ mod tests {
     use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
     use kube::core::DeserializeGuard;
     use rlhf_api::job::StagePhase;
-    use rlhf_api::report::Progress;
+    use rlhf_api::report::{Checkpoint, Progress};
     use std::collections::BTreeSet;
     use std::fmt::Write;
     use std::path::Path;
@@ -250,7 +250,7 @@ mod tests {
             "rlhf_operator_jobs{phase=\"Running\"} 1",
             "rlhf_operator_jobs{phase=\"Undecodable\"} 1",
             "rlhf_operator_job_info{namespace=\"team\",phase=\"Undecodable\",rlhf_job=\"demo\"} 1",
-            "rlhf_operator_job_condition{condition=\"Unsupported\",namespace=\"team\",rlhf_job=\"demo\"} 1",
+            "rlhf_operator_job_condition{condition=\"Unsupported\",namespace=\"team\",reason=\"Undecodable\",rlhf_job=\"demo\"} 1",
         ];
         has(&metrics.render(jobs.iter()).unwrap(), &lines);
         has(&metrics.render(jobs[..1].iter()).unwrap(), &["rlhf_operator_jobs{phase=\"Undecodable\"} 0"]);
@@ -302,6 +302,7 @@ mod tests {
             restarts: rlhf_api::job::Restarts { total: 1, ..Default::default() },
             disruptions: 3,
             progress,
+            checkpoint: Some(Checkpoint { step: 80, path: "c".into() }),
             ..Default::default()
         };
         let mut job = in_phase(Phase::Running);
@@ -320,8 +321,8 @@ mod tests {
         let text = metrics.render([guarded(known())].iter()).unwrap();
         let lines = [
             "rlhf_operator_job_info{namespace=\"team\",phase=\"Running\",rlhf_job=\"demo\"} 1",
-            "rlhf_operator_job_condition{condition=\"Stalled\",namespace=\"team\",rlhf_job=\"demo\"} 1",
-            "rlhf_operator_job_condition{condition=\"Waiting\",namespace=\"team\",rlhf_job=\"demo\"} 0",
+            "rlhf_operator_job_condition{condition=\"Stalled\",namespace=\"team\",reason=\"r\",rlhf_job=\"demo\"} 1",
+            "rlhf_operator_job_condition{condition=\"Waiting\",namespace=\"team\",reason=\"r\",rlhf_job=\"demo\"} 0",
             "rlhf_operator_job_finished_timestamp_seconds{namespace=\"team\",rlhf_job=\"demo\"} 90",
             "rlhf_operator_stage_info{namespace=\"team\",phase=\"Running\",rlhf_job=\"demo\",stage=\"tune\"} 1",
             "rlhf_operator_stage_info{namespace=\"team\",phase=\"Pending\",rlhf_job=\"demo\",stage=\"act\"} 1",
@@ -330,6 +331,8 @@ mod tests {
             "rlhf_operator_stage_disruptions_total{namespace=\"team\",rlhf_job=\"demo\",stage=\"tune\"} 3",
             "rlhf_operator_stage_step{namespace=\"team\",rlhf_job=\"demo\",stage=\"tune\"} 84",
             "rlhf_operator_stage_total_steps{namespace=\"team\",rlhf_job=\"demo\",stage=\"tune\"} 200",
+            "rlhf_operator_stage_checkpoint_step{namespace=\"team\",rlhf_job=\"demo\",stage=\"tune\"} 80",
+            "rlhf_operator_stage_checkpoint_step{namespace=\"team\",rlhf_job=\"demo\",stage=\"act\"} 0",
         ];
         has(&text, &lines);
         assert!(

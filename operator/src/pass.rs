@@ -210,7 +210,7 @@ mod tests {
     /// A process that has listed everything, and whose API server answers by a table.
     fn ready(answers: Vec<(&'static str, u16, Value)>) -> (Arc<Context>, Log) {
         let (ctx, log) = server(answers);
-        [Watch::RlhfJobs, Watch::Jobs, Watch::Pods].into_iter().for_each(|watch| ctx.listed.done(watch));
+        [Watch::RlhfJobs, Watch::Jobs, Watch::Pods].into_iter().for_each(|watch| ctx.listed.done(None, watch));
         (Arc::new(ctx), log)
     }
 

@@ -1,8 +1,9 @@
 //! What the cluster must have before the operator works, each with an error that says what is missing. An API server that
 //! does not answer lacks nothing: it is asked again until it does.
 
-use crate::controller::{Guarded, scoped};
+use crate::controller::Guarded;
 use crate::keys;
+use crate::scope::{Scope, api_of};
 use axum::http::Request;
 use k8s_openapi::Resource as _;
 use k8s_openapi::api::scheduling::v1beta1::PodGroup;
@@ -94,9 +95,26 @@ pub async fn answered<T>(look: impl AsyncFn() -> Result<T, Error>) -> Result<T, 
     }
 }
 
-/// Whether RLHFJobs can be listed, with an error that says what is missing.
-pub async fn check_crd(client: &Client, namespace: Option<&str>) -> Result<(), Error> {
-    let api: Api<Guarded> = scoped(client, namespace);
+/// Whether RLHFJobs can be listed, with an error that says what is missing. One namespace of several is enough: another may
+/// be gone, and its role with it, which the watches tell and which is no reason to leave the others alone.
+pub async fn check_crd(client: &Client, scope: &Scope) -> Result<(), Error> {
+    let mut refused = Ok(());
+    for part in scope.parts() {
+        match check_crd_in(client, part).await {
+            Err(error @ Error::Unanswered { .. }) => {
+                if let Some(namespace) = part {
+                    tracing::warn!(namespace, "{}", whole(&error));
+                }
+                refused = Err(error);
+            }
+            known => return known,
+        }
+    }
+    refused
+}
+
+async fn check_crd_in(client: &Client, part: Option<&str>) -> Result<(), Error> {
+    let api: Api<Guarded> = api_of(client, part);
     match api.list_metadata(&kube::api::ListParams::default().limit(1)).await {
         Ok(_) => Ok(()),
         // By the code: an unknown group is answered in plain text, without a reason.
@@ -247,10 +265,21 @@ mod tests {
             (403, FORBIDDEN, "RLHFJobs cannot be listed (which the chart's ClusterRole", "cannot list resource"),
             (500, "{}", "RLHFJobs cannot be listed", ""),
         ] {
-            let error = check_crd(&client(code, body), None).await.unwrap_err().to_string();
+            let error = check_crd(&client(code, body), &Scope::default()).await.unwrap_err().to_string();
             assert!(error.starts_with(start) && error.contains(part), "{code}: {error}");
         }
-        check_crd(&client(200, r#"{"metadata":{},"items":[]}"#), None).await.unwrap();
+        check_crd(&client(200, r#"{"metadata":{},"items":[]}"#), &Scope::default()).await.unwrap();
+        let one_is_gone = tower::service_fn(|request: Request<Body>| async move {
+            let gone = request.uri().path().contains("/namespaces/a/");
+            let (code, body) = if gone { (403, FORBIDDEN) } else { (200, r#"{"metadata":{},"items":[]}"#) };
+            Ok::<_, tower::BoxError>(
+                Response::builder().status(code).body(Body::from(body.as_bytes().to_vec())).unwrap(),
+            )
+        });
+        let two = Scope::new(&["a".into(), "b".into()], "");
+        check_crd(&Client::new(one_is_gone, "team"), &two).await.unwrap();
+        let error = check_crd(&client(403, FORBIDDEN), &two).await.unwrap_err();
+        assert!(error.may_pass(), "a role may be on its way");
 
         const GROUPS: &str = r#"{"groupVersion":"scheduling.k8s.io/v1beta1","resources":[
             {"name":"podgroups","singularName":"podgroup","namespaced":true,"kind":"PodGroup","verbs":["create"]}]}"#;
@@ -277,7 +306,7 @@ mod tests {
         let look = async || {
             let (code, body) = answers[*asked.lock().unwrap()];
             *asked.lock().unwrap() += 1;
-            check_crd(&client(code, body), None).await
+            check_crd(&client(code, body), &Scope::default()).await
         };
         answered(look).await.unwrap();
         assert_eq!(*asked.lock().unwrap(), answers.len());
@@ -295,7 +324,9 @@ mod tests {
         answered(look).await.unwrap();
         assert_eq!(started.elapsed(), LIMIT + RETRY);
 
-        let error = answered(async || check_crd(&client(404, "404 page not found\n"), None).await).await.unwrap_err();
+        let error = answered(async || check_crd(&client(404, "404 page not found\n"), &Scope::default()).await)
+            .await
+            .unwrap_err();
         assert!(matches!(error, Error::Missing(_)), "{error}");
     }
 

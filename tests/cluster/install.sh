@@ -13,7 +13,7 @@ PACKAGES=(
     # images
     buildah debootstrap
     # tests and checks
-    prometheus shellcheck
+    prometheus shellcheck python3-yaml lua5.4
 )
 
 missing=()

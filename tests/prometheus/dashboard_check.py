@@ -31,7 +31,7 @@ POLL_SECONDS = 2
 # Grafana makes it at least four scrape intervals, so that a rate has two samples to work with.
 RATE_INTERVAL = "8s"
 # What the chart's monitors select: pods by label, and their ports by name.
-MONITORED = [("app.kubernetes.io/name=rlhf-operator", "http"), ("rlhf.dev/job", r"metrics(-[1-7])?")]
+MONITORED = [("app.kubernetes.io/name=rlhf-operator", "http"), ("rlhf.dev/job", r"metrics(-[0-9]+)?")]
 
 
 def arguments():

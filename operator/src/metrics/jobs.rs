@@ -32,7 +32,7 @@ pub(super) const UNDECODABLE: &str = "Undecodable";
 
 const STAGE: &[&str] = &["stage"];
 
-const FAMILIES: [Family; 9] = [
+const FAMILIES: [Family; 10] = [
     Family {
         name: "rlhf_operator_job_info",
         help: "1 for each RLHFJob, with the phase in which it is, or Undecodable.",
@@ -43,15 +43,15 @@ const FAMILIES: [Family; 9] = [
     },
     Family {
         name: "rlhf_operator_job_condition",
-        help: "1 for each condition of the RLHFJob's status that holds, 0 for one that held and does no more.",
-        labels: &["condition"],
+        help: "1 for each condition of the RLHFJob's status that holds, 0 for one that held and does no more, with its reason.",
+        labels: &["condition", "reason"],
         is_counter: false,
         series: |job, put| {
             for condition in job.status.iter().flat_map(|s| &s.conditions) {
-                put(&[&condition.type_], f64::from(u8::from(condition.status == "True")));
+                put(&[&condition.type_, &condition.reason], f64::from(u8::from(condition.status == "True")));
             }
         },
-        undecodable: |put| put(&[CONDITION_UNSUPPORTED], 1.0),
+        undecodable: |put| put(&[CONDITION_UNSUPPORTED, UNDECODABLE], 1.0),
     },
     Family {
         name: "rlhf_operator_job_finished_timestamp_seconds",
@@ -114,6 +114,16 @@ const FAMILIES: [Family; 9] = [
         labels: STAGE,
         is_counter: false,
         series: |job, put| of_progress(job, put, |progress| progress.total_steps),
+        undecodable: |_| (),
+    },
+    Family {
+        name: "rlhf_operator_stage_checkpoint_step",
+        help: "The step (PPO: iteration) of the stage's last whole checkpoint, 0 before the first.",
+        labels: STAGE,
+        is_counter: false,
+        series: |job, put| {
+            of_stages(job, put, |slot| slot.checkpoint.as_ref().map_or(0.0, |checkpoint| checkpoint.step as f64));
+        },
         undecodable: |_| (),
     },
 ];

@@ -37,7 +37,7 @@ pub struct Error {
 
 /// Everything that is known of a job's children.
 pub async fn observe(job: &RLHFJob, ctx: &Context, now: Timestamp) -> Result<Observed, Error> {
-    ctx.listed.wait().await;
+    ctx.listed.wait(&job.namespace().unwrap_or_default()).await;
     let status = job.status.clone().unwrap_or_default();
     let live: Vec<_> = ask::live(&status).collect();
     let mut stages = children(job, &live, ctx).await?;

@@ -202,7 +202,7 @@ async fn the_operator_makes_secrets_and_reads_none(namespace: &str) {
 #[test]
 fn an_operator_of_one_namespace_has_no_right_elsewhere() {
     on_the_cluster_alone(async |scene| {
-        install_with(true, &[&format!("watchNamespace={}", scene.namespace)]).await;
+        install_with(true, &[&format!("watchNamespaces={{{}}}", scene.namespace)]).await;
         let roles = labelled(&format!("app.kubernetes.io/instance={RELEASE}")).await;
         assert!(!roles.iter().any(|o| o.starts_with("clusterrole")), "{roles:?}");
         for (verb, resource) in
