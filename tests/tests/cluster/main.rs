@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod admission;
+mod continuation;
 mod example;
 mod failure;
 mod gang;
@@ -15,6 +16,8 @@ mod outage;
 mod planning;
 mod queue;
 mod removal;
+mod room;
 mod security;
 mod stages;
+mod strangers;
 mod upgrade;
