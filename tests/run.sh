@@ -1,19 +1,35 @@
 #!/usr/bin/env bash
 # Every test: installs and fetches what is missing, builds once, then the tests of the crates (units, golden values, laws),
 # then those on a real cluster, which is started for them and stopped again unless it ran before. Both kinds run even when
-# the first has failures. Ends with the runners' closing lines and their sum.
+# the first has failures. What waits for no other part is made beside it. Ends with the runners' closing lines and their sum.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 root=$PWD
 logs=$root/.cache/logs
 mkdir -p "$logs"
+# shellcheck source=tests/steps.sh
+source tests/steps.sh
 
-step() { printf '\n== %(%T)T %s\n' -1 "$*"; }
+# Kubernetes and Kueue, and what the images are built on.
+# shellcheck disable=SC2317 # `beside` calls it
+programs() {
+    tests/cluster/kubebox.sh
+    tests/cluster/kueue.sh
+    tests/cluster/images.sh --build base pause
+}
+
+# The cluster with the product's images in it, and its own test.
+# shellcheck disable=SC2317
+cluster() {
+    tests/cluster/up.sh
+    tests/cluster/images.sh operator trainer kueue
+    if ! tests/cluster/smoke.sh 2>&1 | tee "$logs/test-smoke.log"; then touch "$logs/smoke-failed"; fi
+}
 
 step "what this machine lacks"
 tests/cluster/install.sh
+beside programs
 trainer-image/libtorch.sh
-tests/cluster/kubebox.sh
 tests/assets/fetch.sh
 
 # The libraries that the tests' programs link; and several ranks share the cores, so that each computes on one thread.
@@ -22,29 +38,36 @@ export LD_LIBRARY_PATH=$root/.cache/libtorch/torch/lib OMP_NUM_THREADS=1
 step "building"
 cargo build --release --locked --workspace --all-targets
 cargo test --release --locked --workspace --test cluster --no-run
+joined programs
 
 failed=0
+was_up=1
+[ -f .cache/cluster/run/kubelet.pid ] || was_up=
+if [ -z "$was_up" ]; then at_exit tests/cluster/down.sh; fi
+rm -f "$logs/test-smoke.log" "$logs/smoke-failed"
+beside cluster
+
 step "the crates' tests"
 cargo test --release --locked --workspace --no-fail-fast 2>&1 | tee "$logs/test-crates.log" || failed=1
 
 step "a cluster"
-was_up=1
-[ -f .cache/cluster/run/kubelet.pid ] || was_up=
-if [ -z "$was_up" ]; then trap tests/cluster/down.sh EXIT; fi
-tests/cluster/up.sh
-tests/cluster/images.sh operator trainer kueue
-export KUBECONFIG=$root/.cache/cluster/admin.conf PATH=$root/.cache/bin:$PATH
-tests/cluster/smoke.sh | tee "$logs/test-smoke.log" || failed=1
+joined cluster
+[ ! -e "$logs/smoke-failed" ] || failed=1
 
 step "the tests on the cluster"
-cargo test --release --locked --workspace --test cluster --no-fail-fast 2>&1 | tee "$logs/test-cluster.log" || failed=1
+export KUBECONFIG=$root/.cache/cluster/admin.conf PATH=$root/.cache/bin:$PATH
+# They wait most of the time, and see to it themselves which of them run side by side.
+rm -f "$logs/test-cluster-times.log"
+RUST_TEST_THREADS=100 cargo test --release --locked --workspace --test cluster --no-fail-fast 2>&1 | tee "$logs/test-cluster.log" || failed=1
 
+step "the end of the cluster"
 if [ -z "$was_up" ]; then
-    trap - EXIT
+    at_exit
     tests/cluster/down.sh || failed=1
 fi
 
 step "closing lines"
+took
 grep -hE '^test result: |^[0-9]+ passed, [0-9]+ failed$|^left out: ' "$logs"/test-{crates,smoke,cluster}.log | grep -v ' 0 passed; 0 failed; 0 ignored' || true
 awk '/^test result: / { gsub(/;/, ""); passed += $4; failed += $6; skipped += $8 }
      /^[0-9]+ passed, [0-9]+ failed$/ { passed += $1; failed += $3 }

@@ -1,9 +1,10 @@
 # shellcheck shell=bash
 # shellcheck disable=SC2034 # what is set here is used by the scripts that source this
-# For the scripts of this folder: where things are, and how they speak. Everything lies under the repository's .cache.
+# For the scripts of this folder: where things are, and how they speak. Everything lies under the repository's .cache, which
+# may be a link to another disk: the kernel tells of mounts and processes by their real paths.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)
-CACHE=$ROOT/.cache
+CACHE=$(realpath -m "$ROOT/.cache")
 STATE=$CACHE/cluster
 BOX=$CACHE/bin/kubebox
 SOCKET=$STATE/containerd/containerd.sock
@@ -32,9 +33,15 @@ go_program() {
     mkdir -p "$CACHE/bin" "$CACHE/logs"
     export CGO_ENABLED=0
     cd "$ROOT/tests/cluster/$name" || return
+    # Whoever comes second waits, and finds it done.
+    exec 7> "$CACHE/bin/$name.lock"
+    flock 7
     mapfile -t sources < <(compgen -G '*.go' || true; printf '%s\n' go.mod go.sum)
     inputs=$({ go version; echo "$*"; sha256sum "${sources[@]}"; } | sha256sum | cut -d' ' -f1)
-    if [ -x "$out" ] && [ "$(cat "$out.inputs" 2> /dev/null)" = "$inputs" ]; then return; fi
+    if [ -x "$out" ] && [ "$(cat "$out.inputs" 2> /dev/null)" = "$inputs" ]; then
+        exec 7>&-
+        return
+    fi
     say "building $what"
     packages=$(go list -deps "$package") || die "go could not list the packages; its message is above"
     total=$(wc -l <<< "$packages")
@@ -45,6 +52,7 @@ go_program() {
         || { grep -v '^[a-z0-9./_-]*$' "$log" | tail -n 20 >&2; die "the build failed; the log is $log"; }
     mv "$out.new" "$out"
     echo "$inputs" > "$out.inputs"
+    exec 7>&-
     say "built $out, $(du -m "$out" | cut -f1) MB"
 }
 

@@ -20,7 +20,9 @@ cp -r "$(folder sigs.k8s.io/jobset)/charts/jobset" "$CACHE/peer/"
 cp -r "$(folder github.com/kubeflow/trainer/v2)/charts/kubeflow-trainer" "$CACHE/peer/"
 cp "$(folder github.com/kubeflow/trainer/v2)/manifests/base/runtimes/torch_distributed.yaml" "$CACHE/peer/"
 chmod -R u+w "$CACHE/peer"
-# The trainer's chart installs JobSet's as a part of it, and finds it here.
+# The trainer's chart installs JobSet's as a part of it, and finds it here. Of what it would not install it wants the chart
+# all the same, which no Go module has.
 mkdir "$CACHE/peer/kubeflow-trainer/charts"
+sed -i '/^- name: lws$/,/^$/d' "$CACHE/peer/kubeflow-trainer/Chart.yaml"
 mv "$CACHE/peer/jobset" "$CACHE/peer/kubeflow-trainer/charts/"
 echo "$inputs" > "$TRAINER.inputs"

@@ -1,7 +1,7 @@
 //! The API server's own record of who wrote what.
 
+use crate::scene::Scene;
 use crate::tools::cache;
-use crate::{RELEASE, SYSTEM};
 use anyhow::Context;
 use jiff::Timestamp;
 use serde::Deserialize;
@@ -88,13 +88,9 @@ impl Write {
     }
 
     fn is_in(&self, namespace: &str) -> bool {
-        self.object_ref.as_ref().is_some_and(|o| o.namespace == namespace)
+        let is = |o: &ObjectRef| o.namespace == namespace || (o.resource == "namespaces" && o.name == namespace);
+        self.object_ref.as_ref().is_some_and(is)
     }
-}
-
-/// The account of an operator that the chart installed.
-pub fn operator() -> String {
-    format!("system:serviceaccount:{SYSTEM}:{RELEASE}")
 }
 
 /// The log, read on from where it was left.
@@ -171,8 +167,8 @@ pub fn writes(namespace: &str) -> Vec<Write> {
     writes.split_off(made)
 }
 
-/// The operator's writes to a namespace.
-pub fn operators_writes(namespace: &str) -> Vec<Write> {
-    let account = operator();
-    writes(namespace).into_iter().filter(|w| w.is_by(&account)).collect()
+/// The writes of a scene's operator to the scene's namespace.
+pub fn operators_writes(scene: &Scene) -> Vec<Write> {
+    let account = scene.operator.account();
+    writes(&scene.namespace).into_iter().filter(|w| w.is_by(&account)).collect()
 }

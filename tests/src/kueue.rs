@@ -105,8 +105,8 @@ impl<'a> Queue<'a> {
     }
 
     /// Waits until so many pods of each flavor count against the quota.
-    pub async fn await_used(&self, pods: [u64; 2], seconds: u64) {
-        eventually(&format!("a use of {pods:?} pods"), seconds, async || self.used().await == pods).await;
+    pub async fn await_used(&self, pods: [u64; 2]) {
+        eventually(&format!("a use of {pods:?} pods"), async || self.used().await == pods).await;
     }
 
     /// The Workloads that were made: the Job, the pods, and the priority class of each.
@@ -181,7 +181,7 @@ async fn install() {
     // Its pod is ready while it still makes the certificates of its webhooks.
     let flavor = json!({"apiVersion": API, "kind": "ResourceFlavor", "metadata": {"name": "probe"}});
     let takes = ["create", "--dry-run=server", "--filename", "-"];
-    let serves = eventually("Kueue", 90, async || kubectl_with(&takes, &flavor).await.ok);
+    let serves = eventually("Kueue", async || kubectl_with(&takes, &flavor).await.ok);
     if AssertUnwindSafe(serves).catch_unwind().await.is_err() {
         let pods = kubectl(&["describe", "pods", "--namespace", NAMESPACE]).await;
         let log =

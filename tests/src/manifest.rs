@@ -7,6 +7,9 @@ use serde_json::{Value, json};
 /// The example's name.
 pub const NAME: &str = "sentiment";
 
+/// The definition of RLHFJobs.
+pub const DEFINITION: &str = "rlhfjobs.rlhf.dev";
+
 /// A manifest under change.
 #[derive(Clone)]
 pub struct Manifest(pub Value);
@@ -26,16 +29,38 @@ fn read(path: &std::path::Path) -> Value {
     serde_yaml_ng::from_str(&text).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
 
-/// examples/sentiment.yaml with counts that make a run of seconds: two pods of one process for each stage.
+/// More steps than a stage makes while a test looks at it, however fast the machine is.
+pub const ENDLESS: u64 = 30_000;
+
+/// examples/sentiment.yaml with counts that make a run of seconds: two pods of one process for each stage. They ask for
+/// little, so that the pods of many tests have room on one node.
 pub fn example() -> Manifest {
     let example = Manifest(read(&crate::tools::root().join("examples/sentiment.yaml")));
     assert_eq!(example.0["metadata"]["name"], NAME);
     example
+        .set("/spec/compute/resources/requests", json!({"cpu": "50m", "memory": "128Mi"}))
         .stage("sft", "sft/maxSteps", json!(15))
+        .stage("sft", "sft/batch", json!({"globalSize": 8, "microSize": 4}))
+        .stage("sft", "sft/maxLength", json!(48))
         .stage("reward", "rewardModel/maxSteps", json!(15))
+        .stage("reward", "rewardModel/batch", json!({"globalSize": 8, "microSize": 4}))
+        .stage("reward", "rewardModel/maxLength", json!(48))
         .stage("ppo", "ppo/iterations", json!(8))
+        .stage("ppo", "ppo/rolloutBatchSize", json!(16))
+        .stage("ppo", "ppo/epochs", json!(2))
+        .stage("ppo", "ppo/batch", json!({"globalSize": 8, "microSize": 4}))
+        .stage("ppo", "ppo/maxNewTokens", json!(16))
         .stage("ppo", "ppo/evalEveryIterations", json!(2))
         .stage("ppo", "checkpoint", json!({"everySteps": 2}))
+}
+
+/// Fine-tuning alone, which goes on until it is stopped and writes no checkpoint of its own accord.
+pub fn endless() -> Manifest {
+    example().only(&["sft"]).stage("sft", "sft/epochs", json!(1000)).stage("sft", "sft/maxSteps", json!(ENDLESS)).stage(
+        "sft",
+        "checkpoint",
+        json!({"everySteps": ENDLESS}),
+    )
 }
 
 /// A job that stays where it is, since its claim does not exist.
@@ -71,7 +96,10 @@ impl Manifest {
     /// Lets the reward model start from the job's model, and so beside the sft stage.
     pub fn reward_from_base(mut self) -> Self {
         let reward = self.stages().iter_mut().find(|s| s["name"] == "reward").expect("the example has a stage reward");
-        reward["rewardModel"].as_object_mut().and_then(|r| r.remove("from")).expect("the reward model starts from sft");
+        reward["rewardModel"]
+            .as_object_mut()
+            .and_then(|r| r.remove("start"))
+            .expect("the reward model starts from sft");
         self
     }
 

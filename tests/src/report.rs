@@ -1,7 +1,6 @@
 //! What a failed test prints: the jobs' status, pods, events, and the last lines of the logs.
 
 use crate::scene::Scene;
-use crate::{RELEASE, SYSTEM};
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::api::events::v1::Event;
 use kube::api::{ListParams, LogParams};
@@ -16,8 +15,7 @@ pub async fn print(scene: &Scene) {
     jobs(scene).await;
     pods(scene).await;
     events(scene).await;
-    let operators = Api::namespaced(scene.client.clone(), SYSTEM);
-    logs(&operators, &ListParams::default().labels(&format!("app.kubernetes.io/instance={RELEASE}"))).await;
+    logs(&scene.operator.pods_api(), &ListParams::default()).await;
 }
 
 async fn jobs(scene: &Scene) {

@@ -1,6 +1,8 @@
 //! One test's part of the cluster, and how a test waits for and looks at what is in it.
 
+use crate::SYSTEM;
 use crate::manifest::Manifest;
+use crate::operator::Operator;
 use crate::report;
 use crate::volume::Volume;
 use futures::StreamExt;
@@ -8,7 +10,9 @@ use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{Namespace, PersistentVolume, PersistentVolumeClaim, Pod, ServiceAccount};
 use k8s_openapi::api::events::v1::Event;
-use kube::api::{ApiResource, DeleteParams, DynamicObject, ListParams, LogParams, Patch, PatchParams, PostParams};
+use kube::api::{
+    ApiResource, DeleteParams, DynamicObject, ListParams, LogParams, Patch, PatchParams, PostParams, Request,
+};
 use kube::runtime::wait::{Condition, await_condition};
 use kube::runtime::watcher::watch_object;
 use kube::{Api, Client, Resource, ResourceExt};
@@ -22,16 +26,17 @@ use std::fmt::Debug;
 use std::fs;
 use std::rc::Rc;
 use std::time::Duration;
-use tokio::sync::MutexGuard;
 use tokio::task::AbortHandle;
 use tokio::time::timeout;
 
 /// The claim of the examples.
 const CLAIM: &str = "rlhf-data";
+/// The label by which jobs choose an operator.
+const CLASS: &str = "rlhf.dev/class";
 /// How often a condition is looked at that no watch tells of.
 const POLL: Duration = Duration::from_millis(200);
-/// For things that Kubernetes does by itself.
-const SOON_SECONDS: u64 = 60;
+/// When a wait is given up. It only ends what hangs, however slow the machine is and whatever runs beside.
+const TOO_LONG: Duration = Duration::from_secs(300);
 
 /// A namespace with a volume.
 pub struct Scene {
@@ -41,8 +46,8 @@ pub struct Scene {
     pub namespace: String,
     /// The volume behind the claim of the examples.
     pub volume: Volume,
-    /// Held while the test runs trainers.
-    cores: RefCell<Option<MutexGuard<'static, ()>>>,
+    /// The operator that minds the namespace.
+    pub operator: Operator,
 }
 
 /// An event about a job.
@@ -56,16 +61,24 @@ pub struct Told {
     pub times: i32,
 }
 
+/// The version of a job, and its status.
+type State = (Option<String>, RLHFJobStatus);
+
 /// Every state of a job that the API server told of, from the time it was made.
 pub struct History {
-    seen: Rc<RefCell<Vec<RLHFJobStatus>>>,
+    seen: Rc<RefCell<Vec<State>>>,
     task: AbortHandle,
 }
 
 impl History {
     /// Whether there was a state like this.
     pub fn had(&self, wanted: impl Fn(&RLHFJobStatus) -> bool) -> bool {
-        self.seen.borrow().iter().any(wanted)
+        self.seen.borrow().iter().any(|(_, status)| wanted(status))
+    }
+
+    /// Whether each state of it was another than the one before.
+    pub fn each_differs_from_the_one_before(&self) -> bool {
+        self.seen.borrow().windows(2).all(|pair| pair[0].1 != pair[1].1)
     }
 }
 
@@ -80,18 +93,34 @@ pub fn stage(job: &RLHFJob, name: &str) -> StageStatus {
     job.status.as_ref().and_then(|s| s.slot(name)).cloned().unwrap_or_default()
 }
 
+/// The name of the Job of a job's attempt at a stage.
+pub fn attempt(job: &RLHFJob, of: &str, attempt: u32) -> String {
+    names::attempt(&job.name_any(), &uid(job), of, attempt)
+}
+
+/// The UID of a stored job.
+pub fn uid(job: &RLHFJob) -> String {
+    job.uid().expect("a stored job has a UID")
+}
+
+/// A condition of a job, as status, reason and message.
+pub fn condition(job: &RLHFJob, kind: &str) -> Option<(String, String, String)> {
+    let conditions = &job.status.as_ref()?.conditions;
+    conditions.iter().find(|c| c.type_ == kind).map(|c| (c.status.clone(), c.reason.clone(), c.message.clone()))
+}
+
 impl Scene {
-    /// A fresh namespace and volume.
-    pub(crate) async fn new(client: Client, name: &str, cores: Option<MutexGuard<'static, ()>>) -> Self {
-        assert!(name.len() <= 63, "{name} is too long for a namespace");
-        let scene = Self { client, namespace: name.into(), volume: Volume::new(name), cores: RefCell::new(cores) };
+    /// A fresh namespace and volume, and the place of an operator.
+    pub(crate) async fn new(client: Client, name: &str, operator: Operator) -> Self {
+        assert!(name.len().max(operator.namespace.len()) <= 63, "{name} is too long for a namespace");
+        let scene = Self { client, namespace: name.into(), volume: Volume::new(name), operator };
         scene.clear().await;
         let labels = json!({"pod-security.kubernetes.io/enforce": "restricted"});
         let namespace = json!({"metadata": {"name": name, "labels": labels}});
         scene.create(&Api::<Namespace>::all(scene.client.clone()), namespace).await;
         scene.make_volume().await;
         let accounts = scene.api::<ServiceAccount>();
-        scene.await_object(&accounts, "default", SOON_SECONDS, |a: Option<&ServiceAccount>| a.is_some()).await;
+        scene.await_object(&accounts, "default", |a: Option<&ServiceAccount>| a.is_some()).await;
         scene
     }
 
@@ -123,9 +152,9 @@ impl Scene {
         let namespaces = Api::<Namespace>::all(self.client.clone());
         let volumes = Api::<PersistentVolume>::all(self.client.clone());
         delete(&namespaces, &self.namespace).await;
-        self.await_object(&namespaces, &self.namespace, 180, |n: Option<&Namespace>| n.is_none()).await;
+        self.await_object(&namespaces, &self.namespace, |n: Option<&Namespace>| n.is_none()).await;
         delete(&volumes, &self.namespace).await;
-        self.await_object(&volumes, &self.namespace, SOON_SECONDS, |v: Option<&PersistentVolume>| v.is_none()).await;
+        self.await_object(&volumes, &self.namespace, |v: Option<&PersistentVolume>| v.is_none()).await;
     }
 
     /// Takes everything away. It waits for the pods, which the next test must not meet, but not for the namespace:
@@ -141,15 +170,14 @@ impl Scene {
         for of_test in left.iter().filter(|p| p.owner_references().is_empty()) {
             delete(&pods, &of_test.name_any()).await;
         }
-        eventually("the end of the pods", 180, async || pods.list(&all).await.is_ok_and(|p| p.items.is_empty())).await;
+        eventually("the end of the pods", async || pods.list(&all).await.is_ok_and(|p| p.items.is_empty())).await;
+        if self.operator.namespace != SYSTEM {
+            self.operator.uninstall().await;
+            delete(&Api::<Namespace>::all(self.client.clone()), &self.operator.namespace).await;
+        }
         delete(&Api::<Namespace>::all(self.client.clone()), &self.namespace).await;
         delete(&Api::<PersistentVolume>::all(self.client.clone()), &self.namespace).await;
         self.volume.remove();
-    }
-
-    /// Lets other tests run their trainers: this one runs no more and only watches.
-    pub fn leave_cores(&self) {
-        self.cores.take();
     }
 
     /// What is known about the scene, for a test that failed.
@@ -164,12 +192,40 @@ impl Scene {
 
     /// Applies a job as a user's manifest, without the defaults that Rust types would add.
     pub async fn apply(&self, manifest: Manifest) -> RLHFJob {
-        let object: DynamicObject = serde_json::from_value(manifest.0).expect("a manifest is an object");
+        let mut object: DynamicObject = serde_json::from_value(manifest.0).expect("a manifest is an object");
+        let class = self.operator.class.clone().map(|class| (CLASS.to_owned(), class));
+        object.labels_mut().extend(class);
         let kind = ApiResource::erase::<RLHFJob>(&());
         let api = Api::<DynamicObject>::namespaced_with(self.client.clone(), &self.namespace, &kind);
         let made =
             api.create(&PostParams::default(), &object).await.unwrap_or_else(|e| panic!("the job is refused: {e}"));
         self.job(&made.name_any()).await
+    }
+
+    /// What the API server says to a manifest, as strictly as `kubectl apply` asks it, without keeping anything; `over`
+    /// names the stored job that it would change.
+    pub async fn ask(&self, manifest: &Value, over: Option<&str>) -> Result<(), String> {
+        let requests = Request::new(RLHFJob::url_path(&(), Some(&self.namespace)));
+        let params = PostParams { dry_run: true, ..PostParams::default() };
+        let mut manifest = manifest.clone();
+        loop {
+            let request = match over {
+                None => requests.create(&params, manifest.to_string().into_bytes()),
+                Some(stored) => {
+                    manifest["metadata"]["resourceVersion"] = json!(self.job(stored).await.resource_version());
+                    requests.replace(stored, &params, manifest.to_string().into_bytes())
+                }
+            };
+            let mut request = request.expect("a request");
+            *request.uri_mut() = format!("{}&fieldValidation=Strict", request.uri()).parse().expect("an address");
+            match self.client.request::<Value>(request).await {
+                Ok(_) => return Ok(()),
+                // The operator has written its status meanwhile.
+                Err(kube::Error::Api(status)) if status.is_conflict() => {}
+                Err(kube::Error::Api(status)) => return Err(status.message.clone()),
+                Err(other) => panic!("the API server does not answer: {other}"),
+            }
+        }
     }
 
     /// The job as it is now.
@@ -185,21 +241,26 @@ impl Scene {
 
     /// Begins to note every state of a job.
     pub fn follow(&self, name: &str) -> History {
-        let seen = Rc::new(RefCell::new(Vec::new()));
+        let seen = Rc::new(RefCell::new(Vec::<State>::new()));
         let (notes, states) = (seen.clone(), watch_object(self.api::<RLHFJob>(), name));
         let note = states.for_each(move |state| {
-            notes.borrow_mut().extend(state.ok().flatten().and_then(|job: RLHFJob| job.status));
+            let job: Option<RLHFJob> = state.ok().flatten();
+            let state = job.and_then(|job| Some((job.resource_version(), job.status?)));
+            let mut notes = notes.borrow_mut();
+            // A watch that is begun anew tells the last state again.
+            let last = notes.last().and_then(|(version, _)| version.clone());
+            notes.extend(state.filter(|(version, _)| last.is_none() || *version != last));
             std::future::ready(())
         });
         History { seen, task: tokio::task::spawn_local(note).abort_handle() }
     }
 
     /// Waits until a job is as wanted. It fails at once when the job ends in another way.
-    pub async fn await_job(&self, name: &str, what: &str, seconds: u64, wanted: impl Fn(&RLHFJob) -> bool) -> RLHFJob {
+    pub async fn await_job(&self, name: &str, what: &str, wanted: impl Fn(&RLHFJob) -> bool) -> RLHFJob {
         let ended = |job: &RLHFJob| job.status.as_ref().is_some_and(|s| s.phase.is_terminal());
         let either = |job: Option<&RLHFJob>| job.is_some_and(|job| wanted(job) || ended(job));
-        let found = timeout(Duration::from_secs(seconds), await_condition(self.api::<RLHFJob>(), name, either)).await;
-        let found = found.unwrap_or_else(|_| panic!("{what} did not come within {seconds} s"));
+        let found = timeout(TOO_LONG, await_condition(self.api::<RLHFJob>(), name, either)).await;
+        let found = found.unwrap_or_else(|_| panic!("{what} did not come within {} s", TOO_LONG.as_secs()));
         let job = found.unwrap_or_else(|e| panic!("RLHFJob {name}: {e}")).expect("the condition asks for a job");
         let status = job.status.clone().unwrap_or_default();
         assert!(
@@ -212,31 +273,50 @@ impl Scene {
     }
 
     /// Waits until a job is in a phase.
-    pub async fn await_phase(&self, name: &str, phase: Phase, seconds: u64) -> RLHFJob {
+    pub async fn await_phase(&self, name: &str, phase: Phase) -> RLHFJob {
         let is = |job: &RLHFJob| job.status.as_ref().is_some_and(|s| s.phase == phase);
-        self.await_job(name, &format!("{phase:?}"), seconds, is).await
+        self.await_job(name, &format!("{phase:?}"), is).await
+    }
+
+    /// Waits until a condition holds for a reason, and gives its message.
+    pub async fn await_reason(&self, name: &str, kind: &str, reason: &str) -> String {
+        let holds = |j: &RLHFJob| condition(j, kind).is_some_and(|(status, why, _)| status == "True" && why == reason);
+        let job = self.await_job(name, &format!("{kind} for {reason}"), holds).await;
+        condition(&job, kind).map(|(_, _, message)| message).unwrap_or_default()
     }
 
     /// Waits until a stage of a job is in a phase.
-    pub async fn await_stage(&self, name: &str, of: &str, phase: StagePhase, seconds: u64) -> RLHFJob {
-        self.await_job(name, &format!("{of} {phase:?}"), seconds, |job| stage(job, of).phase == phase).await
+    pub async fn await_stage(&self, name: &str, of: &str, phase: StagePhase) -> RLHFJob {
+        self.await_job(name, &format!("{of} {phase:?}"), |job| stage(job, of).phase == phase).await
+    }
+
+    /// Waits until an attempt at a stage of a job runs.
+    pub async fn await_attempt(&self, name: &str, of: &str, number: u32) -> RLHFJob {
+        let runs = |j: &RLHFJob| (stage(j, of).attempt, stage(j, of).phase) == (number, StagePhase::Running);
+        self.await_job(name, &format!("attempt {number} at {of}"), runs).await
     }
 
     /// Waits until an object is as wanted.
-    pub async fn await_object<K>(&self, api: &Api<K>, name: &str, seconds: u64, wanted: impl Condition<K>) -> Option<K>
+    pub async fn await_object<K>(&self, api: &Api<K>, name: &str, wanted: impl Condition<K>) -> Option<K>
     where
         K: Resource<DynamicType = ()> + Clone + Debug + Send + DeserializeOwned + 'static,
     {
-        let found = timeout(Duration::from_secs(seconds), await_condition(api.clone(), name, wanted)).await;
+        let found = timeout(TOO_LONG, await_condition(api.clone(), name, wanted)).await;
         let kind = K::kind(&());
-        let found = found.unwrap_or_else(|_| panic!("{kind} {name} is not as wanted after {seconds} s"));
+        let found = found.unwrap_or_else(|_| panic!("{kind} {name} is not as wanted after {} s", TOO_LONG.as_secs()));
         found.unwrap_or_else(|e| panic!("{kind} {name}: {e}"))
     }
 
     /// Waits until a stage has made a step.
-    pub async fn await_step(&self, job: &RLHFJob, of: &str, step: u64, seconds: u64) {
+    pub async fn await_step(&self, job: &RLHFJob, of: &str, step: u64) {
         let made = async || self.volume.steps(job, of).iter().any(|s| s.step >= step);
-        eventually(&format!("step {step} of {of}"), seconds, made).await;
+        eventually(&format!("step {step} of {of}"), made).await;
+    }
+
+    /// Waits until a stage has made so many steps more than it had.
+    pub async fn await_more_steps(&self, job: &RLHFJob, of: &str, more: u64) {
+        let last = self.volume.steps(job, of).last().map_or(0, |s| s.step);
+        self.await_step(job, of, last + more).await;
     }
 
     /// The pods of an attempt at a stage, by index; of several with one index the newest.
@@ -311,20 +391,53 @@ fn index(pod: &Pod) -> u32 {
 }
 
 /// Polls until something that no watch tells of is so.
-pub async fn eventually(what: &str, seconds: u64, holds: impl AsyncFn() -> bool) {
+pub async fn eventually(what: &str, holds: impl AsyncFn() -> bool) {
     let poll = async {
         while !holds().await {
             tokio::time::sleep(POLL).await;
         }
     };
-    timeout(Duration::from_secs(seconds), poll)
-        .await
-        .unwrap_or_else(|_| panic!("{what} did not come within {seconds} s"));
+    timeout(TOO_LONG, poll).await.unwrap_or_else(|_| panic!("{what} did not come within {} s", TOO_LONG.as_secs()));
 }
 
 /// Kills the one worker process of a pod with SIGKILL.
 pub fn kill_worker(pod: &Pod) {
     kill(pod, process_in(pod, "worker", is_worker));
+}
+
+/// Takes a pod's processes and its runtime's shim away at once, as a node does that loses power and comes back.
+pub fn lose_container(pod: &Pod) {
+    let uid = pod.uid().expect("a stored pod has a UID");
+    let sandbox = sandbox_of(&uid);
+    let of_shim = |command: &mut Command<'_>| {
+        command.next().is_some_and(|p| p.ends_with("containerd-shim-runc-v2")) && command.any(|word| word == sandbox)
+    };
+    let shims = processes(|_, command| of_shim(&mut command.split('\0')));
+    let [shim] = shims[..] else { panic!("pod {} has shims {shims:?}, not one", pod.name_any()) };
+    kill(pod, Pid::from_raw(shim).expect("0 is no shim"));
+    for process in processes(|pid, _| read_of(pid, "cgroup").contains(&uid)) {
+        // One that its parent's end has taken along is gone.
+        let _ = kill_process(Pid::from_raw(process).expect("0 is no process of a pod"), Signal::KILL);
+    }
+}
+
+/// The runtime's name for a pod, by which its shim is called.
+fn sandbox_of(uid: &str) -> String {
+    let folder = crate::tools::cache().join("cluster/containerd/state/io.containerd.runtime.v2.task/k8s.io");
+    let folder = fs::canonicalize(&folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
+    let entries = fs::read_dir(&folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
+    let is_of_pod = |text: &str| {
+        let config: Value = serde_json::from_str(text).unwrap_or_default();
+        let notes = &config["annotations"];
+        notes["io.kubernetes.cri.sandbox-uid"] == uid && notes["io.kubernetes.cri.container-type"] == "sandbox"
+    };
+    let names: Vec<_> = entries
+        .filter_map(Result::ok)
+        .filter(|e| fs::read_to_string(e.path().join("config.json")).is_ok_and(|text| is_of_pod(&text)))
+        .filter_map(|e| e.file_name().into_string().ok())
+        .collect();
+    let [name] = &names[..] else { panic!("pod {uid} has sandboxes {names:?}, not one") };
+    name.clone()
 }
 
 /// Takes the memory of a pod's one worker away, until the kernel kills the worker for it.
@@ -380,12 +493,19 @@ fn kill(pod: &Pod, pid: Pid) {
 /// its own by the pod's control group.
 fn process_in(pod: &Pod, what: &str, wanted: impl Fn(&mut Command<'_>) -> bool) -> Pid {
     let uid = pod.uid().expect("a stored pod has a UID");
-    let processes =
-        fs::read_dir("/proc").expect("/proc can be read").filter_map(|e| e.ok()?.file_name().to_str()?.parse().ok());
-    // A process that ends meanwhile cannot be read and is none of ours.
-    let read = |pid: i32, file: &str| fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
-    let is_wanted = |pid: i32| wanted(&mut read(pid, "cmdline").split('\0'));
-    let found: Vec<i32> = processes.filter(|pid| read(*pid, "cgroup").contains(&uid) && is_wanted(*pid)).collect();
+    let found = processes(|pid, command| read_of(pid, "cgroup").contains(&uid) && wanted(&mut command.split('\0')));
     let [pid] = found[..] else { panic!("pod {} has processes {found:?} of the {what}, not one", pod.name_any()) };
     Pid::from_raw(pid).expect("0 is no process of a pod")
+}
+
+/// The processes of this machine of which number and command line are as wanted.
+fn processes(wanted: impl Fn(i32, &str) -> bool) -> Vec<i32> {
+    let all = fs::read_dir("/proc").expect("/proc can be read");
+    let all = all.filter_map(|e| e.ok()?.file_name().to_str()?.parse().ok());
+    all.filter(|pid| wanted(*pid, &read_of(*pid, "cmdline"))).collect()
+}
+
+/// A file of a process. One that ends meanwhile cannot be read and is none of ours.
+fn read_of(pid: i32, file: &str) -> String {
+    fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default()
 }

@@ -1,55 +1,80 @@
-//! What all tests share: the cores of this machine, and the operator.
+//! What tests share, and which of them run side by side.
+//!
+//! Most tests run side by side. They rely on one operator that minds all namespaces, or have one of their own, which minds
+//! the RLHFJobs of a class in their namespace: they choose its settings, or kill it. Then, one after the other, those that
+//! disturb everything: the control plane, or the definition of RLHFJobs.
 
-use crate::scene::{Scene, eventually};
-use crate::tools::{self, Answer, helm, kubeconfig, kubectl};
+use crate::manifest;
+use crate::operator::Operator;
+use crate::scene::Scene;
+use crate::tools::{cache, helm, kubeconfig, kubectl, root};
+use crate::turns::{Kind, Turns};
 use crate::{RELEASE, SYSTEM};
 use futures::FutureExt;
-use k8s_openapi::api::coordination::v1::Lease;
-use k8s_openapi::api::core::v1::Pod;
-use kube::api::ListParams;
 use kube::config::{KubeConfigOptions, Kubeconfig};
-use kube::{Api, Client, Config, ResourceExt};
+use kube::{Client, Config};
 use serde_json::{Value, json};
 use std::any::type_name_of_val;
+use std::fs::OpenOptions;
+use std::io::Write;
 use std::panic::{AssertUnwindSafe, resume_unwind};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 use tokio::runtime::Builder;
-use tokio::sync::{Mutex, MutexGuard, RwLock, RwLockReadGuard};
+use tokio::sync::Mutex;
 use tokio::task::LocalSet;
 
-/// What is known of the operator. Whoever holds the lock can rely on it.
-static OPERATOR: RwLock<Operator> = RwLock::const_new(Operator::Unknown);
-/// Trainers take all cores of a small machine, so one test at a time runs them.
-static CORES: Mutex<()> = Mutex::const_new(());
+/// Tests at a time. More than cores, since most of a test's time is the cluster's: pods are placed, start and end.
+const WIDTH: usize = 8;
+static TURNS: Turns = Turns::new(WIDTH);
+static GROUND: Mutex<Ground> = Mutex::const_new(Ground::Unknown);
 
-#[derive(PartialEq)]
-enum Operator {
-    /// An earlier run may have left something.
+/// What of the product is in the cluster before a test begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ground {
+    /// An earlier run, or a test, may have left something.
     Unknown,
-    Absent,
-    /// Not whole, should installing fail: the tests that follow need not try again.
-    Installing,
-    Installed,
+    /// It could not be made what a test needed: those that follow need not try again.
+    Broken,
+    /// Nothing.
+    Bare,
+    /// The definition of RLHFJobs, and an operator for all namespaces.
+    Operator,
 }
 
-/// Runs a test in a namespace of its own, with the operator there. A failed test prints what the namespace holds; its
-/// namespace goes all the same, so that its pods do not disturb the next test.
-pub fn on_the_cluster<F: AsyncFnOnce(&Scene)>(test: F) {
+/// Runs a test in a namespace of its own, beside others, with an operator that they share. A failed test prints what the
+/// namespace holds; its namespace goes all the same, so that its pods do not disturb other tests.
+pub fn on_the_cluster<F: AsyncFnOnce(&Scene) + Send>(test: F) {
     let name = name_of(&test);
-    run(async move {
-        let _operator = operator().await;
-        let cores = CORES.lock().await;
-        play(&name, Some(cores), test).await;
+    run(&name, Kind::Beside, async |client| {
+        ground(Ground::Operator, &client).await;
+        let operator = Operator::new(client.clone(), SYSTEM, &[]);
+        play(Scene::new(client, &name, operator).await, test).await;
+    });
+}
+
+/// The same, with an operator of the test's own, that minds this namespace and is installed with these of the chart's
+/// values. The other one leaves the namespace's jobs alone.
+pub fn on_the_cluster_with<F: AsyncFnOnce(&Scene) + Send>(values: &[&str], test: F) {
+    let name = name_of(&test);
+    run(&name, Kind::Beside, async |client| {
+        ground(Ground::Operator, &client).await;
+        let (watched, class) = (format!("watchNamespaces={{{name}}}"), format!("class={name}"));
+        let settings = [&["crds.enabled=false", &watched, &class], values].concat();
+        let operator = Operator::new(client.clone(), &format!("{name}-op"), &settings).of_class(&name);
+        let scene = Scene::new(client, &name, operator).await;
+        scene.operator.install(&[]).await;
+        play(scene, test).await;
     });
 }
 
 /// Runs a test while no other runs, with nothing installed before; the test may install and uninstall the operator.
-pub fn on_the_cluster_alone<F: AsyncFnOnce(&Scene)>(test: F) {
+pub fn on_the_cluster_alone<F: AsyncFnOnce(&Scene) + Send>(test: F) {
     let name = name_of(&test);
-    run(async move {
-        let mut operator = OPERATOR.write().await;
-        remove(&mut operator).await;
-        play(&name, None, test).await;
+    run(&name, Kind::Alone, async |client| {
+        ground(Ground::Bare, &client).await;
+        *GROUND.lock().await = Ground::Unknown;
+        let operator = Operator::new(client.clone(), SYSTEM, &[]);
+        play(Scene::new(client, &name, operator).await, test).await;
     });
 }
 
@@ -59,13 +84,41 @@ fn name_of<F>(test: &F) -> String {
     path.rsplit("::").next().unwrap_or(path).replace('_', "-")
 }
 
-fn run(test: impl Future<Output = ()>) {
-    let runtime = Builder::new_current_thread().enable_all().build().expect("a runtime");
-    LocalSet::new().block_on(&runtime, test);
+/// Runs a test when its turn comes, on a thread whose stack holds what a test awaits as it is compiled without being
+/// optimized.
+fn run(name: &str, kind: Kind, test: impl AsyncFnOnce(Client) + Send) {
+    const STACK_BYTES: usize = 32 << 20;
+    let result = std::thread::scope(|threads| {
+        let run = || run_here(name, kind, test);
+        let thread = std::thread::Builder::new().name(name.into()).stack_size(STACK_BYTES).spawn_scoped(threads, run);
+        thread.expect("a thread").join()
+    });
+    result.unwrap_or_else(|panic| resume_unwind(panic));
 }
 
-async fn play<F: AsyncFnOnce(&Scene)>(name: &str, cores: Option<MutexGuard<'static, ()>>, test: F) {
-    let scene = Scene::new(client().await, name, cores).await;
+fn run_here(name: &str, kind: Kind, test: impl AsyncFnOnce(Client)) {
+    let runtime = Builder::new_current_thread().enable_all().build().expect("a runtime");
+    LocalSet::new().block_on(&runtime, async {
+        let came = Instant::now();
+        let turn = TURNS.take(kind).await;
+        let began = Instant::now();
+        let result = AssertUnwindSafe(async { test(client().await).await }).catch_unwind().await;
+        note(name, kind, began - came, began.elapsed());
+        drop(turn);
+        result.unwrap_or_else(|panic| resume_unwind(panic));
+    });
+}
+
+/// Where a run's time goes: a line for each test in a log.
+fn note(name: &str, kind: Kind, waited: Duration, took: Duration) {
+    let log = OpenOptions::new().create(true).append(true).open(cache().join("logs/test-cluster-times.log"));
+    if let Ok(mut log) = log {
+        // The log is for who wants to know; a test does not fail for want of it.
+        let _ = writeln!(log, "{:6.1} s, after {:6.1} s, {kind:?}: {name}", took.as_secs_f64(), waited.as_secs_f64());
+    }
+}
+
+async fn play<F: AsyncFnOnce(&Scene)>(scene: Scene, test: F) {
     let result = AssertUnwindSafe(test(&scene)).catch_unwind().await;
     if result.is_err() {
         scene.report().await;
@@ -89,33 +142,49 @@ async fn client() -> Client {
     client
 }
 
-/// The operator, installed by whoever comes first.
-async fn operator() -> RwLockReadGuard<'static, Operator> {
-    let there = OPERATOR.read().await;
-    if *there == Operator::Installed {
-        return there;
+/// Makes the ground what a kind of tests needs; whoever comes first does it.
+async fn ground(wanted: Ground, client: &Client) {
+    let mut ground = GROUND.lock().await;
+    assert!(*ground != Ground::Broken, "the operator could not be installed, as the first test that needed it says");
+    if *ground == wanted {
+        return;
     }
-    drop(there);
-    let mut there = OPERATOR.write().await;
-    if *there != Operator::Installed {
-        remove(&mut there).await;
-        *there = Operator::Installing;
-        install(true).await;
-        *there = Operator::Installed;
+    let before = std::mem::replace(&mut *ground, Ground::Broken);
+    let shared = Operator::new(client.clone(), SYSTEM, &["crds.enabled=false", "dashboard.enabled=true"]);
+    if matches!(before, Ground::Unknown) {
+        no_other_jobs().await;
+        uninstall_all().await;
+    } else if before == Ground::Operator {
+        shared.uninstall().await;
     }
-    there.downgrade()
+    match wanted {
+        Ground::Operator => {
+            define().await;
+            shared.install(&[]).await;
+        }
+        _ => undefine().await,
+    }
+    *ground = wanted;
 }
 
-/// Sees to it that no operator is there.
-async fn remove(operator: &mut Operator) {
-    assert!(
-        *operator != Operator::Installing,
-        "the operator could not be installed, as the first test that needed it says"
-    );
-    if *operator != Operator::Absent {
-        no_other_jobs().await;
-        uninstall().await;
-        *operator = Operator::Absent;
+/// The definition of RLHFJobs, whoever had it before.
+async fn define() {
+    let definition = root().join("crds/rlhfjob.yaml").display().to_string();
+    let apply = ["apply", "--server-side", "--force-conflicts", "--filename", &definition];
+    kubectl(&apply).await.good();
+    kubectl(&["wait", "--for=condition=Established", "--timeout=60s", "--filename", &definition]).await.good();
+}
+
+async fn undefine() {
+    kubectl(&["delete", "crd", manifest::DEFINITION, "--ignore-not-found", "--timeout=120s"]).await.good();
+}
+
+/// Takes away every operator that an earlier run left.
+async fn uninstall_all() {
+    let releases = helm(&["list", "--all-namespaces", "--filter", RELEASE, "--output", "json"]).await.good();
+    let releases: Vec<Value> = serde_json::from_str(&releases).unwrap_or_else(|e| panic!("helm list: {e}"));
+    for namespace in releases.iter().filter_map(|release| release["namespace"].as_str()) {
+        helm(&["uninstall", RELEASE, "--namespace", namespace, "--wait", "--timeout", "2m"]).await.good();
     }
 }
 
@@ -123,39 +192,7 @@ async fn remove(operator: &mut Operator) {
 pub async fn change_definition(change: Value) {
     for (kind, patch) in [("json", json!([change])), ("merge", json!({"metadata": {"managedFields": [{}]}}))] {
         let (kind, patch) = (format!("--type={kind}"), patch.to_string());
-        kubectl(&["patch", "crd", "rlhfjobs.rlhf.dev", &kind, "--patch", &patch]).await.good();
-    }
-}
-
-/// Installs the chart with the images that `tests/cluster/images.sh` made, under the restricted standard.
-pub async fn install(keep_crds: bool) {
-    install_with(keep_crds, &[]).await;
-}
-
-/// The same, with more of the chart's values.
-pub async fn install_with(keep_crds: bool, more: &[&str]) {
-    let namespace = serde_json::json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {
-        "name": SYSTEM, "labels": {"pod-security.kubernetes.io/enforce": "restricted"}}});
-    tools::kubectl_with(&["apply", "--filename", "-"], &namespace).await.good();
-    let chart = tools::root().join("charts/rlhf-operator").display().to_string();
-    // Images keep their tag when they are built anew; another annotation makes another pod.
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("the clock is right").as_secs();
-    let values = [
-        "image.tag=dev".to_owned(),
-        "trainer.image.tag=dev".into(),
-        format!("crds.keep={keep_crds}"),
-        "dashboard.enabled=true".into(),
-        // One works, one stands by.
-        "replicas=2".into(),
-    ];
-    let run = format!("podAnnotations.tests=run-{now}");
-    let mut args = vec!["upgrade", "--install", RELEASE, &chart, "--namespace", SYSTEM, "--wait", "--timeout", "1m"];
-    args.extend(values.iter().map(String::as_str).chain(more.iter().copied()).flat_map(|v| ["--set", v]));
-    args.extend(["--set-string", &run]);
-    let Answer { ok, errors, .. } = helm(&args).await;
-    if !ok {
-        let pods = kubectl(&["describe", "pods", "--namespace", SYSTEM]).await;
-        panic!("the operator cannot be installed: {errors}\n{}", pods.output);
+        kubectl(&["patch", "crd", manifest::DEFINITION, &kind, "--patch", &patch]).await.good();
     }
 }
 
@@ -165,63 +202,4 @@ async fn no_other_jobs() {
     let jobs = kubectl(&["get", "rlhfjobs", "--all-namespaces", "--no-headers", "--output", columns]).await;
     let demo = jobs.output.lines().find(|line| jobs.ok && line.starts_with("demo "));
     assert!(demo.is_none(), "the cluster runs the demo, which these tests would delete: `make demo-down` first");
-}
-
-/// What Helm left.
-pub struct Uninstalled {
-    /// Objects of any kind with the chart's labels, as kind and name.
-    pub labelled: Vec<String>,
-    /// Helm's own records of the release.
-    pub records: String,
-}
-
-/// Uninstalls the chart and waits until what it ran is gone.
-pub async fn uninstall() -> Uninstalled {
-    helm(&["uninstall", RELEASE, "--namespace", SYSTEM, "--ignore-not-found", "--wait", "--timeout", "1m"])
-        .await
-        .good();
-    let no_pods = async || kubectl(&["get", "pods", "--namespace", SYSTEM, "--output", "name"]).await.good().is_empty();
-    eventually("the end of the operator's pod", 60, no_pods).await;
-    let records = kubectl(&["get", "secrets", "--namespace", SYSTEM, "--selector", "owner=helm", "--output", "name"])
-        .await
-        .good();
-    Uninstalled { labelled: labelled("app.kubernetes.io/name=rlhf-operator").await, records }
-}
-
-/// Objects of every kind that match a selector, as kind and name.
-pub async fn labelled(selector: &str) -> Vec<String> {
-    let kinds = kubectl(&["api-resources", "--verbs=list", "--output", "name"]).await.good();
-    let kinds: Vec<&str> = kinds.lines().collect();
-    let found = kubectl(&["get", &kinds.join(","), "--all-namespaces", "--selector", selector, "--output", "name"])
-        .await
-        .good();
-    found.lines().map(str::to_owned).collect()
-}
-
-/// The operator's pods.
-pub async fn operator_pods(scene: &Scene) -> (Api<Pod>, Vec<Pod>) {
-    let api = Api::namespaced(scene.client.clone(), SYSTEM);
-    let selector = ListParams::default().labels(&format!("app.kubernetes.io/instance={RELEASE}"));
-    let pods = api.list(&selector).await.unwrap_or_else(|e| panic!("the operator's pods: {e}"));
-    (api, pods.items)
-}
-
-/// The operator's pod that leads.
-pub async fn leader(scene: &Scene) -> Option<Pod> {
-    let lease = Api::<Lease>::namespaced(scene.client.clone(), SYSTEM).get(RELEASE).await;
-    let lease = lease.unwrap_or_else(|e| panic!("Lease {RELEASE}: {e}"));
-    let holder = lease.spec.and_then(|s| s.holder_identity).unwrap_or_default();
-    let (_, pods) = operator_pods(scene).await;
-    pods.into_iter().find(|p| holder.starts_with(&format!("{}_", p.name_any())))
-}
-
-/// How many passes over jobs the leading operator has made since it started, by its own metrics.
-pub async fn operator_passes(scene: &Scene) -> u64 {
-    let pod = leader(scene).await.expect("an operator leads");
-    let ip = pod.status.as_ref().and_then(|s| s.pod_ip.clone()).expect("the operator's pod has an address");
-    let client = reqwest::Client::builder().no_proxy().build().expect("an HTTP client");
-    let answer = client.get(format!("http://{ip}:8080/metrics")).send().await.expect("the operator serves metrics");
-    let text = answer.text().await.expect("the operator's metrics are text");
-    let line = text.lines().find_map(|l| l.strip_prefix("rlhf_operator_reconcile_duration_seconds_count "));
-    line.and_then(|count| count.parse().ok()).unwrap_or_else(|| panic!("no count of passes in\n{text}"))
 }

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 /// The user of the images.
 const USER: u32 = 65532;
 /// Records kept of each dataset: more than the tests' few steps take, and read in no time.
-const RECORDS: usize = 1000;
+const RECORDS: usize = 300;
 
 /// A folder that pods mount at /data.
 pub struct Volume(PathBuf);

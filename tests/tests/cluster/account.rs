@@ -2,7 +2,7 @@
 
 use e2e::manifest::{NAME, example};
 use e2e::tools::{Answer, kubeconfig, kubectl, kubectl_with};
-use e2e::{Scene, audit, eventually, on_the_cluster, operator_pods};
+use e2e::{Scene, eventually, on_the_cluster};
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::{Patch, PatchParams, PostParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};
@@ -52,14 +52,14 @@ impl Case {
 }
 
 /// Asks as the operator's account, without leaving anything.
-async fn as_operator(namespace: &str, args: &[&str], manifest: &Value) -> Answer {
-    let account = audit::operator();
+async fn as_operator(scene: &Scene, namespace: &str, args: &[&str], manifest: &Value) -> Answer {
+    let account = scene.operator.account();
     let who = ["--as", &account, "--as-group=system:serviceaccounts", "--as-group=system:authenticated"];
     kubectl_with(&[args, &["--namespace", namespace, "--dry-run=server"], &who].concat(), manifest).await
 }
 
 async fn create(scene: &Scene, object: &Value) -> Answer {
-    as_operator(&scene.namespace, &["create", "--filename", "-"], object).await
+    as_operator(scene, &scene.namespace, &["create", "--filename", "-"], object).await
 }
 
 #[test]
@@ -68,7 +68,7 @@ fn the_operators_account_makes_only_what_jobs_need() {
         let cases: Cases = serde_yaml_ng::from_str(include_str!("account.yaml")).expect("the cases");
         // The API server takes note of new policies within seconds.
         let first = cases.refused[0].cases[0].of(&cases.objects);
-        eventually("the policies' effect", 30, async || !create(scene, &first).await.ok).await;
+        eventually("the policies' effect", async || !create(scene, &first).await.ok).await;
         let mut wrong = vec![];
         for case in &cases.accepted {
             let answer = create(scene, &case.of(&cases.objects)).await;
@@ -93,11 +93,11 @@ fn the_operators_account_makes_only_what_jobs_need() {
 }
 
 /// A client that asks as the operator's account.
-async fn operators_client() -> Client {
+async fn operators_client(scene: &Scene) -> Client {
     let read = Kubeconfig::read_from(kubeconfig()).expect("the administrator's kubeconfig");
     let mut config =
         Config::from_custom_kubeconfig(read, &KubeConfigOptions::default()).await.expect("a client's config");
-    config.auth_info.impersonate = Some(audit::operator());
+    config.auth_info.impersonate = Some(scene.operator.account());
     Client::try_from(config).expect("a client")
 }
 
@@ -119,20 +119,20 @@ fn the_operators_account_touches_only_pods_of_its_own_and_jobs_that_are_over() {
         let theirs = foreign_pod(scene).await;
         // Its claim does not exist, so that it stays where it is.
         scene.apply(example().set("/spec/storage/volumeClaim/claimName", json!("missing"))).await;
-        let job = scene.await_stage(NAME, "prepare", StagePhase::Starting, 60).await;
-        eventually("the prepare pod", 60, async || !scene.pods(&job, "prepare", 1).await.is_empty()).await;
+        let job = scene.await_stage(NAME, "prepare", StagePhase::Starting).await;
+        eventually("the prepare pod", async || !scene.pods(&job, "prepare", 1).await.is_empty()).await;
         let own = scene.pods(&job, "prepare", 1).await[0].name_any();
 
-        as_operator(namespace, &["delete", "pod", &own], &Value::Null).await.good();
+        as_operator(scene, namespace, &["delete", "pod", &own], &Value::Null).await.good();
         for (what, because) in [
             (["delete", "pod", &theirs], "only pods of its own Jobs"),
             (["delete", "rlhfjob", NAME], "only RLHFJobs that are over"),
         ] {
-            let answer = as_operator(namespace, &what, &Value::Null).await;
+            let answer = as_operator(scene, namespace, &what, &Value::Null).await;
             assert!(!answer.ok && answer.errors.contains(because), "{what:?}: {}{}", answer.output, answer.errors);
         }
         // kubectl would read the status first, which the operator may not.
-        let pods: Api<Pod> = Api::namespaced(operators_client().await, namespace);
+        let pods: Api<Pod> = Api::namespaced(operators_client(scene).await, namespace);
         let params = PatchParams { dry_run: true, ..Default::default() };
         let failed = json!({"status": {"phase": "Failed"}});
         let label = json!({"metadata": {"labels": {names::LABEL_JOB_UID: "1"}}});
@@ -147,8 +147,8 @@ fn the_operators_account_touches_only_pods_of_its_own_and_jobs_that_are_over() {
             assert!(status.message.contains(because), "{pod}, {patch}: {}", status.message);
         }
         // Of the operator's own namespace, where its pods are.
-        let (_, operators) = operator_pods(scene).await;
-        let answer = as_operator(e2e::SYSTEM, &["delete", "pod", &operators[0].name_any()], &Value::Null).await;
+        let operators = scene.operator.pods().await;
+        let answer = as_operator(scene, e2e::SYSTEM, &["delete", "pod", &operators[0].name_any()], &Value::Null).await;
         assert!(!answer.ok && answer.errors.contains("only pods of its own Jobs"), "{}", answer.errors);
     });
 }
@@ -163,7 +163,7 @@ fn the_api_server_finds_nothing_wrong_in_the_policies() {
             found["items"].as_array().expect("a list").clone()
         };
         let checked = |p: &Value| p["status"]["observedGeneration"] == p["metadata"]["generation"];
-        eventually("a look at the policies", 60, async || policies().await.iter().all(checked)).await;
+        eventually("a look at the policies", async || policies().await.iter().all(checked)).await;
         let policies = policies().await;
         assert_eq!(policies.len(), 7);
         for policy in policies {

@@ -3,27 +3,22 @@
 #[path = "../../../crds/tests/rules/mod.rs"]
 mod rules;
 
-use e2e::manifest::{example, manifests};
-use e2e::tools::{Answer, kubectl, kubectl_with, root};
+use e2e::manifest::{Manifest, example, manifests};
+use e2e::tools::{kubectl, kubectl_with, root};
 use e2e::{Scene, on_the_cluster};
+use kube::ResourceExt;
 use kube::api::DeleteParams;
 use rlhf_api::job::RLHFJob;
 use rules::Case;
 use serde_json::{Value, json};
 
-async fn apply(scene: &Scene, manifest: &Value, really: bool) -> Answer {
-    let dry_run = if really { "--dry-run=none" } else { "--dry-run=server" };
-    kubectl_with(&["apply", "--namespace", &scene.namespace, dry_run, "--filename", "-"], manifest).await
-}
-
-async fn ask(scene: &Scene, case: &Case) -> Answer {
-    let Some(stored) = &case.stored else { return apply(scene, &case.manifest, false).await };
-    apply(scene, stored, true).await.good();
-    let answer = apply(scene, &case.manifest, false).await;
-    let name = stored["metadata"]["name"].as_str().expect("a manifest has a name");
+async fn ask(scene: &Scene, case: &Case) -> Result<(), String> {
+    let Some(stored) = &case.stored else { return scene.ask(&case.manifest, None).await };
+    let name = scene.apply(Manifest(stored.clone())).await.name_any();
+    let answer = scene.ask(&case.manifest, Some(&name)).await;
     let jobs = scene.api::<RLHFJob>();
-    jobs.delete(name, &DeleteParams::default()).await.expect("the stored job can be deleted");
-    scene.await_object(&jobs, name, 60, |job: Option<&RLHFJob>| job.is_none()).await;
+    jobs.delete(&name, &DeleteParams::default()).await.expect("the stored job can be deleted");
+    scene.await_object(&jobs, &name, |job: Option<&RLHFJob>| job.is_none()).await;
     answer
 }
 
@@ -35,12 +30,12 @@ fn each_wrong_manifest_is_refused_with_the_message_of_its_rule() {
         assert!(cases.iter().filter(|c| c.refused.is_some()).count() > 25, "the cases are gone");
         for case in cases {
             let answer = ask(scene, &case).await;
-            let as_expected = match &case.refused {
-                None => answer.ok,
-                Some(message) => !answer.ok && answer.errors.contains(message),
+            let as_expected = match (&case.refused, &answer) {
+                (None, answer) => answer.is_ok(),
+                (Some(message), answer) => answer.as_ref().is_err_and(|said| said.contains(message)),
             };
             if !as_expected {
-                wrong.push(format!("{}: expected {:?}, got: {}", case.path.display(), case.refused, answer.errors));
+                wrong.push(format!("{}: expected {:?}, got: {answer:?}", case.path.display(), case.refused));
             }
         }
         assert!(wrong.is_empty(), "{}", wrong.join("\n"));
@@ -68,8 +63,8 @@ fn case_10_what_is_out_of_range_is_refused_with_its_field() {
                 manifest["spec"][key] = json!({});
             }
             manifest.pointer_mut(parent).unwrap_or_else(|| panic!("the example has no {parent}"))[field] = value;
-            let answer = apply(scene, &manifest, false).await;
-            assert!(!answer.ok && answer.errors.contains(field), "{pointer}: {}", answer.errors);
+            let answer = scene.ask(&manifest, None).await;
+            assert!(answer.as_ref().is_err_and(|said| said.contains(field)), "{pointer}: {answer:?}");
         }
     });
 }
@@ -80,17 +75,38 @@ fn each_example_is_accepted_without_a_warning() {
         let examples = manifests("examples");
         assert!(examples.len() > 1, "the examples are gone");
         for (path, manifest) in examples {
-            let answer = apply(scene, &manifest, false).await;
+            let apply = ["apply", "--namespace", &scene.namespace, "--dry-run=server", "--filename", "-"];
+            let answer = kubectl_with(&apply, &manifest).await;
             assert!(answer.ok && !answer.errors.contains("Warning"), "{path}: {}", answer.errors);
         }
     });
 }
 
+/// The paths below a schema of OpenAPI that say nothing of what they are.
+fn unexplained(schema: &Value, path: &str, found: &mut Vec<String>) {
+    for (name, field) in schema["properties"].as_object().into_iter().flatten() {
+        let path = format!("{path}.{name}");
+        if field["description"].as_str().is_none_or(str::is_empty) {
+            found.push(path.clone());
+        }
+        for inner in [field, &field["items"], &field["additionalProperties"]] {
+            unexplained(inner, &path, found);
+        }
+    }
+}
+
 #[test]
 fn the_definition_explains_every_field_to_users() {
     on_the_cluster(async |_| {
-        let answer = kubectl(&["explain", "rlhfjob.spec", "--recursive"]).await.good();
-        assert!(answer.contains("rolloutBatchSize") && answer.contains("claimName"), "{answer}");
+        let published = kubectl(&["get", "--raw", "/openapi/v3/apis/rlhf.dev/v1alpha1"]).await.good();
+        let published: Value = serde_json::from_str(&published).expect("OpenAPI is JSON");
+        let job = &published["components"]["schemas"]["dev.rlhf.v1alpha1.RLHFJob"]["properties"];
+        assert!(job["spec"]["properties"]["stages"]["items"]["properties"]["ppo"].is_object(), "{job}");
+        let mut found = Vec::new();
+        for part in ["spec", "status"] {
+            unexplained(&job[part], part, &mut found);
+        }
+        assert_eq!(found, Vec::<String>::new());
         let answer = kubectl(&["explain", "rlhfjob.spec.stages.ppo.kl"]).await.good();
         assert!(answer.contains("coefficient") && answer.contains("penalty"), "{answer}");
     });

@@ -1,29 +1,40 @@
 //! All pods of a stage get nodes, or none: with PodGroups and the cluster's own scheduler.
 
-use e2e::manifest::{Manifest, NAME, example};
-use e2e::{Scene, eventually, install_with, kill_worker, on_the_cluster_alone, stage};
+use e2e::manifest::{ENDLESS, Manifest, NAME, endless};
+use e2e::{Scene, attempt, eventually, kill_worker, on_the_cluster_with, stage};
 use k8s_openapi::api::core::v1::{Node, Pod};
 use k8s_openapi::api::scheduling::v1beta1::PodGroup;
-use kube::api::{ListParams, Patch, PatchParams};
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use kube::{Api, ResourceExt};
 use rlhf_api::job::{Phase, StagePhase};
 use serde_json::{Value, json};
-use std::time::Duration;
 
 /// What every pod of a stage takes one of; the node has room for one gang and a half.
 const SLOT: &str = "example.com/slot";
 const SECOND: &str = "second";
+const SINGLE: &str = "single";
 
 /// Fine-tuning on two pods.
-fn gang(steps: u32) -> Manifest {
+fn gang(steps: u64) -> Manifest {
     let slot = json!({SLOT: "1"});
-    example()
-        .only(&["sft"])
-        .stage("sft", "sft/epochs", json!(100))
+    endless()
         .stage("sft", "sft/maxSteps", json!(steps))
         .stage("sft", "checkpoint", json!({"everySteps": 5}))
         .set("/spec/compute/nodes", json!(2))
         .set("/spec/compute/resources", json!({"requests": slot, "limits": slot}))
+}
+
+/// A pod that takes a slot for itself.
+fn single() -> Pod {
+    let container = json!({
+        "name": "pause", "image": "docker.io/rlhf/pause:dev", "imagePullPolicy": "Never",
+        "resources": {"limits": {SLOT: "1"}},
+        "securityContext": {"allowPrivilegeEscalation": false, "capabilities": {"drop": ["ALL"]}},
+    });
+    let pod = json!({"metadata": {"name": SINGLE}, "spec": {
+        "securityContext": {"runAsNonRoot": true, "runAsUser": 65532, "seccompProfile": {"type": "RuntimeDefault"}},
+        "containers": [container]}});
+    serde_json::from_value(pod).expect("the test writes a valid pod")
 }
 
 /// Sets how many slots the node has, as a device plugin would.
@@ -53,40 +64,35 @@ fn placed(pods: &[Pod]) -> usize {
 
 #[test]
 fn a_gang_with_room_for_a_part_of_it_takes_nothing() {
-    on_the_cluster_alone(async |scene| {
-        install_with(true, &["trainer.gangScheduling=true"]).await;
+    on_the_cluster_with(&["trainer.gangScheduling=true"], async |scene| {
         slots(scene, json!("3")).await;
-        let first = scene.apply(gang(1000)).await;
-        scene.await_step(&first, "sft", 6, 120).await;
-        assert_eq!(groups(scene).await, ["sentiment-sft-1"], "prepare is a pod alone");
+        let first = scene.apply(gang(ENDLESS)).await;
+        scene.await_step(&first, "sft", 6).await;
+        assert_eq!(groups(scene).await, [attempt(&first, "sft", 1)], "prepare is a pod alone");
 
         // Another attempt is another gang.
         kill_worker(&scene.pods(&first, "sft", 1).await[1]);
-        scene
-            .await_job(NAME, "a second attempt", 120, |j| {
-                let sft = stage(j, "sft");
-                sft.attempt == 2 && sft.phase == StagePhase::Running
-            })
+        scene.await_attempt(NAME, "sft", 2).await;
+        eventually("the end of the first gang's group", async || groups(scene).await == [attempt(&first, "sft", 2)])
             .await;
-        eventually("the end of the first gang's group", 30, async || groups(scene).await == ["sentiment-sft-2"]).await;
 
         let second = scene.apply(gang(4).set("/metadata/name", json!(SECOND))).await;
-        scene.await_stage(SECOND, "sft", StagePhase::Starting, 90).await;
-        let explained = |j: &rlhf_api::job::RLHFJob| {
-            let conditions = j.status.iter().flat_map(|s| &s.conditions);
-            conditions.into_iter().any(|c| c.type_ == "Waiting" && c.status == "True" && c.reason == "Unschedulable")
-        };
-        scene.await_job(SECOND, "why the second gang waits", 60, explained).await;
-        // A scheduler that looks at pods one by one has placed one by now.
-        tokio::time::sleep(Duration::from_secs(5)).await;
+        scene.await_stage(SECOND, "sft", StagePhase::Starting).await;
+        scene.await_reason(SECOND, "Waiting", "Unschedulable").await;
+        // There is room for one of them: a pod alone, which comes later, takes it.
+        let pods = scene.api::<Pod>();
+        pods.create(&PostParams::default(), &single()).await.expect("a pod");
+        let has_node = |pod: Option<&Pod>| pod.is_some_and(|p| p.spec.as_ref().is_some_and(|s| s.node_name.is_some()));
+        scene.await_object(&pods, SINGLE, has_node).await;
+        pods.delete(SINGLE, &DeleteParams::default().grace_period(0)).await.expect("it can go");
         let waiting = scene.pods(&second, "sft", 1).await;
         assert_eq!((waiting.len(), placed(&waiting)), (2, 0), "no pod of a gang is placed alone");
 
         scene.patch(NAME, json!({"spec": {"suspend": true}})).await;
-        let done = scene.await_phase(SECOND, Phase::Succeeded, 180).await;
+        let done = scene.await_phase(SECOND, Phase::Succeeded).await;
         assert_eq!((stage(&done, "sft").attempt, stage(&done, "sft").restarts.total), (1, 0));
         scene.patch(NAME, json!({"spec": {"suspend": false}})).await;
-        scene.await_stage(NAME, "sft", StagePhase::Running, 120).await;
+        scene.await_stage(NAME, "sft", StagePhase::Running).await;
         assert_eq!(placed(&scene.pods(&first, "sft", 2).await), 2, "the same attempt goes on as the same gang");
         slots(scene, Value::Null).await;
     });

@@ -4,6 +4,7 @@
 
 mod account;
 mod admission;
+mod continuation;
 mod example;
 mod failure;
 mod gang;
@@ -16,6 +17,8 @@ mod outage;
 mod planning;
 mod queue;
 mod removal;
+mod room;
 mod security;
 mod stages;
+mod strangers;
 mod upgrade;

@@ -2,8 +2,8 @@
 
 use e2e::audit::{operators_writes, writes};
 use e2e::kueue::{FLAVORS, Queue};
-use e2e::manifest::{Manifest, NAME, example};
-use e2e::{Scene, eventually, on_the_cluster, stage};
+use e2e::manifest::{Manifest, NAME, endless};
+use e2e::{Scene, attempt, eventually, on_the_cluster, stage};
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt;
@@ -12,15 +12,12 @@ use rlhf_api::job::{Phase, RLHFJob, StagePhase};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 
-const STEPS: u64 = 60;
+/// More than are made before the stage is interrupted, however fast the machine is.
+const STEPS: u64 = 600;
 
-/// Fine-tuning alone, long enough to be interrupted, that writes no checkpoint of its own accord.
+/// Fine-tuning alone, in the queue.
 fn queued() -> Manifest {
-    let mut manifest = example()
-        .only(&["sft"])
-        .stage("sft", "sft/epochs", json!(10))
-        .stage("sft", "sft/maxSteps", json!(STEPS))
-        .stage("sft", "checkpoint", json!({"everySteps": 1000}));
+    let mut manifest = endless().stage("sft", "sft/maxSteps", json!(STEPS));
     let labels = json!({"kueue.x-k8s.io/queue-name": Queue::NAME, "kueue.x-k8s.io/priority-class": "rlhf-low"});
     manifest.0["metadata"]["labels"] = labels;
     manifest
@@ -39,14 +36,14 @@ async fn await_queued(scene: &Scene, of: &str, why: &[&str]) -> RLHFJob {
                 && why.iter().any(|w| c.message.contains(w))
         })
     };
-    let job = scene.await_job(NAME, &format!("{of} in the queue for {why:?}"), 90, told).await;
+    let job = scene.await_job(NAME, &format!("{of} in the queue for {why:?}"), told).await;
     let slot = stage(&job, of);
     assert_eq!((slot.phase, slot.starting_since), (StagePhase::Starting, None), "no deadline runs in a queue");
     job
 }
 
 async fn success(scene: &Scene) -> RLHFJob {
-    let job = scene.await_phase(NAME, Phase::Succeeded, 180).await;
+    let job = scene.await_phase(NAME, Phase::Succeeded).await;
     for name in ["prepare", "sft"] {
         let slot = stage(&job, name);
         assert_eq!((slot.attempt, slot.restarts.total, slot.disruptions), (1, 0, 0), "{name}: a queue is neither");
@@ -64,7 +61,7 @@ async fn assert_whole(scene: &Scene, job: &RLHFJob, stopped: u64) {
 
 async fn no_pods(scene: &Scene) {
     let pods = scene.api::<Pod>();
-    eventually("the end of the pods", 90, async || {
+    eventually("the end of the pods", async || {
         pods.list(&ListParams::default()).await.is_ok_and(|p| p.items.is_empty())
     })
     .await;
@@ -72,7 +69,7 @@ async fn no_pods(scene: &Scene) {
 
 /// How often each kind of write was made to Jobs, by the operator and by all.
 fn writes_to_jobs(scene: &Scene) -> [BTreeMap<String, usize>; 2] {
-    [operators_writes(&scene.namespace), writes(&scene.namespace)].map(|all| {
+    [operators_writes(scene), writes(&scene.namespace)].map(|all| {
         let kinds = all.iter().map(|w| w.kind()).filter(|k| k.ends_with(" jobs") || k.ends_with(" jobs/status"));
         kinds.fold(BTreeMap::new(), |mut count, kind| {
             *count.entry(kind).or_default() += 1;
@@ -93,17 +90,17 @@ fn a_queued_job_takes_quota_only_while_a_stage_of_it_runs() {
 
         queue.allow([1, 0]).await;
         await_queued(scene, "sft", &["insufficient"]).await;
-        queue.await_used([0, 0], 30).await;
+        queue.await_used([0, 0]).await;
         let low = || Some("rlhf-low".to_owned());
-        let expected = [("sentiment-prepare-1".to_owned(), 1, low()), ("sentiment-sft-1".to_owned(), 2, low())];
+        let expected = [(attempt(&job, "prepare", 1), 1, low()), (attempt(&job, "sft", 1), 2, low())];
         assert_eq!(queue.workloads().await, expected);
 
         queue.allow([2, 0]).await;
-        scene.await_step(&job, "sft", 5, 120).await;
+        scene.await_step(&job, "sft", 5).await;
         assert_eq!(queue.used().await, [2, 0]);
         scene.patch(NAME, json!({"spec": {"suspend": true}})).await;
-        scene.await_phase(NAME, Phase::Suspended, 90).await;
-        queue.await_used([0, 0], 30).await;
+        scene.await_phase(NAME, Phase::Suspended).await;
+        queue.await_used([0, 0]).await;
         let stopped = scene.volume.steps(&job, "sft").last().expect("steps were made").step;
         assert_eq!(scene.volume.checkpoints(&job, "sft"), [stopped]);
 
@@ -113,7 +110,7 @@ fn a_queued_job_takes_quota_only_while_a_stage_of_it_runs() {
         queue.allow([0, 2]).await;
         let job = success(scene).await;
         assert_whole(scene, &job, stopped).await;
-        queue.await_used([0, 0], 30).await;
+        queue.await_used([0, 0]).await;
         let [own, all] = writes_to_jobs(scene);
         let expected = [("create jobs".to_owned(), 3), ("delete jobs".to_owned(), 1)];
         assert_eq!(own, expected.into(), "the operator makes Jobs and takes them away: {all:?}");
@@ -140,8 +137,8 @@ fn urgent(queue: &Queue) -> Job {
     .expect("the test writes a valid Job")
 }
 
-async fn selectors(scene: &Scene, queue: &Queue<'_>) -> Vec<Value> {
-    let job = scene.api::<Job>().get("sentiment-sft-1").await.expect("the stage's Job");
+async fn selectors(scene: &Scene, job: &RLHFJob, queue: &Queue<'_>) -> Vec<Value> {
+    let job = scene.api::<Job>().get(&attempt(job, "sft", 1)).await.expect("the stage's Job");
     let pod = job.spec.and_then(|s| s.template.spec).expect("a Job has a template");
     let selector = json!(pod.node_selector);
     assert_eq!(selector["kubernetes.io/os"], "linux", "the user's own stays: {selector}");
@@ -157,31 +154,35 @@ fn case_32_33_a_preempted_stage_resumes_on_its_new_nodes() {
         let mut manifest = queued();
         manifest.0["spec"]["compute"]["podTemplate"] = json!({"nodeSelector": {"kubernetes.io/os": "linux"}});
         let job = scene.apply(manifest).await;
-        scene.await_step(&job, "sft", 5, 120).await;
-        assert_eq!(selectors(scene, &queue).await, [json!("a"), Value::Null]);
+        scene.await_step(&job, "sft", 5).await;
+        assert_eq!(selectors(scene, &job, &queue).await, [json!("a"), Value::Null]);
 
         let jobs = scene.api::<Job>();
         jobs.create(&PostParams::default(), &urgent(&queue)).await.expect("a Job");
         let waiting = await_queued(scene, "sft", &["Preempted", "insufficient"]).await;
         assert_eq!(stage(&waiting, "sft").last_failure, None, "to make way is no failure");
-        queue.await_used([2, 0], 30).await;
-        eventually("the end of the stage's pods", 90, async || scene.pods(&job, "sft", 1).await.is_empty()).await;
-        assert_eq!(selectors(scene, &queue).await, [Value::Null, Value::Null], "the first admission leaves nothing");
+        queue.await_used([2, 0]).await;
+        eventually("the end of the stage's pods", async || scene.pods(&job, "sft", 1).await.is_empty()).await;
+        assert_eq!(
+            selectors(scene, &job, &queue).await,
+            [Value::Null, Value::Null],
+            "the first admission leaves nothing"
+        );
         let stopped = scene.volume.steps(&job, "sft").last().expect("steps were made").step;
         assert!(stopped < STEPS, "the stage was over before it was preempted");
         assert_eq!(scene.volume.checkpoints(&job, "sft"), [stopped]);
 
         queue.allow([2, 2]).await;
-        scene.await_stage(NAME, "sft", StagePhase::Running, 60).await;
-        assert_eq!(selectors(scene, &queue).await, [Value::Null, json!("b")], "of the new admission only");
+        scene.await_stage(NAME, "sft", StagePhase::Running).await;
+        assert_eq!(selectors(scene, &job, &queue).await, [Value::Null, json!("b")], "of the new admission only");
         let job = success(scene).await;
         assert_whole(scene, &job, stopped).await;
-        queue.await_used([2, 0], 30).await;
+        queue.await_used([2, 0]).await;
         let [own, all] = writes_to_jobs(scene);
         assert_eq!(own, [("create jobs".to_owned(), 2)].into(), "the operator leaves Jobs to Kueue: {all:?}");
 
         jobs.delete("urgent", &DeleteParams::foreground()).await.expect("the other Job can go");
-        queue.await_used([0, 0], 60).await;
+        queue.await_used([0, 0]).await;
         scene.api::<RLHFJob>().delete(&job.name_any(), &DeleteParams::default()).await.expect("the job can go");
         no_pods(scene).await;
     });

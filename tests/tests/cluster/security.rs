@@ -1,12 +1,10 @@
 //! Who reaches what: a job's pods and their progress, and the rights of the operator.
 
 use e2e::audit::operators_writes;
-use e2e::manifest::{NAME, example};
+use e2e::manifest::{ENDLESS, NAME, endless, waits};
 use e2e::tools::kubectl;
-use e2e::{
-    RELEASE, SYSTEM, Scene, eventually, install_with, labelled, on_the_cluster, on_the_cluster_alone, operator_pods,
-    stage,
-};
+use e2e::{Operator, RELEASE, Scene, eventually, on_the_cluster, on_the_cluster_with, stage, uid};
+use k8s_openapi::api::authorization::v1::SubjectAccessReview;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{Namespace, Pod, Secret};
 use k8s_openapi::api::networking::v1::{NetworkPolicy, NetworkPolicyPeer};
@@ -27,20 +25,18 @@ const STRANGERS: [&str; 2] = ["stranger", "leftover"];
 fn pods_are_fenced_and_tell_progress_to_the_operator_alone() {
     on_the_cluster(async |scene| {
         foreign_pods(scene).await;
-        let long =
-            example().only(&["sft"]).stage("sft", "sft/epochs", json!(100)).stage("sft", "sft/maxSteps", json!(1000));
-        scene.apply(long).await;
-        let job = scene.await_stage(NAME, "sft", StagePhase::Running, 90).await;
+        scene.apply(endless()).await;
+        let job = scene.await_stage(NAME, "sft", StagePhase::Running).await;
         the_policy_selects_exactly_the_jobs_pods(scene, &job).await;
         for name in STRANGERS {
             scene.api::<Pod>().delete(name, &DeleteParams::default()).await.unwrap_or_else(|e| panic!("{name}: {e}"));
         }
         let told = |j: &RLHFJob| stage(j, "sft").progress.is_some_and(|p| p.step > 0);
-        let job = scene.await_job(NAME, "progress, for which the operator needs the key", 60, told).await;
+        let job = scene.await_job(NAME, "progress, for which the operator needs the key", told).await;
         let key = key(scene, &job).await;
         progress_is_for_who_has_the_key(scene, &job, &key).await;
         the_key_is_written_nowhere_else(scene, &job, &key).await;
-        the_operator_makes_secrets_and_reads_none(&scene.namespace).await;
+        the_operator_makes_secrets_and_reads_none(scene).await;
     });
 }
 
@@ -82,16 +78,16 @@ async fn owned_pods(scene: &Scene, job: &RLHFJob) -> BTreeSet<String> {
     };
     let all = ListParams::default();
     let jobs = scene.api::<Job>().list(&all).await.expect("Jobs");
-    let job_uid = BTreeSet::from([job.uid().expect("a stored job has a UID")]);
+    let job_uid = BTreeSet::from([uid(job)]);
     let attempts = jobs.iter().filter(|j| owned(&|| owners(&j.metadata), &job_uid)).filter_map(|j| j.uid()).collect();
     let pods = scene.api::<Pod>().list(&all).await.expect("pods");
     pods.iter().filter(|p| owned(&|| owners(&p.metadata), &attempts)).map(|p| p.name_any()).collect()
 }
 
 async fn the_policy_selects_exactly_the_jobs_pods(scene: &Scene, job: &RLHFJob) {
-    let name = names::network_policy(NAME);
+    let name = names::network_policy(NAME, &uid(job));
     let policy = scene.api::<NetworkPolicy>().get(&name).await.unwrap_or_else(|e| panic!("NetworkPolicy {name}: {e}"));
-    assert_eq!(policy.owner_references()[0].uid, job.uid().expect("a stored job has a UID"));
+    assert_eq!(policy.owner_references()[0].uid, uid(job));
     let spec = policy.spec.expect("a policy has a spec");
     let gang = spec.pod_selector.expect("a policy selects pods");
     let pods = scene.api::<Pod>();
@@ -117,7 +113,7 @@ async fn the_policy_selects_exactly_the_jobs_pods(scene: &Scene, job: &RLHFJob) 
             "{ports:?}"
         );
     }
-    let kinds: Vec<String> = operators_writes(&scene.namespace).iter().map(|w| w.kind()).collect();
+    let kinds: Vec<String> = operators_writes(scene).iter().map(|w| w.kind()).collect();
     let position =
         |kind: &str| kinds.iter().position(|k| k == kind).unwrap_or_else(|| panic!("no {kind} in {kinds:?}"));
     assert!(position("create networkpolicies") < position("create jobs"), "{kinds:?}");
@@ -126,15 +122,15 @@ async fn the_policy_selects_exactly_the_jobs_pods(scene: &Scene, job: &RLHFJob) 
 async fn the_peer_is_the_operator(scene: &Scene, peer: &NetworkPolicyPeer) {
     let namespaces = Api::<Namespace>::all(scene.client.clone());
     let namespace = peer.namespace_selector.as_ref().expect("the operator's namespace");
-    assert_eq!(selected(&namespaces, namespace).await, BTreeSet::from([SYSTEM.to_owned()]));
-    let (api, pods) = operator_pods(scene).await;
+    assert_eq!(selected(&namespaces, namespace).await, BTreeSet::from([scene.operator.namespace.clone()]));
+    let (api, pods) = (scene.operator.pods_api(), scene.operator.pods().await);
     let operators: BTreeSet<String> = pods.iter().map(|p| p.name_any()).collect();
     assert_eq!(selected(&api, peer.pod_selector.as_ref().expect("the operator's pods")).await, operators);
 }
 
 /// The job's key, which only the cluster's administrator can read here.
 async fn key(scene: &Scene, job: &RLHFJob) -> String {
-    let selector = format!("{}={}", names::LABEL_JOB_UID, job.uid().expect("a stored job has a UID"));
+    let selector = format!("{}={}", names::LABEL_JOB_UID, uid(job));
     let secrets = scene.api::<Secret>().list(&ListParams::default().labels(&selector)).await.expect("Secrets").items;
     let [secret] = &secrets[..] else { panic!("one Secret, not {}", secrets.len()) };
     assert_eq!((secret.immutable, secret.owner_references().len()), (Some(true), 1));
@@ -156,7 +152,7 @@ async fn progress_is_for_who_has_the_key(scene: &Scene, job: &RLHFJob, key: &str
         assert_eq!(get(&pod, "/progress", None).await.status(), 401);
         assert_eq!(get(&pod, "/progress", Some("another")).await.status(), 401);
         let answer: Value = get(&pod, "/progress", Some(key)).await.json().await.expect("a document");
-        assert_eq!(answer["totalSteps"], 1000, "{answer}");
+        assert_eq!(answer["totalSteps"], ENDLESS, "{answer}");
         for open in ["/metrics", "/healthz"] {
             assert_eq!(get(&pod, open, None).await.status(), 200, "{open}");
         }
@@ -169,9 +165,10 @@ async fn the_key_is_written_nowhere_else(scene: &Scene, job: &RLHFJob, key: &str
     for pod in scene.pods(job, "sft", 1).await {
         texts.push(scene.log(&pod).await);
     }
-    let (api, operators) = operator_pods(scene).await;
-    for pod in operators {
-        texts.push(api.logs(&pod.name_any(), &LogParams::default()).await.expect("the operator's log"));
+    for pod in scene.operator.pods().await {
+        texts.push(
+            scene.operator.pods_api().logs(&pod.name_any(), &LogParams::default()).await.expect("the operator's log"),
+        );
     }
     let value = serde_json::to_value(k8s_openapi::ByteString(key.as_bytes().to_vec())).expect("base64");
     let encoded = value.as_str().expect("text");
@@ -180,41 +177,52 @@ async fn the_key_is_written_nowhere_else(scene: &Scene, job: &RLHFJob, key: &str
     }
 }
 
-/// Whether the operator may do something, as the API server answers.
-async fn may(namespace: &str, question: &[&str]) -> bool {
-    let account = format!("system:serviceaccount:{SYSTEM}:{RELEASE}");
-    let asked = [&["auth", "can-i", "--namespace", namespace, "--as", &account], question].concat();
-    kubectl(&asked).await.ok
+/// Whether an operator may do something with a resource, such as `jobs.batch`, or one object, `secrets/NAME`, in a
+/// namespace.
+async fn may(operator: &Operator, namespace: &str, verb: &str, resource: &str) -> bool {
+    let (resource, name) = resource.split_once('/').unwrap_or((resource, ""));
+    let (name, subresource) = if resource == "pods" { ("", name) } else { (name, "") };
+    let (resource, group) = resource.split_once('.').unwrap_or((resource, ""));
+    let groups = ["system:serviceaccounts", &format!("system:serviceaccounts:{}", operator.namespace)];
+    let review = json!({"metadata": {}, "spec": {
+        "user": operator.account(), "groups": groups.map(str::to_owned),
+        "resourceAttributes": {"namespace": namespace, "verb": verb, "group": group, "resource": resource,
+            "subresource": subresource, "name": name}}});
+    let review: SubjectAccessReview = serde_json::from_value(review).expect("a review");
+    let answer = Api::<SubjectAccessReview>::all(operator.client()).create(&PostParams::default(), &review).await;
+    answer.expect("the API server answers").status.expect("an answer has a status").allowed
 }
 
-async fn the_operator_makes_secrets_and_reads_none(namespace: &str) {
-    assert!(may(namespace, &["create", "secrets"]).await);
+async fn the_operator_makes_secrets_and_reads_none(scene: &Scene) {
+    let (operator, namespace, system) = (&scene.operator, &scene.namespace, &scene.operator.namespace);
+    assert!(may(operator, namespace, "create", "secrets").await);
     for verb in ["get", "list", "watch", "update", "patch", "delete"] {
-        assert!(!may(namespace, &[verb, "secrets"]).await, "it may {verb} Secrets of {namespace}");
-        assert!(!may(SYSTEM, &[verb, "secrets"]).await, "it may {verb} any Secret of its namespace");
+        assert!(!may(operator, namespace, verb, "secrets").await, "it may {verb} Secrets of {namespace}");
+        assert!(!may(operator, system, verb, "secrets").await, "it may {verb} any Secret of its namespace");
     }
-    assert!(may(SYSTEM, &["get", &format!("secrets/{RELEASE}-key")]).await);
-    for (verb, resource) in [("create", "pods"), ("create", "pods/exec"), ("get", "nodes"), ("bind", "roles")] {
-        assert!(!may(namespace, &[verb, resource]).await, "it may {verb} {resource}");
+    assert!(may(operator, system, "get", &format!("secrets/{RELEASE}-key")).await);
+    let more =
+        [("create", "pods"), ("create", "pods/exec"), ("get", "nodes"), ("bind", "roles.rbac.authorization.k8s.io")];
+    for (verb, resource) in more {
+        assert!(!may(operator, namespace, verb, resource).await, "it may {verb} {resource}");
     }
 }
 
 #[test]
 fn an_operator_of_one_namespace_has_no_right_elsewhere() {
-    on_the_cluster_alone(async |scene| {
-        install_with(true, &[&format!("watchNamespaces={{{}}}", scene.namespace)]).await;
-        let roles = labelled(&format!("app.kubernetes.io/instance={RELEASE}")).await;
-        assert!(!roles.iter().any(|o| o.starts_with("clusterrole")), "{roles:?}");
+    on_the_cluster_with(&[], async |scene| {
+        let operator = &scene.operator;
+        let roles = kubectl(&["get", "clusterroles,clusterrolebindings", "--output", "json"]).await.good();
+        assert!(!roles.contains(&operator.namespace), "a role of the whole cluster concerns it: {roles}");
         for (verb, resource) in
             [("list", "rlhfjobs.rlhf.dev"), ("list", "pods"), ("create", "jobs.batch"), ("create", "secrets")]
         {
-            assert!(may(&scene.namespace, &[verb, resource]).await, "it may not {verb} {resource}");
-            assert!(!may("default", &[verb, resource]).await, "it may {verb} {resource} in another namespace");
+            assert!(may(operator, &scene.namespace, verb, resource).await, "it may not {verb} {resource}");
+            assert!(!may(operator, "default", verb, resource).await, "it may {verb} {resource} in another namespace");
         }
-        // Its claim does not exist, so that no trainer runs.
-        scene.apply(example().set("/spec/storage/volumeClaim/claimName", json!("missing"))).await;
-        let job = scene.await_stage(NAME, "prepare", StagePhase::Starting, 60).await;
+        scene.apply(waits(NAME)).await;
+        let job = scene.await_stage(NAME, "prepare", StagePhase::Starting).await;
         let pod = async || !scene.pods(&job, "prepare", 1).await.is_empty();
-        eventually("the prepare pod", 60, pod).await;
+        eventually("the prepare pod", pod).await;
     });
 }

@@ -15,7 +15,7 @@ fn stages_without_an_edge_between_them_run_side_by_side() {
             .set("/spec/compute/resources/requests", json!({"cpu": "100m", "memory": "256Mi"}));
         scene.apply(manifest).await;
         let succeeded = |j: &RLHFJob| j.status.as_ref().is_some_and(|s| s.phase == Phase::Succeeded);
-        let job = scene.await_job(NAME, "success", 240, succeeded).await;
+        let job = scene.await_job(NAME, "success", succeeded).await;
         let running =
             |s: &RLHFJobStatus, name| s.stages.iter().any(|s| s.name == name && s.phase == StagePhase::Running);
         assert!(history.had(|s| running(s, "sft") && running(s, "reward")), "they never ran at the same time");

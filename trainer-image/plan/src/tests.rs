@@ -62,8 +62,7 @@ fn a_rank_alone_needs_forty_bytes_a_parameter_for_ppo() {
 /// head, and never with their matrix of weights, which for these prompts would be 19 GB a layer and copy.
 #[test]
 fn a_rollout_of_unequal_prompts_is_planned_as_a_gpu_runs_it() {
-    let model = preset("8b").unwrap();
-    assert!(model.heads > model.kv_heads);
+    let model = ModelSpec { kv_heads: 4, ..preset("8b").unwrap() };
     let lora = Lora { rank: 8, alpha: None, dropout: 0.0, targets: vec![Linear::Query] };
     let stage = Stage::ppo(Scorer::new(model.clone(), None), 64, 512);
     let strategy = Strategy { precision: Precision::Bf16, ..Strategy::default() };
@@ -330,8 +329,8 @@ proptest! {
         let Verdict { device_lacks, host_lacks, .. } = Verdict::new(plan, &machines);
         prop_assert!(plan.device.total().is_finite() && plan.host.total().is_finite());
         prop_assert!(device_lacks >= 0.0 && host_lacks >= 0.0);
-        let ModelSpec { hidden, ffn, layers, vocab, .. } = task.model.clone();
-        if hidden > 0 && ffn > 0 && vocab > 0 {
+        let ModelSpec { hidden, ffn, layers, vocab, heads, kv_heads, head_dim, .. } = task.model.clone();
+        if [hidden, ffn, vocab, heads, kv_heads, head_dim].iter().all(|size| *size > 0) {
             let weights = hidden as f64 * (vocab as f64 + ffn as f64 * layers as f64);
             let ranks = f64::from(machines.world_size().max(1));
             let held = plan.device.parameters * ranks + plan.host.parameters * f64::from(machines.nodes);

@@ -15,8 +15,8 @@ mod trainers;
 
 use anyhow::{Context, bail, ensure};
 use clap::Parser;
-use e2e::audit::{self, Writes};
-use e2e::{RELEASE, SYSTEM, tools};
+use e2e::audit::Writes;
+use e2e::{RELEASE, SYSTEM, service_account, tools};
 use figures::Scrape;
 use jiff::Timestamp;
 use k8s_openapi::api::apps::v1::Deployment;
@@ -194,7 +194,7 @@ impl Run {
         let account = account(state, SYSTEM, RELEASE).await?;
         command.args(flags).env("KUBECONFIG", account).env("RUST_LOG", "info").env("HOSTNAME", "bench");
         let operator = Part::start("operator", &mut command, &state.join("log"))?;
-        let audit = Writes::of(&audit::operator(), &state.join("log/audit.log"))?;
+        let audit = Writes::of(&service_account(SYSTEM), &state.join("log/audit.log"))?;
         let http = reqwest::Client::builder().no_proxy().build()?;
         let run = Self { cluster, jobs: args.jobs, http, operator, kwok, audit, begun: BTreeMap::new() };
         let leads =

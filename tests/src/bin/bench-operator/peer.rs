@@ -42,9 +42,13 @@ struct Manager {
     /// The name of the webhooks' port in the Service, and the process's port.
     port: (&'static str, u16),
     secret: &'static str,
-    /// Flags that keep the two apart on one machine.
-    more: &'static [&'static str],
+    /// The ConfigMap with its configuration.
+    config: &'static str,
 }
+
+/// Values of the chart: no pods, and ports that keep the two apart on one machine.
+const VALUES: &str = "manager.replicas=0,jobset.controller.replicas=0,manager.config.webhook.port=9444,\
+    manager.config.health.healthProbeBindAddress=:8082,manager.config.metrics.bindAddress=:8444";
 
 const MANAGERS: [Manager; 2] = [
     Manager {
@@ -54,7 +58,7 @@ const MANAGERS: [Manager; 2] = [
         service: "jobset-webhook-service",
         port: ("webhook", 9443),
         secret: "jobset-webhook-server-cert",
-        more: &[],
+        config: "jobset-controller-config",
     },
     Manager {
         name: "trainer",
@@ -63,7 +67,7 @@ const MANAGERS: [Manager; 2] = [
         service: "kubeflow-trainer-controller-manager",
         port: ("webhook-server", 9444),
         secret: "kubeflow-trainer-webhook-cert",
-        more: &["--webhook-server-port=9444", "--health-probe-bind-address=:8082"],
+        config: "kubeflow-trainer-config",
     },
 ];
 
@@ -89,8 +93,7 @@ pub async fn bench(jobs: usize, initializer: bool) -> anyhow::Result<()> {
     let Cluster { client, state, .. } = &cluster;
     say("installing the chart without its pods");
     let chart = tools::cache().join("peer/kubeflow-trainer").display().to_string();
-    let none = "manager.replicas=0,jobset.controller.replicas=0";
-    tools::helm(&["install", CHART, &chart, "--namespace", NAMESPACE, "--create-namespace", "--set", none])
+    tools::helm(&["install", CHART, &chart, "--namespace", NAMESPACE, "--create-namespace", "--set", VALUES])
         .await
         .good();
     let _kwok = kwok(state, &ALL_STAGES)?;
@@ -210,7 +213,7 @@ async fn start(manager: &Manager, cluster: &Cluster) -> anyhow::Result<Part> {
     let mut args = flags(client, NAMESPACE, manager.deployment).await?;
     for arg in &mut args {
         if arg.starts_with("--config=") {
-            *arg = format!("--config={}", config(cluster).await?.display());
+            *arg = format!("--config={}", config(manager, cluster).await?.display());
         }
     }
     // In a mount namespace of its own, which ends with it.
@@ -220,7 +223,7 @@ async fn start(manager: &Manager, cluster: &Cluster) -> anyhow::Result<Part> {
     );
     let mut command = Command::new("unshare");
     command.args(["--mount", "sh", "-c", &script]).arg(&certificates);
-    command.arg(tools::cache().join("bin").join(manager.program)).args(args).args(manager.more);
+    command.arg(tools::cache().join("bin").join(manager.program)).args(args);
     command.env("KUBECONFIG", account(state, NAMESPACE, manager.deployment).await?);
     let part = Part::start(manager.name, &mut command, &state.join("log"))?;
     project(manager, cluster, &certificates).await?;
@@ -234,12 +237,12 @@ async fn start(manager: &Manager, cluster: &Cluster) -> anyhow::Result<Part> {
     Ok(part)
 }
 
-/// JobSet's configuration as a file.
-async fn config(cluster: &Cluster) -> anyhow::Result<PathBuf> {
-    let name = "jobset-controller-config";
+/// A manager's configuration as a file.
+async fn config(manager: &Manager, cluster: &Cluster) -> anyhow::Result<PathBuf> {
+    let name = manager.config;
     let map = Api::<ConfigMap>::namespaced(cluster.client.clone(), NAMESPACE).get(name).await?;
     let text = map.data.and_then(|d| d.into_values().next()).with_context(|| format!("ConfigMap {name} is empty"))?;
-    let path = cluster.state.join("jobset.yaml");
+    let path = cluster.state.join(format!("{}.yaml", manager.name));
     fs::write(&path, text)?;
     Ok(path)
 }
