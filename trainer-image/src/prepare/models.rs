@@ -45,7 +45,7 @@ impl Models {
         let dir = volume.join(base);
         check_files(&dir)?;
         let (source, tokenizer) = (Source::open(&dir)?, Tokenizer::load(&dir)?);
-        check_vocabulary(&source, &tokenizer)?;
+        tokenizer.warnings().iter().for_each(|warning| tracing::warn!("{}: {warning}", dir.display()));
         let mut this = Self { volume: volume.to_path_buf(), tokenizer, known: BTreeMap::new(), told: vec![] };
         this.add(base, source);
         for path in &config.models {
@@ -74,7 +74,6 @@ impl Models {
                 dir.display()
             )));
         }
-        check_vocabulary(&source, &tokenizer)?;
         self.add(path, source);
         Ok(())
     }
@@ -108,6 +107,18 @@ impl Models {
         self.check_targets(stage)?;
         self.known.insert(paths.output.clone(), Known { spec: start, scores: None });
         Ok(())
+    }
+
+    /// Every token of a stage's records, up to `highest`, must have an embedding; one that no record holds is not missed. (The
+    /// stage's other models know all tokens that its start knows.)
+    pub fn check_tokens(&self, stage: &StageConfig, highest: i64) -> Result<()> {
+        let path = &stage.paths.start_model;
+        let Some(known) = self.known.get(path).filter(|known| highest >= known.spec.vocab) else { return Ok(()) };
+        Err(Error::input(format!(
+            "its records have the token '{}' (id {highest}), but config.json of {path} says vocab_size {}: it has no embedding; use the tokenizer that belongs to the model",
+            self.tokenizer.token(highest).unwrap_or_default(),
+            known.spec.vocab
+        )))
     }
 
     /// The shapes of the model that a stage trains and, in PPO, of its critic. The stage was checked before.
@@ -160,18 +171,6 @@ fn check_files(model_dir: &Path) -> Result<()> {
         }
     }
     Ok(())
-}
-
-fn check_vocabulary(model: &Source, tokenizer: &Tokenizer) -> Result<()> {
-    let (ids, vocab) = (tokenizer.vocab_size() as i64, model.spec.vocab);
-    if ids <= vocab {
-        return Ok(());
-    }
-    Err(Error::input(format!(
-        "{}: the tokenizer has ids up to {}, but config.json says vocab_size {vocab}: some tokens have no embedding; use the tokenizer that belongs to the model",
-        model.dir.display(),
-        ids - 1
-    )))
 }
 
 /// No stage may make a sequence longer than a model that runs over it has positions.

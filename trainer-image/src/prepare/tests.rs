@@ -1,6 +1,6 @@
 use super::*;
 use crate::model::HeadKind;
-use crate::tokenizer::fixture::{VOCAB, changed, write, write_tokenizer};
+use crate::tokenizer::fixture::{VOCAB, changed, post_processor, write, write_tokenizer};
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
 use std::fs;
@@ -278,13 +278,17 @@ fn a_run_of_another_config_is_refused_before_any_device_is_taken() {
 }
 
 #[test]
-fn a_tokenizer_with_more_ids_than_the_model_is_refused() {
-    let error = broken(|volume| {
+fn a_token_without_an_embedding_is_refused_where_a_record_has_it() {
+    let fewer = |tokens: usize| {
+        let volume = volume();
         let mut config = model_config();
-        config["vocab_size"] = json!(VOCAB - 1);
-        write(&volume.join("models/m"), "config.json", &config);
-    });
-    check(&error, 65, &["models/m", &format!("ids up to {}", VOCAB - 1), &format!("vocab_size {}", VOCAB - 1)]);
+        config["vocab_size"] = json!(tokens);
+        write(&volume.path().join("models/m"), "config.json", &config);
+        prepare(volume.path(), |_| ())
+    };
+    // The tokenizer's last ids stand for nothing that a record has.
+    assert!(fewer(VOCAB - 2).is_ok());
+    check(&fewer(96).unwrap_err(), 65, &["models/m", "stage 'reward'", "'z' (id 96)", "vocab_size 96"]);
 }
 
 #[test]
@@ -329,8 +333,8 @@ fn a_volume_that_cannot_be_written_is_named() {
 #[test]
 fn a_tokenizer_that_begins_with_bos_still_counts_within_the_lengths() {
     let volume = volume();
-    let (dir, _) = changed(|_, config| config["add_bos_token"] = json!(true));
-    fs::copy(dir.path().join("tokenizer_config.json"), volume.path().join("models/m/tokenizer_config.json")).unwrap();
+    let (dir, _) = changed(|tokenizer, _| tokenizer["post_processor"] = post_processor());
+    fs::copy(dir.path().join("tokenizer.json"), volume.path().join("models/m/tokenizer.json")).unwrap();
     let report = prepare(volume.path(), |_| ()).unwrap();
     assert_eq!(report.stages.iter().map(|s| s.dataset.longest_tokens).collect::<Vec<_>>(), [4, 4, 2]);
 }

@@ -43,7 +43,7 @@ pub(super) fn write(
         let tokenizer = Tokenizer::load(&base_model)?;
         let writer = writer.ok_or_else(|| Error::bug("a model is finished before it is begun"))?;
         lease.check()?;
-        writer.finish(score, |dir| tokenizer.copy_files(dir))?;
+        writer.finish(score, |dir| tokenizer.copy_files(dir, None))?;
         lease.check()?;
         // Only then, so that no adapters lie beside a model that is not theirs.
         match adapters {
