@@ -25,6 +25,8 @@ struct Known {
     spec: ModelSpec,
     /// Whether it has a head that scores; `None` for what a stage will make: the spec says what that is.
     scores: Option<bool>,
+    /// Why it cannot be a policy, where its head is missing.
+    headless: Option<String>,
 }
 
 /// Models by their paths below the volume.
@@ -45,7 +47,8 @@ impl Models {
         let dir = volume.join(base);
         check_files(&dir)?;
         let (source, tokenizer) = (Source::open(&dir)?, Tokenizer::load(&dir)?);
-        tokenizer.warnings().iter().for_each(|warning| tracing::warn!("{}: {warning}", dir.display()));
+        let warnings = source.warnings.iter().chain(tokenizer.warnings());
+        warnings.for_each(|warning| tracing::warn!("{}: {warning}", dir.display()));
         let mut this = Self { volume: volume.to_path_buf(), tokenizer, known: BTreeMap::new(), told: vec![] };
         this.add(base, source);
         for path in &config.models {
@@ -59,7 +62,8 @@ impl Models {
     }
 
     fn add(&mut self, path: &str, source: Source) {
-        let known = Known { scores: Some(source.has_score_head()), spec: source.spec };
+        let headless = source.check_language_head().err().map(|e| e.message);
+        let known = Known { scores: Some(source.has_score_head()), spec: source.spec, headless };
         self.known.insert(path.into(), known);
     }
 
@@ -74,6 +78,7 @@ impl Models {
                 dir.display()
             )));
         }
+        source.warnings.iter().for_each(|warning| tracing::warn!("{}: {warning}", dir.display()));
         self.add(path, source);
         Ok(())
     }
@@ -96,6 +101,10 @@ impl Models {
         for (path, role) in used {
             let Some(known) = self.known.get(path) else { continue };
             self.check_role(path, known, role)?;
+            let speaks = role == Role::Policy && !matches!(stage.kind, StageKind::RewardModel(_));
+            if let Some(what) = known.headless.as_ref().filter(|_| speaks) {
+                return Err(Error::input(what));
+            }
             check_length(stage, path, &known.spec)?;
             if known.spec.vocab < start.vocab {
                 return Err(Error::input(format!(
@@ -105,7 +114,7 @@ impl Models {
             }
         }
         self.check_targets(stage)?;
-        self.known.insert(paths.output.clone(), Known { spec: start, scores: None });
+        self.known.insert(paths.output.clone(), Known { spec: start, scores: None, headless: None });
         Ok(())
     }
 
