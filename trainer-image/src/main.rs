@@ -12,6 +12,7 @@ use rlhf_trainer::environment::Environment;
 use rlhf_trainer::plan_command::{self, PlanFlags};
 use rlhf_trainer::prepare::{self, StageReport};
 use rlhf_trainer::telemetry::{Telemetry, logging};
+use rlhf_trainer::try_command::{self, GenerateFlags, ScoreFlags};
 use rlhf_trainer::{config_file, ending, launch, worker};
 use std::path::{Path, PathBuf};
 
@@ -50,6 +51,16 @@ enum Command {
     Plan {
         #[command(flatten)]
         flags: PlanFlags,
+    },
+    /// Answers a prompt with a model on this machine.
+    Generate {
+        #[command(flatten)]
+        flags: GenerateFlags,
+    },
+    /// Says what a model thinks of given tokens: their log-probabilities, or a reward model's score.
+    Score {
+        #[command(flatten)]
+        flags: ScoreFlags,
     },
     /// Checks the models and data of all of a job's stages.
     Prepare {
@@ -120,6 +131,8 @@ fn run(command: Command) -> TerminationMessage {
         Command::Worker { config, http } => logged(|| worker::run(&options(config, http))),
         Command::Bench { flags } => by_hand(|| commands::bench(&flags)),
         Command::Plan { flags } => by_hand(|| plan_command::plan(&flags)),
+        Command::Generate { flags } => by_hand(|| try_command::generate(&flags)),
+        Command::Score { flags } => by_hand(|| try_command::score(&flags)),
         Command::Prepare { config, http, termination } => {
             leave(termination, logged(|| prepare(&options(config, http))))
         }
