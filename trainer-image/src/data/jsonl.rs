@@ -1,4 +1,4 @@
-//! JSON Lines: one object a line, read as a stream.
+//! JSON Lines: one object a line, read as a stream. A file may be packed by gzip or Zstandard, which its first bytes say.
 
 use crate::error::{Error, Result};
 use crate::files;
@@ -35,13 +35,16 @@ pub(super) struct Record<'a> {
 
 /// Hands each record of the file at `path` to `visit`. `expected` says what a record looks like, for error messages.
 pub(super) fn read(path: &Path, expected: &str, mut visit: impl FnMut(&Record<'_>) -> Result<()>) -> Result<()> {
-    let mut reader = BufReader::new(open(path)?);
+    let (mut reader, packed) = unpacked(path, open(path)?)?;
     let mut bytes = Vec::new();
     let mut first = true;
     for line in 1.. {
         bytes.clear();
         let limit = MAX_LINE_BYTES as u64 + 1;
-        if reader.by_ref().take(limit).read_until(b'\n', &mut bytes).map_err(|e| Error::storage(path, e))? == 0 {
+        let failed = |e: std::io::Error| {
+            if packed { at(path, line, format!("the file cannot be unpacked: {e}")) } else { Error::storage(path, e) }
+        };
+        if reader.by_ref().take(limit).read_until(b'\n', &mut bytes).map_err(failed)? == 0 {
             break;
         }
         let text = match bytes.strip_prefix(BYTE_ORDER_MARK) {
@@ -72,6 +75,29 @@ fn open(path: &Path) -> Result<File> {
         Error::input(format!("{}: {what}; a dataset is a JSON Lines file on the job's volume", path.display()))
     };
     files::open(path).map_err(|e| missing(&e))
+}
+
+/// What is in a file, and whether it was packed.
+fn unpacked(path: &Path, file: File) -> Result<(Box<dyn BufRead>, bool)> {
+    let failed = |e| Error::storage(path, e);
+    let mut file = BufReader::new(file);
+    let start = file.fill_buf().map_err(failed)?;
+    let packed_by = |magic: &[u8]| start.starts_with(magic);
+    let (gzip, zstd, parquet) = (packed_by(b"\x1f\x8b"), packed_by(b"\x28\xb5\x2f\xfd"), packed_by(b"PAR1"));
+    if parquet {
+        return Err(Error::input(format!(
+            "{}: this is a Parquet file, and a dataset is JSON Lines: write it by to_json(path, lines=True) of datasets",
+            path.display()
+        )));
+    }
+    let reader: Box<dyn BufRead> = if gzip {
+        Box::new(BufReader::new(flate2::bufread::MultiGzDecoder::new(file)))
+    } else if zstd {
+        Box::new(BufReader::new(zstd::Decoder::with_buffer(file).map_err(failed)?))
+    } else {
+        Box::new(file)
+    };
+    Ok((reader, gzip || zstd))
 }
 
 fn parse(bytes: &[u8]) -> std::result::Result<Map<String, Value>, String> {

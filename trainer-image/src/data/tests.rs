@@ -286,6 +286,30 @@ fn a_byte_order_mark_is_skipped_and_an_array_told_apart() {
     }
 }
 
+#[test]
+fn a_packed_file_is_read_as_what_is_in_it() {
+    use std::io::Write;
+    let lines = format!("\u{feff}{}\n", r#"{"prompt": "x"}"#);
+    let gzip = |text: &str| {
+        let mut out = flate2::write::GzEncoder::new(vec![], flate2::Compression::fast());
+        out.write_all(text.as_bytes()).unwrap();
+        out.finish().unwrap()
+    };
+    let more = "{\"prompt\": \"y\"}\n";
+    // Two members of gzip one after the other are one file.
+    let zstd = zstd::encode_all([&lines[..], more].concat().as_bytes(), 0).unwrap();
+    for packed in [[gzip(&lines), gzip(more)].concat(), zstd] {
+        let (_dir, path) = file(&packed);
+        let split = load_prompts(&path, &ppo(3, 0.0), &plain(), 0).unwrap();
+        assert_eq!(split.train.iter().map(|p| p.text.as_str()).collect::<Vec<_>>(), ["x", "y"]);
+        let (_dir, path) = file(&packed[..packed.len() - 3]);
+        let error = load_prompts(&path, &ppo(3, 0.0), &plain(), 0).unwrap_err();
+        assert!(error.exit.code() == 65 && error.message.contains("cannot be unpacked"), "{error}");
+    }
+    let (_dir, path) = file(b"PAR1\x15");
+    assert!(load_prompts(&path, &ppo(3, 0.0), &plain(), 0).unwrap_err().message.contains("Parquet"));
+}
+
 /// Messages as their template gets them: this one writes a message as JSON.
 fn as_json() -> Tokenizer {
     let template = "{{ tools | tojson if tools else '' }}{% for m in messages %}{{ m | tojson }}{% endfor %}{% if add_generation_prompt %}{{ mode or '' }}>{% endif %}";
