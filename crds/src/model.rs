@@ -8,12 +8,13 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// How activations are normalised.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub enum Norm {
     /// Root-mean-square norm with a weight (Zhang and Sennrich 2019).
     Rms,
     /// Layer norm with weight and bias.
+    #[default]
     Layer,
 }
 
@@ -53,14 +54,47 @@ impl Positions {
     }
 }
 
+/// How rotary frequencies are stretched to contexts that are longer than those of pre-training.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum RopeScaling {
+    /// Every frequency is divided by the factor (Chen 2023).
+    Linear {
+        /// By how much the context grows.
+        factor: f64,
+    },
+    /// Low frequencies are divided by the factor, high ones stay, and those between are blended (Llama 3.1).
+    Llama3 {
+        /// By how much the context grows.
+        factor: f64,
+        /// Turns within the original context up to which a frequency is low.
+        low: f64,
+        /// Turns within the original context from which on a frequency is high.
+        high: f64,
+        /// Positions of pre-training.
+        original: f64,
+    },
+    /// As `Llama3`, blended by the frequency's index, and with scaled attention (YaRN, Peng 2023).
+    Yarn {
+        /// By how much the context grows.
+        factor: f64,
+        /// By what sines and cosines are multiplied.
+        attention: f64,
+        /// The blend's first and last index.
+        ramp: [f64; 2],
+    },
+}
+
 /// The feed-forward network of a block.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub enum Mlp {
     /// `down(silu(gate(x)) * up(x))` (Shazeer 2020).
     SwiGlu,
     /// `down(gelu(up(x)))` with the tanh approximation.
+    #[default]
     Gelu,
+    /// `down(relu(up(x)))`.
+    Relu,
 }
 
 /// What stands on top of the last block.
@@ -73,7 +107,7 @@ pub enum HeadKind {
 }
 
 /// The shape and switches of a model.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ModelSpec {
     /// Tokens in the vocabulary.
@@ -110,6 +144,26 @@ pub struct ModelSpec {
     pub mlp_bias: bool,
     /// The output head is the token embedding.
     pub tied_head: bool,
+    /// Queries and keys are normalised in each head (Henry 2020).
+    #[serde(default, skip_serializing_if = "is_off")]
+    pub qk_norm: bool,
+    /// A token sees itself and those before it, in all so many; left out, all before it. This and what follows changes no
+    /// size that a plan would notice, so it does not travel: whoever runs a model reads it from the model.
+    #[serde(skip)]
+    pub sliding_window: Option<i64>,
+    /// Rows of the table of positions before that of the first position.
+    #[serde(skip)]
+    pub position_offset: i64,
+    /// How rotary frequencies are stretched.
+    #[serde(skip)]
+    pub rope_scaling: Option<RopeScaling>,
+    /// The tokens that there are, where the vocabulary is padded: the head then speaks of these alone.
+    #[serde(skip)]
+    pub known_tokens: Option<i64>,
+}
+
+fn is_off(switch: &bool) -> bool {
+    !switch
 }
 
 /// A link of the chain.
@@ -147,6 +201,8 @@ pub enum Param {
     UpBias,
     DownWeight,
     DownBias,
+    QueryNormWeight,
+    KeyNormWeight,
     FinalNormWeight,
     FinalNormBias,
     LmHeadWeight,
@@ -217,12 +273,16 @@ impl ModelSpec {
     fn embed_params(&self, list: &mut ParamList) {
         list.push(Param::TokenEmbedding, &[self.vocab, self.hidden]);
         if self.positions == Positions::Learned {
-            list.push(Param::PositionEmbedding, &[self.max_positions, self.hidden]);
+            list.push(Param::PositionEmbedding, &[self.max_positions + self.position_offset, self.hidden]);
         }
     }
 
     fn block_params(&self, list: &mut ParamList) {
         list.norm(self, Param::AttentionNormWeight, Param::AttentionNormBias);
+        if self.qk_norm {
+            list.push(Param::QueryNormWeight, &[self.head_dim]);
+            list.push(Param::KeyNormWeight, &[self.head_dim]);
+        }
         for (linear, [out, input], has_bias) in self.linears() {
             let (weight, bias) = Param::of(linear);
             list.linear(weight, bias, out, input, has_bias);

@@ -21,6 +21,8 @@ import torch
 import transformers
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
+from transformers import (MistralConfig, MistralForCausalLM, OPTConfig, OPTForCausalLM, Qwen2Config, Qwen2ForCausalLM,
+                          Qwen3Config, Qwen3ForCausalLM)
 from transformers import (GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
                           LlamaForSequenceClassification)
 
@@ -164,9 +166,9 @@ def run(model, ids, mask):
     return model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - mask).clamp(min=0))
 
 
-def greedy(model, ids, mask):
-    """`NEW_TOKENS` greedy tokens after each row, and the least gap between the best and second best logit."""
-    out = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=None,
+def greedy(model, ids, mask, new_tokens=NEW_TOKENS):
+    """So many greedy tokens after each row, and the least gap between the best and second best logit."""
+    out = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=new_tokens, eos_token_id=None,
                          output_logits=True, return_dict_in_generate=True)
     top = torch.stack(out.logits).topk(2, dim=-1).values
     return out.sequences[:, ids.shape[1]:].tolist(), float((top[..., 0] - top[..., 1]).min())
@@ -184,7 +186,7 @@ def cross_entropy_gradients(model, rows):
     return {"loss": loss.item(), "gradient_norms": norms}
 
 
-def causal_case(name, model, rows, tensors):
+def causal_case(name, model, rows, tensors, new_tokens=NEW_TOKENS):
     """One causal model's expectations; the big ones go into `tensors`."""
     with torch.no_grad():
         for i, row in enumerate(rows):
@@ -198,8 +200,8 @@ def causal_case(name, model, rows, tensors):
                 assert gap < 1e-4, (name, side, float(gap))
             if side == "left":
                 tensors[f"{name}.left"] = (batch * mask.unsqueeze(-1)).numpy()
-        together, margin = greedy(model, *padded(rows, "left"))
-        alone = [greedy(model, *padded([row], "left"))[0][0] for row in rows]
+        together, margin = greedy(model, *padded(rows, "left"), new_tokens)
+        alone = [greedy(model, *padded([row], "left"), new_tokens)[0][0] for row in rows]
         assert together == alone and margin > 1e-3, (name, margin)
         assert all(len(set(row)) > 3 for row in together), (name, together)
     return {"greedy": together, "greedy_margin": margin, **cross_entropy_gradients(model, rows)}
@@ -230,6 +232,56 @@ def make_tiny_models():
         "pad_token_id": PAD,
         "causal": cases,
         "classifiers": scored,
+    })
+
+
+# --- 2b: further families, and what changes rotary frequencies ----------------------------------------------------------
+
+FAMILY_TOKENS = 20
+
+
+def families():
+    """Name -> (class, config). Windows, contexts and offsets are so short that sequences of a few tokens go beyond them."""
+    shape = dict(vocab_size=VOCAB, max_position_embeddings=48, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                 num_attention_heads=4, num_key_value_heads=2, bos_token_id=1, eos_token_id=2, pad_token_id=PAD)
+    llama = lambda **rope: LlamaConfig(**shape, rope_parameters={"rope_theta": 1e4, **rope})
+    return {
+        "llama-linear": (LlamaForCausalLM, llama(rope_type="linear", factor=4.0)),
+        "llama-dynamic": (LlamaForCausalLM, llama(rope_type="dynamic", factor=2.0)),
+        "llama-llama3": (LlamaForCausalLM, llama(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                                                 original_max_position_embeddings=32)),
+        "llama-yarn": (LlamaForCausalLM, llama(rope_type="yarn", factor=4.0, original_max_position_embeddings=12)),
+        "mistral": (MistralForCausalLM, MistralConfig(**shape, sliding_window=4, head_dim=8)),
+        "qwen2": (Qwen2ForCausalLM, Qwen2Config(**shape, tie_word_embeddings=True)),
+        "qwen3": (Qwen3ForCausalLM, Qwen3Config(**shape, head_dim=12, tie_word_embeddings=False)),
+        "opt": (OPTForCausalLM, OPTConfig(vocab_size=VOCAB, max_position_embeddings=48, hidden_size=32, word_embed_proj_dim=32,
+                                          ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, dropout=0.0,
+                                          bos_token_id=1, eos_token_id=2, pad_token_id=PAD)),
+    }
+
+
+def family_case(name, make, config, rows):
+    """A model of the first seed whose greedy tokens are told apart by more than rounding, and what it computes."""
+    for seed in range(1, 200):
+        model, tensors = randomize(make(config), seed), {}
+        try:
+            return model, tensors, {"seed": seed, **causal_case(name, model, rows, tensors, FAMILY_TOKENS)}
+        except AssertionError:
+            continue
+    raise SystemExit(f"no seed for {name}")
+
+
+def make_families():
+    """Writes a model of each, and what transformers computes with it."""
+    rows, tensors, cases = sequences(), {}, {}
+    for name, (make, config) in families().items():
+        model, values, cases[name] = family_case(name, make, config, rows)
+        tensors.update(values)
+        save_model(name, model, None)
+    save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, HERE / "families.safetensors")
+    write_json("families.json", {
+        "source": f"transformers {transformers.__version__} with torch {torch.__version__}, fp32 on CPU, eager attention",
+        "ids": rows, "new_tokens": FAMILY_TOKENS, "causal": cases,
     })
 
 
@@ -414,6 +466,7 @@ def main():
     transformers.utils.logging.disable_progress_bar()
     make_glassllm()
     make_tiny_models()
+    make_families()
     make_losses()
     make_adamw()
     make_adapters()

@@ -28,4 +28,5 @@ pub mod shutdown;
 pub mod stages;
 pub mod telemetry;
 pub mod tokenizer;
+pub mod try_command;
 pub mod worker;

@@ -8,11 +8,11 @@ use rlhf_api::config::{CONFIG_DIR, CONFIG_FILE, HTTP_PORT, PrepareConfig};
 use rlhf_api::names::PREPARE;
 use rlhf_api::report::{ExitCode, Output, TerminationMessage};
 use rlhf_trainer::commands::{self, BenchFlags};
-use rlhf_trainer::data::Summary;
 use rlhf_trainer::environment::Environment;
 use rlhf_trainer::plan_command::{self, PlanFlags};
 use rlhf_trainer::prepare::{self, StageReport};
 use rlhf_trainer::telemetry::{Telemetry, logging};
+use rlhf_trainer::try_command::{self, GenerateFlags, ScoreFlags};
 use rlhf_trainer::{config_file, ending, launch, worker};
 use std::path::{Path, PathBuf};
 
@@ -51,6 +51,16 @@ enum Command {
     Plan {
         #[command(flatten)]
         flags: PlanFlags,
+    },
+    /// Answers a prompt with a model on this machine.
+    Generate {
+        #[command(flatten)]
+        flags: GenerateFlags,
+    },
+    /// Says what a model thinks of given tokens: their log-probabilities, or a reward model's score.
+    Score {
+        #[command(flatten)]
+        flags: ScoreFlags,
     },
     /// Checks the models and data of all of a job's stages.
     Prepare {
@@ -121,6 +131,8 @@ fn run(command: Command) -> TerminationMessage {
         Command::Worker { config, http } => logged(|| worker::run(&options(config, http))),
         Command::Bench { flags } => by_hand(|| commands::bench(&flags)),
         Command::Plan { flags } => by_hand(|| plan_command::plan(&flags)),
+        Command::Generate { flags } => by_hand(|| try_command::generate(&flags)),
+        Command::Score { flags } => by_hand(|| try_command::score(&flags)),
         Command::Prepare { config, http, termination } => {
             leave(termination, logged(|| prepare(&options(config, http))))
         }
@@ -181,16 +193,19 @@ fn job_dir(config: &PrepareConfig) -> String {
 
 /// A stage's dataset in figures, such as `sft.train`.
 fn counts(report: &StageReport) -> Vec<(String, f64)> {
-    let Summary { records, train, eval, dropped, truncated, tokens, longest_tokens, sequences } = report.dataset;
+    let data = &report.dataset;
     let named = [
-        ("records", records),
-        ("train", train),
-        ("eval", eval),
-        ("dropped", dropped),
-        ("truncated", truncated),
-        ("tokens", tokens),
-        ("longestTokens", longest_tokens),
-        ("sequences", sequences),
+        ("records", data.records),
+        ("train", data.train),
+        ("eval", data.eval),
+        ("dropped", data.dropped),
+        ("truncated", data.truncated),
+        ("tokens", data.tokens),
+        ("longestTokens", data.longest_tokens),
+        ("sequences", data.sequences),
     ];
-    named.into_iter().map(|(name, n)| (format!("{}.{name}", report.stage), n as f64)).collect()
+    // What there is nothing of is not told: the message has to be short.
+    let rare = [("empty", data.empty), ("withoutTarget", data.without_target), ("unusable", data.unusable)];
+    let named = named.into_iter().chain(rare.into_iter().filter(|(_, n)| *n > 0));
+    named.map(|(name, n)| (format!("{}.{name}", report.stage), n as f64)).collect()
 }

@@ -89,7 +89,9 @@ pub fn run(config: &PrepareConfig, volume: &Path, telemetry: &Telemetry) -> Resu
     room::tell(&config.stages, &models, volume)?;
     let mut check = |stage: &StageConfig| {
         parts.begin(format!("stage '{}': {}", stage.stage, stage.kind.dataset().1.source));
-        check_dataset(stage, volume, &models.tokenizer)
+        let report = check_dataset(stage, volume, &models.tokenizer)?;
+        models.check_tokens(stage, report.dataset.highest_id).map_err(|e| e.context(format!("stage '{}'", stage.stage)))?;
+        Ok::<_, Error>(report)
     };
     let stages = config.stages.iter().map(&mut check).collect::<Result<_>>()?;
     Ok(PrepareReport { models: models.told, stages })
@@ -174,6 +176,9 @@ fn log(stage: &StageConfig, dataset: &Summary) {
         longest_tokens,
         "dataset is good"
     );
+    for warning in dataset.warnings() {
+        tracing::warn!(stage = stage.stage, "{warning}");
+    }
     let (setting, size) = match &stage.kind {
         StageKind::Sft(s) => ("batch.globalSize", s.batch.global_size),
         StageKind::RewardModel(s) => ("batch.globalSize", s.batch.global_size),

@@ -5,20 +5,32 @@ use crate::error::{Error, Result};
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 use std::collections::HashMap;
 
-/// The length and the header of a file of fp32 tensors that follow one another in this order, with their names and shapes, as
-/// bytes. Where `metadata` is given, it is part of the header.
+/// As [`header`], for fp32 tensors.
+///
+/// # Errors
+/// As [`header`].
+pub fn fp32<'a>(
+    tensors: impl IntoIterator<Item = (&'a str, Vec<usize>)>,
+    metadata: Option<HashMap<String, String>>,
+) -> Result<Vec<u8>> {
+    header(Dtype::F32, tensors, metadata)
+}
+
+/// The length and the header of a file of tensors of one type that follow one another in this order, with their names and
+/// shapes, as bytes. Where `metadata` is given, it is part of the header.
 ///
 /// # Errors
 /// Where there can be no such header, which is a bug.
-pub fn fp32<'a>(
+pub fn header<'a>(
+    dtype: Dtype,
     tensors: impl IntoIterator<Item = (&'a str, Vec<usize>)>,
     metadata: Option<HashMap<String, String>>,
 ) -> Result<Vec<u8>> {
     let mut end = 0;
     let infos = tensors.into_iter().map(|(name, shape)| {
         let start = end;
-        end += shape.iter().product::<usize>() * size_of::<f32>();
-        (name.to_string(), TensorInfo { dtype: Dtype::F32, shape, data_offsets: (start, end) })
+        end += shape.iter().product::<usize>() * dtype.bitsize() / 8;
+        (name.to_string(), TensorInfo { dtype, shape, data_offsets: (start, end) })
     });
     let failed = |e: String| Error::bug(format!("a safetensors header: {e}"));
     let metadata = Metadata::new(metadata, infos.collect()).map_err(|e| failed(e.to_string()))?;

@@ -6,7 +6,7 @@
 use rlhf_api::stage::{Recompute, Strategy};
 use rlhf_trainer::engine::{Backbone, Group, HEAD_SLICE_BYTES, Model, Placement, ScalarInit, SegmentValues};
 use rlhf_trainer::model::{
-    Adapters, Batch, HeadKind, ModelWriter, Param, SHARD_BYTES, Segment, Source, read_adapters, write_adapters,
+    Adapters, Batch, HeadKind, ModelWriter, Param, SHARD_BYTES, Scores, Segment, Source, read_adapters, write_adapters,
 };
 use rlhf_trainer::rollout::{Decoding, Request, generate};
 use safetensors::SafeTensors;
@@ -17,6 +17,9 @@ use std::rc::Rc;
 use tch::{Device, Kind, Reduction, Tensor};
 
 const CAUSAL: [&str; 3] = ["gpt2", "llama-gqa-untied", "llama-tied-headdim"];
+/// Models of further families, and with stretched rotary frequencies.
+const FAMILIES: [&str; 8] =
+    ["llama-linear", "llama-dynamic", "llama-llama3", "llama-yarn", "mistral", "qwen2", "qwen3", "opt"];
 /// fp32 against fp32 with other kernels: logits are of the order of 10, so this is a few units in the last place.
 const LOGIT_TOLERANCE: f64 = 2e-4;
 
@@ -113,9 +116,89 @@ fn greedy_generation_equals_that_of_transformers() {
     let requests: Vec<Request<'_>> = prompts.iter().map(|r| Request { prompt: r, id: 0 }).collect();
     for name in CAUSAL {
         let model = load(&model_dir(name), HeadKind::Lm, Recompute::None);
-        let responses = generate(&model, &requests, &Decoding::Greedy, -1, 8, &|| false).unwrap();
+        let responses = generate(&model, &requests, &Decoding::Greedy, &[], 8, &|| false).unwrap();
         let actual: Vec<Vec<i64>> = responses.into_iter().map(|r| r.tokens).collect();
         assert_eq!(actual, rows(&golden_values["causal"][name]["greedy"]), "{name}");
+    }
+}
+
+/// Every family, as the ones above: logits under any padding, loss and gradients, greedy tokens, and a copy on disk.
+#[test]
+fn every_family_computes_what_transformers_computes() {
+    let golden_values = json("families.json");
+    let rows = rows(&golden_values["ids"]);
+    let rows: Vec<&[i64]> = rows.iter().map(Vec::as_slice).collect();
+    let expected = tensors("families.safetensors");
+    for name in FAMILIES {
+        let model = load(&model_dir(name), HeadKind::Lm, Recompute::None);
+        let right = logits(&model, &Batch::right_padded(&rows, Device::Cpu));
+        let left = logits(&model, &Batch::left_padded(&rows, Device::Cpu));
+        for (i, row) in rows.iter().enumerate() {
+            let alone = logits(&model, &Batch::right_padded(&[row], Device::Cpu)).remove(0);
+            let reference = &expected[&format!("{name}.alone.{i}")];
+            for (how, actual) in [("alone", &alone), ("right-padded", &right[i]), ("left-padded", &left[i])] {
+                let off = gap(actual, reference);
+                assert!(off < LOGIT_TOLERANCE, "{name}, row {i} {how}: off by {off}");
+            }
+        }
+        let case = &golden_values["causal"][name];
+        let requests: Vec<Request<'_>> = rows.iter().map(|r| Request { prompt: r, id: 0 }).collect();
+        let new_tokens = golden_values["new_tokens"].as_u64().unwrap() as usize;
+        let responses = generate(&model, &requests, &Decoding::Greedy, &[], new_tokens, &|| false).unwrap();
+        let actual: Vec<Vec<i64>> = responses.into_iter().map(|r| r.tokens).collect();
+        assert_eq!(actual, self::rows(&case["greedy"]), "{name}");
+        for recompute in [Recompute::None, Recompute::Block] {
+            let mut model = load(&model_dir(name), HeadKind::Lm, recompute);
+            let loss = run_backward(&mut model, &rows);
+            let wanted = case["loss"].as_f64().unwrap();
+            assert!((loss - wanted).abs() < 1e-5 * wanted, "{name}: loss {loss}, expected {wanted}");
+            let source = Source::open(&model_dir(name)).unwrap();
+            assert!(source.warnings.is_empty(), "{name}: {:?}", source.warnings);
+            compare_gradients(name, &source, &mut model, &case["gradient_norms"]);
+        }
+        let source = Source::open(&model_dir(name)).unwrap();
+        let copy = tempfile::tempdir().unwrap();
+        export(&copy.path().join("model"), &source, &model, SHARD_BYTES);
+        same_weights(&model_dir(name), &copy.path().join("model"));
+    }
+}
+
+/// Both folders hold the same tensors, bit for bit.
+fn same_weights(one: &Path, other: &Path) {
+    let read = |dir: &Path| std::fs::read(dir.join("model.safetensors")).unwrap();
+    let (one, other) = (read(one), read(other));
+    let (one, other) = (SafeTensors::deserialize(&one).unwrap(), SafeTensors::deserialize(&other).unwrap());
+    assert_eq!(one.len(), other.len());
+    for (name, tensor) in one.tensors() {
+        assert_eq!(tensor.data(), other.tensor(&name).unwrap().data(), "{name}");
+    }
+}
+
+/// A vocabulary that is larger than the tokenizer's: no token beyond it is drawn, or counted in a probability.
+#[test]
+fn tokens_that_there_are_not_are_neither_drawn_nor_counted() {
+    let rows = rows(&json("transformers.json")["ids"]);
+    let rows: Vec<&[i64]> = rows.iter().map(Vec::as_slice).collect();
+    for name in CAUSAL {
+        let whole = load(&model_dir(name), HeadKind::Lm, Recompute::None);
+        let mut source = Source::open(&model_dir(name)).unwrap();
+        source.spec.known_tokens = Some(40);
+        let placement = Placement {
+            device: Device::Cpu,
+            trainable: true,
+            strategy: Default::default(),
+            head_slice_bytes: HEAD_SLICE_BYTES,
+        };
+        let init = ScalarInit { seed: 0, fold: None };
+        let known = Model::load(&source, HeadKind::Lm, init, placement, &Rc::new(Group::alone())).unwrap();
+        let batch = Batch::right_padded(&rows, Device::Cpu);
+        for (a, b) in logits(&whole, &batch).iter().zip(&logits(&known, &batch)) {
+            assert_eq!(b.size()[1], 40);
+            assert!(gap(&a.narrow(1, 0, 40), b) < LOGIT_TOLERANCE);
+        }
+        let requests: Vec<Request<'_>> = rows.iter().map(|r| Request { prompt: r, id: 0 }).collect();
+        let drawn = generate(&known, &requests, &Decoding::Greedy, &[], 8, &|| false).unwrap();
+        assert!(drawn.iter().flat_map(|r| &r.tokens).all(|t| *t < 40));
     }
 }
 
@@ -130,7 +213,7 @@ fn a_row_that_ends_changes_nothing_for_the_others() {
         let whole = rows(&golden_values["causal"][name]["greedy"]);
         for eos in whole.iter().flat_map(|r| [r[0], r[2], r[5]]) {
             for (response, full) in
-                generate(&model, &requests, &Decoding::Greedy, eos, 8, &|| false).unwrap().iter().zip(&whole)
+                generate(&model, &requests, &Decoding::Greedy, &[eos], 8, &|| false).unwrap().iter().zip(&whole)
             {
                 let end = full.iter().position(|&t| t == eos);
                 assert_eq!(response.tokens, full[..end.map_or(8, |e| e + 1)], "{name}, end token {eos}");
@@ -189,7 +272,7 @@ fn compare_gradients(name: &str, source: &Source, model: &mut Model, expected: &
     for (segment, chunk) in source.spec.segments().into_iter().zip(model.trained_mut()) {
         let specs = source.spec.params(segment, HeadKind::Lm);
         let gradients = chunk.gradients().unwrap();
-        for entry in source.family.tensors(&source.spec, segment) {
+        for entry in source.family.tensors(segment) {
             let parts: Vec<&Tensor> = entry
                 .parts
                 .iter()
@@ -250,7 +333,7 @@ fn logits_of_a_trained_model_equal_those_of_its_own_code() {
 fn export(dir: &Path, source: &Source, model: &Model, shard_bytes: u64) {
     let mut writer = ModelWriter::create(dir, source, model.head_kind(), shard_bytes).unwrap();
     model.parameters(source, |part| writer.write(part.segment, &part.values)).unwrap();
-    writer.finish(None, |_| Ok(())).unwrap();
+    writer.finish(Scores::default(), |_| Ok(())).unwrap();
 }
 
 #[test]

@@ -71,6 +71,7 @@ fn gpt2(vocab: i64, hidden: i64, layers: usize, heads: i64, max_positions: i64) 
         attention_output_bias: true,
         mlp_bias: true,
         tied_head: true,
+        ..ModelSpec::default()
     }
 }
 

@@ -94,6 +94,19 @@ impl Pass<'_> {
             + after_attention
             + self.saved_mlp(spec, self.keeps_input_of(&[Linear::Down]))
             + self.saved_adapters(spec)
+            + self.saved_head_norms(spec)
+    }
+
+    /// What autograd saves of the norms of queries and keys: their inputs in fp32, the scaled ones for the gradient of the
+    /// weight, and a number a head.
+    fn saved_head_norms(&self, spec: &ModelSpec) -> f64 {
+        if !spec.qk_norm {
+            return 0.0;
+        }
+        let heads = (spec.heads + spec.kv_heads) as f64;
+        let width = heads * spec.head_dim as f64;
+        let scaled = if self.lora.is_none() { self.tensor(width) } else { 0.0 };
+        FP32 * self.tokens() * (width + heads) + scaled
     }
 
     /// What autograd saves of a norm and, where linears that follow need it, the norm's output.
@@ -145,7 +158,7 @@ impl Pass<'_> {
     fn saved_mlp(&self, spec: &ModelSpec, last_input: bool) -> f64 {
         let tensors = match spec.mlp {
             Mlp::SwiGlu => 3.0,
-            Mlp::Gelu => 1.0,
+            Mlp::Gelu | Mlp::Relu => 1.0,
         };
         self.tensor(spec.ffn as f64) * (tensors + f64::from(u8::from(last_input)))
     }
@@ -156,8 +169,8 @@ impl Pass<'_> {
         let adapted = self.adapts(Linear::Down);
         let inner = match spec.mlp {
             Mlp::SwiGlu => 2.0,
-            Mlp::Gelu if adapted => 2.0,
-            Mlp::Gelu => 1.0,
+            Mlp::Gelu | Mlp::Relu if adapted => 2.0,
+            Mlp::Gelu | Mlp::Relu => 1.0,
         };
         let mlp = self.tensor(inner * spec.ffn as f64);
         if self.fused {
@@ -180,8 +193,8 @@ impl Pass<'_> {
         // While an adapter's output is added, the output, the adapter's and their sum are there.
         let tensors = match spec.mlp {
             Mlp::SwiGlu => 4.0,
-            Mlp::Gelu if self.adapts(Linear::Up) => 3.0,
-            Mlp::Gelu => 2.0,
+            Mlp::Gelu | Mlp::Relu if self.adapts(Linear::Up) => 3.0,
+            Mlp::Gelu | Mlp::Relu => 2.0,
         };
         let mlp = self.tensor(2.0 * hidden + tensors * ffn) + self.draws(spec);
         let mut attention = self.tensor(hidden + 2.0 * query + key_value);

@@ -193,6 +193,8 @@ prop_compose! {
             mlp: if llama { Mlp::SwiGlu } else { Mlp::Gelu },
             qkv_bias: !llama, attention_output_bias: !llama, mlp_bias: !llama,
             tied_head,
+            qk_norm: llama && tied_head,
+            ..ModelSpec::default()
         }
     }
 }

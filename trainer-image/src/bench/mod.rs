@@ -263,7 +263,7 @@ impl Rounds<'_> {
         let prompts: Vec<Prompt> =
             self.rows(self.options.prompt_tokens).map(|tokens| Prompt { tokens, text: String::new() }).collect();
         // No token ends a response.
-        let mut run = Run::new(self.context, settings, -1, models);
+        let mut run = Run::new(self.context, settings, vec![], models);
         let counted = self.count(|round| run.iterate(round, &prompts).map(drop))?;
         let (spec, new) = (&self.options.spec, u64::from(self.options.new_tokens));
         let (tokens, learning) = (self.tokens(), self.learning());
@@ -320,7 +320,7 @@ impl Rounds<'_> {
             let sampling = Sampling { top_k: 50, ..Sampling::default() };
             let decoding = Decoding::Sample { sampling, stream: [SEED, round] };
             let stop = || self.context.asked_to_stop();
-            let work = || generate(model, &requests, &decoding, -1, self.options.new_tokens as usize, &stop);
+            let work = || generate(model, &requests, &decoding, &[], self.options.new_tokens as usize, &stop);
             self.context.telemetry.phase(Phase::Rollout, work).map(drop)
         })?;
         let (spec, new) = (&self.options.spec, u64::from(self.options.new_tokens));

@@ -1,4 +1,4 @@
-//! JSON Lines: one object a line, read as a stream.
+//! JSON Lines: one object a line, read as a stream. A file may be packed by gzip or Zstandard, which its first bytes say.
 
 use crate::error::{Error, Result};
 use crate::files;
@@ -11,6 +11,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A longer line is a mistake, such as a whole file without line breaks, and is not read into memory.
 const MAX_LINE_BYTES: usize = 64 << 20;
+
+/// What some editors put before a text in UTF-8.
+const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
 /// Records that this process has read.
 static READ: AtomicU64 = AtomicU64::new(0);
@@ -27,23 +30,42 @@ pub(super) struct Record<'a> {
     /// The line's number, from 1; blank lines count.
     pub line: u64,
     fields: Map<String, Value>,
+    bytes: &'a [u8],
 }
 
 /// Hands each record of the file at `path` to `visit`. `expected` says what a record looks like, for error messages.
 pub(super) fn read(path: &Path, expected: &str, mut visit: impl FnMut(&Record<'_>) -> Result<()>) -> Result<()> {
-    let mut reader = BufReader::new(open(path)?);
+    let (mut reader, packed) = unpacked(path, open(path)?)?;
     let mut bytes = Vec::new();
+    let mut first = true;
     for line in 1.. {
         bytes.clear();
         let limit = MAX_LINE_BYTES as u64 + 1;
-        if reader.by_ref().take(limit).read_until(b'\n', &mut bytes).map_err(|e| Error::storage(path, e))? == 0 {
+        let failed = |e: std::io::Error| {
+            if packed { at(path, line, format!("the file cannot be unpacked: {e}")) } else { Error::storage(path, e) }
+        };
+        if reader.by_ref().take(limit).read_until(b'\n', &mut bytes).map_err(failed)? == 0 {
             break;
         }
-        if !bytes.trim_ascii().is_empty() {
-            let fields = parse(&bytes).map_err(|what| at(path, line, format!("{what}; expected {expected}")))?;
-            visit(&Record { path, expected, line, fields })?;
-            READ.fetch_add(1, Ordering::Relaxed);
+        let text = match bytes.strip_prefix(BYTE_ORDER_MARK) {
+            Some(text) if line == 1 => text,
+            _ => &bytes,
+        };
+        if text.trim_ascii().is_empty() {
+            continue;
         }
+        if std::mem::take(&mut first) && text.trim_ascii_start().starts_with(b"[") {
+            return Err(at(
+                path,
+                line,
+                format!(
+                    "the file begins with an array, but a dataset is JSON Lines: write one object a line, as jq -c '.[]' makes of a file that is one array; expected {expected}"
+                ),
+            ));
+        }
+        let fields = parse(text).map_err(|what| at(path, line, format!("{what}; expected {expected}")))?;
+        visit(&Record { path, expected, line, fields, bytes: text })?;
+        READ.fetch_add(1, Ordering::Relaxed);
     }
     Ok(())
 }
@@ -53,6 +75,29 @@ fn open(path: &Path) -> Result<File> {
         Error::input(format!("{}: {what}; a dataset is a JSON Lines file on the job's volume", path.display()))
     };
     files::open(path).map_err(|e| missing(&e))
+}
+
+/// What is in a file, and whether it was packed.
+fn unpacked(path: &Path, file: File) -> Result<(Box<dyn BufRead>, bool)> {
+    let failed = |e| Error::storage(path, e);
+    let mut file = BufReader::new(file);
+    let start = file.fill_buf().map_err(failed)?;
+    let packed_by = |magic: &[u8]| start.starts_with(magic);
+    let (gzip, zstd, parquet) = (packed_by(b"\x1f\x8b"), packed_by(b"\x28\xb5\x2f\xfd"), packed_by(b"PAR1"));
+    if parquet {
+        return Err(Error::input(format!(
+            "{}: this is a Parquet file, and a dataset is JSON Lines: write it by to_json(path, lines=True) of datasets",
+            path.display()
+        )));
+    }
+    let reader: Box<dyn BufRead> = if gzip {
+        Box::new(BufReader::new(flate2::bufread::MultiGzDecoder::new(file)))
+    } else if zstd {
+        Box::new(BufReader::new(zstd::Decoder::with_buffer(file).map_err(failed)?))
+    } else {
+        Box::new(file)
+    };
+    Ok((reader, gzip || zstd))
 }
 
 fn parse(bytes: &[u8]) -> std::result::Result<Map<String, Value>, String> {
@@ -101,6 +146,13 @@ impl Record<'_> {
     /// A field that is there and not null.
     pub fn get(&self, field: &str) -> Option<&Value> {
         self.fields.get(field).filter(|v| !v.is_null())
+    }
+
+    /// A field as a template gets it, its keys in the order in which they are written; `None` where it is not there or null.
+    pub fn ordered(&self, field: &str) -> Result<Option<minijinja::Value>> {
+        let all: minijinja::Value = serde_json::from_slice(self.bytes).map_err(|e| self.error(e))?;
+        let value = all.get_attr(field).map_err(|e| self.error(e))?;
+        Ok(Some(value).filter(|v| !v.is_undefined() && !v.is_none()))
     }
 
     /// A field that must be a string.

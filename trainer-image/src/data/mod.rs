@@ -1,14 +1,15 @@
 //! Records on the volume become token sequences: JSON Lines in, a training and an evaluation split out.
 //!
-//! - A file is read line by line; blank lines are skipped and fields that no format knows are ignored. The first record
-//!   that cannot be used ends the reading with an error that names file, line and field.
-//! - Prompt and response are encoded apart and joined on ids, as in generation, where a response's ids follow the
-//!   prompt's; no text is encoded twice. EOS is appended to what is to be learnt or scored, unless it is cut.
+//! - A file is read line by line; a byte order mark and blank lines are skipped and fields that no format knows are ignored.
+//!   The first record that cannot be used ends the reading with an error that names file, line and field.
+//! - Prompt and response are encoded as one text, and dialogues as their template renders them. What is to be learnt or
+//!   scored ends with an end token: one is appended where the text does not end in one.
 //! - The split is a function of the seed and of the record's line number (fine-tuning) or its prompt (rankings and
 //!   prompts, so that no prompt is in both halves). It needs no random state and is the same on every rank.
 //!
 //! Nothing here touches a device.
 
+mod dialogue;
 mod jsonl;
 pub mod order;
 mod prompts;
@@ -17,7 +18,7 @@ mod sft;
 mod split;
 
 pub use jsonl::records_read;
-pub use prompts::{Prompt, load_prompts};
+pub use prompts::{Prompt, load_prompts, read_dialogues};
 pub use rankings::{Ranking, load_rankings};
 pub use sft::{SftSample, load_sft};
 pub use split::{Split, Summary};

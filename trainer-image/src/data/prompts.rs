@@ -1,20 +1,21 @@
 //! Prompts for PPO.
 
-use super::jsonl;
-use super::split::{Collector, Split};
+use super::dialogue;
+use super::jsonl::{self, Record};
+use super::split::{About, Collector, Split};
 use crate::error::Result;
 use crate::tokenizer::Tokenizer;
 use rlhf_api::stage::Ppo;
 use std::path::Path;
 
-const EXPECTED: &str = r#"{"prompt": string}"#;
+const EXPECTED: &str = r#"{"prompt": string}, or {"prompt": [message, ...]} or {"messages": [message, ...]}"#;
 
 /// A prompt to be answered.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Prompt {
     /// Its ids, at least one.
     pub tokens: Vec<i64>,
-    /// Its text as the record has it, nothing cut.
+    /// Its text as the record has it, or as the chat template renders it, nothing cut.
     pub text: String,
 }
 
@@ -26,18 +27,47 @@ pub struct Prompt {
 pub fn load_prompts(path: &Path, settings: &Ppo, tokenizer: &Tokenizer, seed: u64) -> Result<Split<Prompt>> {
     let mut prompts = Collector::new(seed);
     jsonl::read(path, EXPECTED, |record| {
-        let text = record.text("prompt")?;
-        let tokens = record.located(tokenizer.encode_prompt(text))?;
+        let (text, tokens) = encode(record, tokenizer)?;
         if tokens.is_empty() {
             return Err(record.error("the prompt is empty, and the tokenizer has no beginning-of-sequence token that could stand for it; write a prompt"));
         }
         let length = tokens.len();
         let tokens = keep_end(tokens, settings.max_prompt_length as usize, tokenizer.begin_length());
-        let kept = tokens.len();
-        prompts.keep(text.as_bytes(), Prompt { tokens, text: text.to_string() }, [kept], kept < length);
+        let about = About { truncated: tokens.len() < length, empty: false };
+        let key = text.clone();
+        prompts.keep(key.as_bytes(), Prompt { tokens: tokens.clone(), text }, [&tokens[..]], about);
         Ok(())
     })?;
     prompts.split(path, settings.prompts.eval_fraction, "")
+}
+
+/// The prompts of a file, whole, each with at least one token or as the tokenizer leaves it.
+///
+/// # Errors
+/// Names the line and field of a record that cannot be used.
+pub fn read_dialogues(path: &Path, tokenizer: &Tokenizer) -> Result<Vec<Vec<i64>>> {
+    let mut all = Vec::new();
+    jsonl::read(path, EXPECTED, |record| {
+        all.push(encode(record, tokenizer)?.1);
+        Ok(())
+    })?;
+    Ok(all)
+}
+
+/// A record's prompt as text and as tokens. A dialogue is rendered with the prompt for an answer.
+fn encode(record: &Record<'_>, tokenizer: &Tokenizer) -> Result<(String, Vec<i64>)> {
+    let field = if record.get("prompt").is_none() && record.get("messages").is_some() { "messages" } else { "prompt" };
+    if !dialogue::is_one(record, field) {
+        let text = record.text("prompt")?;
+        return Ok((text.to_string(), record.located(tokenizer.encode_prompt(text))?));
+    }
+    let dialogue = dialogue::read(record, field)?.dialogue;
+    if dialogue.messages.last().is_none_or(|last| last.is_assistant()) {
+        return Err(record.error(format!(
+            "field '{field}' ends with an answer, or has no message at all; a prompt ends with what is to be answered"
+        )));
+    }
+    record.located(tokenizer.encode_chat_prompt(&dialogue))
 }
 
 /// The last tokens of a prompt, `max_length` in all with the `begin` ids that begin every sequence, where there is room for both.

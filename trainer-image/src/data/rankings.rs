@@ -1,27 +1,30 @@
 //! Preferences and rankings for reward models.
 
+use super::dialogue;
 use super::jsonl::{self, Record};
-use super::split::{Collector, Split};
+use super::split::{About, Collector, Dropped, Split};
 use crate::error::Result;
-use crate::tokenizer::{Begin, Tokenizer};
+use crate::tokenizer::Tokenizer;
 use rlhf_api::stage::RewardModel;
 use std::collections::HashSet;
 use std::path::Path;
 
-const EXPECTED: &str = r#"{"prompt": string, "chosen": string, "rejected": string}, or whole dialogues {"chosen": string, "rejected": string}, or {"prompt": string, "ranked": [best, ..., worst]}"#;
+const EXPECTED: &str = r#"{"prompt": string, "chosen": string, "rejected": string}, or whole dialogues {"chosen": string, "rejected": string}, each of these also as a list of messages, or {"prompt": string, "ranked": [best, ..., worst]}"#;
 
 /// Two or more responses to one prompt.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Ranking {
-    /// Whole sequences (prompt, response and, unless cut, EOS), the best first.
+    /// Whole sequences (prompt, response and its end), the best first.
     pub responses: Vec<Vec<i64>>,
 }
 
-/// Reads the records at `path`. Sequences longer than `maxLength` lose their end; a record of whose responses two are
-/// then the same is dropped.
+/// Reads the records at `path`. Of sequences longer than `maxLength` the prompt loses its beginning (but not its BOS), in all
+/// of a record's sequences alike, so that each response is scored whole and at its end; a record with a response that has no
+/// room is dropped, and so is one of whose responses two are the same.
 ///
-/// A whole dialogue is encoded as one text. Its prompt decides only the split: it is what the two dialogues begin with
-/// in common, up to the last line break in it, so that responses that open alike do not hide that the prompt is the same.
+/// A whole dialogue is encoded as one text. Its prompt is what the dialogues begin with in common, up to the last line break
+/// in it, so that responses that open alike do not hide that the prompt is the same; where they have nothing in common, each
+/// record is split by itself.
 ///
 /// # Errors
 /// Names the file, line and field of a record that cannot be used; or says that none can.
@@ -29,40 +32,98 @@ pub fn load_rankings(path: &Path, settings: &RewardModel, tokenizer: &Tokenizer,
     let mut rankings = Collector::new(seed);
     let max_length = settings.max_length as usize;
     jsonl::read(path, EXPECTED, |record| {
-        let (prompt, mut responses) = encode(record, tokenizer)?;
-        let truncated = responses.iter().any(|r| r.len() > max_length);
-        responses.iter_mut().for_each(|r| r.truncate(max_length));
-        if responses.iter().collect::<HashSet<_>>().len() < responses.len() {
-            rankings.drop_record();
-        } else {
-            let lengths: Vec<usize> = responses.iter().map(Vec::len).collect();
-            rankings.keep(prompt.as_bytes(), Ranking { responses }, lengths, truncated);
+        let Encoded { prompt, prompt_len, mut responses, empty } = encode(record, tokenizer)?;
+        let excess = responses.iter().map(Vec::len).max().unwrap_or_default().saturating_sub(max_length);
+        let begin = tokenizer.begin_length().min(prompt_len);
+        // Of a prompt that is cut, its last token at least is left.
+        let fits = excess == 0 || begin + excess < prompt_len;
+        let same = responses.iter().collect::<HashSet<_>>().len() < responses.len();
+        if !fits || same {
+            rankings.drop_record(Dropped::Unusable);
+            return Ok(());
         }
+        responses.iter_mut().for_each(|r| drop(r.drain(begin..begin + excess)));
+        let line = record.line.to_le_bytes();
+        let key = if prompt.is_empty() { &line[..] } else { prompt.as_bytes() };
+        let about = About { truncated: excess > 0, empty };
+        let sequences = responses.clone();
+        rankings.keep(key, Ranking { responses }, sequences.iter().map(Vec::as_slice), about);
         Ok(())
     })?;
     let why = format!(
-        "within maxLength {max_length} their responses are the same; raise maxLength, or check that the responses differ"
+        "their responses are the same, or longer than maxLength {max_length}; raise maxLength, or check that the responses differ"
     );
     rankings.split(path, settings.dataset.eval_fraction, &why)
 }
 
-/// A record's prompt and its whole sequences, nothing cut.
-fn encode<'a>(record: &'a Record<'_>, tokenizer: &Tokenizer) -> Result<(&'a str, Vec<Vec<i64>>)> {
-    if record.get("ranked").is_none() && record.get("prompt").is_none() {
-        let dialogues = [record.text("chosen")?, record.text("rejected")?];
-        let sequences = dialogues.iter().map(|text| with_eos(tokenizer.encode_prompt(text)?, tokenizer)).collect();
-        return Ok((common_prompt(dialogues), record.located(sequences)?));
-    }
-    let (text, responses) = (record.text("prompt")?, responses(record)?);
-    let prompt = record.located(tokenizer.encode_prompt(text))?;
-    let join =
-        |response: &&str| with_eos([prompt.as_slice(), &tokenizer.encode(response, Begin::No)?].concat(), tokenizer);
-    Ok((text, record.located(responses.iter().map(join).collect())?))
+/// A record's whole sequences, nothing cut.
+struct Encoded {
+    /// The text that all begin with.
+    prompt: String,
+    /// The tokens of it, the same in all.
+    prompt_len: usize,
+    responses: Vec<Vec<i64>>,
+    /// Whether a response says nothing.
+    empty: bool,
 }
 
-fn with_eos(mut tokens: Vec<i64>, tokenizer: &Tokenizer) -> Result<Vec<i64>> {
-    tokens.push(tokenizer.eos());
-    Ok(tokens)
+impl Encoded {
+    fn new(prompt: &str, most: usize, responses: Vec<Vec<i64>>, empty: bool) -> Self {
+        let prompt_len = common_tokens(&responses).min(most);
+        Self { prompt: prompt.into(), prompt_len, responses, empty }
+    }
+}
+
+fn encode(record: &Record<'_>, tokenizer: &Tokenizer) -> Result<Encoded> {
+    if dialogue::is_one(record, "chosen") {
+        return dialogues(record, tokenizer);
+    }
+    if record.get("ranked").is_none() && record.get("prompt").is_none() {
+        let dialogues = [record.text("chosen")?, record.text("rejected")?];
+        let prompt = common_prompt(dialogues);
+        let pair = |text: &&str| tokenizer.encode_pair(prompt, &text[prompt.len()..]);
+        let pairs: Vec<_> = record.located(dialogues.iter().map(pair).collect())?;
+        let empty = dialogues.iter().any(|text| text[prompt.len()..].trim().is_empty());
+        return Ok(joined(prompt, pairs, tokenizer, empty));
+    }
+    let (prompt, responses) = (record.text("prompt")?, responses(record)?);
+    let pairs = responses.iter().map(|response| tokenizer.encode_pair(prompt, response));
+    let pairs: Vec<_> = record.located(pairs.collect())?;
+    Ok(joined(prompt, pairs, tokenizer, responses.iter().any(|response| response.trim().is_empty())))
+}
+
+/// Pairs of one prompt and a response each, with their ends.
+fn joined(prompt: &str, pairs: Vec<crate::tokenizer::Pair>, tokenizer: &Tokenizer, empty: bool) -> Encoded {
+    let most = pairs.iter().map(|pair| pair.prompt_len).min().unwrap_or_default();
+    let ended = |mut pair: crate::tokenizer::Pair| {
+        tokenizer.end(&mut pair.tokens);
+        pair.tokens
+    };
+    Encoded::new(prompt, most, pairs.into_iter().map(ended).collect(), empty)
+}
+
+/// Responses as messages, after a prompt of messages or as whole dialogues.
+fn dialogues(record: &Record<'_>, tokenizer: &Tokenizer) -> Result<Encoded> {
+    let (mut texts, mut responses, mut empty) = (Vec::new(), Vec::new(), false);
+    for field in ["chosen", "rejected"] {
+        let found = dialogue::prompt_and(record, field)?;
+        found.needs_last_word(record, field)?;
+        empty |= found.empty;
+        texts.push(record.located(tokenizer.render_chat(&found.dialogue, false))?);
+        responses.push(record.located(tokenizer.encode_answered(&found.dialogue))?);
+    }
+    let prompt = match texts.as_slice() {
+        [a, b] => common_prompt([a, b]),
+        _ => "",
+    };
+    Ok(Encoded::new(prompt, usize::MAX, responses, empty))
+}
+
+/// How many tokens all sequences begin with in common.
+fn common_tokens(sequences: &[Vec<i64>]) -> usize {
+    let Some((first, rest)) = sequences.split_first() else { return 0 };
+    let common = |other: &Vec<i64>| first.iter().zip(other).take_while(|(a, b)| a == b).count();
+    rest.iter().map(common).min().unwrap_or(first.len())
 }
 
 /// The responses' texts, the best first.

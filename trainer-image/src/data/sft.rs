@@ -1,11 +1,11 @@
 //! Samples for supervised fine-tuning.
 
+use super::dialogue;
 use super::jsonl::{self, Record};
-use super::split::{Collector, Split};
+use super::split::{About, Collector, Dropped, Split};
 use crate::error::Result;
-use crate::tokenizer::{Begin, Message, Tokenizer};
+use crate::tokenizer::Tokenizer;
 use rlhf_api::stage::{Sft, SftFormat};
-use serde_json::Value;
 use std::path::Path;
 
 /// A sequence to learn from.
@@ -24,14 +24,14 @@ pub struct SftSample {
 pub fn load_sft(path: &Path, settings: &Sft, tokenizer: &Tokenizer, seed: u64) -> Result<Split<SftSample>> {
     let mut samples = Collector::new(seed);
     jsonl::read(path, expected(settings.format), |record| {
-        let whole = encode(record, settings, tokenizer)?;
+        let Encoded { sample: whole, empty } = encode(record, settings, tokenizer)?;
         let length = whole.tokens.len();
         match cut(whole, settings.max_length as usize) {
             Some(sample) => {
-                let kept = sample.tokens.len();
-                samples.keep(&record.line.to_le_bytes(), sample, [kept], kept < length);
+                let (tokens, truncated) = (sample.tokens.clone(), sample.tokens.len() < length);
+                samples.keep(&record.line.to_le_bytes(), sample, [&tokens[..]], About { truncated, empty });
             }
-            None => samples.drop_record(),
+            None => samples.drop_record(Dropped::WithoutTarget),
         }
         Ok(())
     })?;
@@ -42,55 +42,72 @@ pub fn load_sft(path: &Path, settings: &Sft, tokenizer: &Tokenizer, seed: u64) -
 fn expected(format: SftFormat) -> &'static str {
     match format {
         SftFormat::Text => r#"{"text": string} (format text)"#,
-        SftFormat::PromptCompletion => r#"{"prompt": string, "completion": string} (format promptCompletion)"#,
+        SftFormat::PromptCompletion => {
+            r#"{"prompt": string, "completion": string}, or both as lists of messages (format promptCompletion)"#
+        }
         SftFormat::Instruction => {
             r#"{"instruction": string, "input": string or left out, "output": string} (format instruction)"#
         }
-        SftFormat::Chat => r#"{"messages": [{"role": string, "content": string}, ...]} (format chat)"#,
+        SftFormat::Chat => {
+            r#"{"messages": [{"role": string, "content": string}, ...], "tools": list or left out} (format chat)"#
+        }
     }
 }
 
-/// The whole sample, nothing cut.
-fn encode(record: &Record<'_>, settings: &Sft, tokenizer: &Tokenizer) -> Result<SftSample> {
-    let mut sample = match settings.format {
+/// A record's whole sample, nothing cut, and whether a response in it is empty.
+struct Encoded {
+    sample: SftSample,
+    empty: bool,
+}
+
+fn encode(record: &Record<'_>, settings: &Sft, tokenizer: &Tokenizer) -> Result<Encoded> {
+    let mut muted = Vec::new();
+    let (mut sample, empty) = match settings.format {
         SftFormat::Text => {
             let text = record.text("text")?;
-            let tokens = record.located(tokenizer.encode(text, Begin::Yes))?;
-            join(Vec::new(), tokens, tokenizer.eos())
+            let mut tokens = record.located(tokenizer.encode(text))?;
+            tokenizer.end(&mut tokens);
+            (SftSample { target: vec![true; tokens.len()], tokens }, text.trim().is_empty())
+        }
+        SftFormat::PromptCompletion if dialogue::is_one(record, "prompt") => {
+            let dialogue = dialogue::prompt_and(record, "completion")?;
+            let empty = dialogue.empty;
+            let chat = record.located(tokenizer.encode_chat(&dialogue.dialogue))?;
+            // Answers in the prompt are given, whatever else is learnt.
+            (SftSample { tokens: chat.tokens, target: chat.target }, empty)
         }
         SftFormat::PromptCompletion => {
             let (prompt, completion) = (record.text("prompt")?, record.text("completion")?);
-            record.located(encode_pair(prompt, completion, tokenizer))?
+            (record.located(pair(prompt, completion, tokenizer))?, completion.trim().is_empty())
         }
         SftFormat::Instruction => {
             let (prompt, output) = (instruction_prompt(record)?, record.text("output")?);
-            record.located(encode_pair(&prompt, output, tokenizer))?
+            (record.located(pair(&prompt, output, tokenizer))?, output.trim().is_empty())
         }
         SftFormat::Chat => {
-            let chat = record.located(tokenizer.encode_chat(&messages(record)?))?;
-            SftSample { tokens: chat.tokens, target: chat.target }
+            let dialogue = dialogue::read(record, "messages")?;
+            dialogue.needs_answer(record)?;
+            let chat = record.located(tokenizer.encode_chat(&dialogue.dialogue))?;
+            muted = chat.muted;
+            (SftSample { tokens: chat.tokens, target: chat.target }, dialogue.empty)
         }
     };
     if settings.train_on_prompt {
         sample.target.fill(true);
+        sample.target.iter_mut().zip(&muted).filter(|(_, muted)| **muted).for_each(|(target, _)| *target = false);
     }
     if let Some(first) = sample.target.first_mut() {
         *first = false;
     }
-    Ok(sample)
+    Ok(Encoded { sample, empty })
 }
 
-fn encode_pair(prompt: &str, completion: &str, tokenizer: &Tokenizer) -> Result<SftSample> {
-    Ok(join(tokenizer.encode_prompt(prompt)?, tokenizer.encode(completion, Begin::No)?, tokenizer.eos()))
-}
-
-/// A prompt's ids, then a completion's and EOS, which are the targets.
-fn join(mut tokens: Vec<i64>, completion: Vec<i64>, eos: i64) -> SftSample {
-    let mut target = vec![false; tokens.len()];
-    tokens.extend(completion);
-    tokens.push(eos);
-    target.resize(tokens.len(), true);
-    SftSample { tokens, target }
+/// A prompt, and a completion with its end, which is the target.
+fn pair(prompt: &str, completion: &str, tokenizer: &Tokenizer) -> Result<SftSample> {
+    let mut pair = tokenizer.encode_pair(prompt, completion)?;
+    tokenizer.end(&mut pair.tokens);
+    let target = (0..pair.tokens.len()).map(|i| i >= pair.prompt_len).collect();
+    Ok(SftSample { tokens: pair.tokens, target })
 }
 
 /// The sample within `max_length` tokens, or `None` where no target is left.
@@ -113,27 +130,4 @@ fn instruction_prompt(record: &Record<'_>) -> Result<String> {
         "Below is an instruction that describes a task{context}. Write a response that appropriately completes the request.\n\n\
          ### Instruction:\n{instruction}\n\n{section}### Response:"
     ))
-}
-
-/// The dialogue of a record, in which the assistant speaks at least once.
-fn messages(record: &Record<'_>) -> Result<Vec<Message>> {
-    let list = record.list("messages")?;
-    let part = |i: usize, message: &Value, field: &str| {
-        let name = format!("messages[{i}].{field}");
-        let value = message.get(field).ok_or_else(|| record.missing(&name))?;
-        value.as_str().map(str::to_string).ok_or_else(|| record.mistyped(&name, value, "a string"))
-    };
-    let messages = list
-        .iter()
-        .enumerate()
-        .map(|(i, m)| Ok(Message { role: part(i, m, "role")?, content: part(i, m, "content")? }));
-    let messages = messages.collect::<Result<Vec<_>>>()?;
-    if messages.iter().any(Message::is_assistant) {
-        return Ok(messages);
-    }
-    let roles: Vec<&str> = messages.iter().map(|m| m.role.as_str()).collect();
-    Err(record.error(format!(
-        "no message has the role 'assistant', so there is nothing to learn; the roles are [{}]",
-        roles.join(", ")
-    )))
 }

@@ -15,8 +15,14 @@ pub struct Summary {
     pub train: u64,
     /// Records held out for evaluation.
     pub eval: u64,
-    /// Records left out, since the cut to the longest allowed length left nothing to learn.
+    /// Records left out, for whatever reason.
     pub dropped: u64,
+    /// Records left out, since there was nothing in them to learn, or the cut to the longest allowed length left nothing.
+    pub without_target: u64,
+    /// Records left out, since their responses are the same, or a response is too long to be kept whole.
+    pub unusable: u64,
+    /// Records, of those kept, in which a response is empty.
+    pub empty: u64,
     /// Records, of those kept, that lost tokens to the cut.
     pub truncated: u64,
     /// Tokens of the kept records, all their sequences added up.
@@ -25,6 +31,37 @@ pub struct Summary {
     pub longest_tokens: u64,
     /// Sequences of the record that has the most.
     pub sequences: u64,
+    /// The greatest id in any sequence.
+    pub highest_id: i64,
+}
+
+impl Summary {
+    /// What was cut, dropped or is suspicious, each in a sentence with its count.
+    pub fn warnings(&self) -> Vec<String> {
+        let told = [
+            (self.truncated, "are longer than the longest allowed length and were cut"),
+            (
+                self.without_target,
+                "were dropped: nothing in them is to be learnt, or nothing that is lies within the longest allowed length",
+            ),
+            (self.unusable, "were dropped: responses are the same, or one is too long to be kept whole"),
+            (
+                self.empty,
+                "have an empty response, which teaches the model to end at once; leave them out if that is not meant",
+            ),
+        ];
+        let told = told.into_iter().filter(|(count, _)| *count > 0);
+        told.map(|(count, what)| format!("{count} of {} records {what}", self.records)).collect()
+    }
+}
+
+/// Why a record is left out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Dropped {
+    /// Nothing in it is to be learnt, or nothing that is lies within the longest allowed length.
+    WithoutTarget,
+    /// Responses are the same, or one is too long to be kept whole.
+    Unusable,
 }
 
 /// A dataset in two halves, each in the file's order.
@@ -36,6 +73,15 @@ pub struct Split<T> {
     pub eval: Vec<T>,
     /// The dataset's figures.
     pub summary: Summary,
+}
+
+/// What there is to say about a record that is kept.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct About {
+    /// It lost tokens to the cut.
+    pub truncated: bool,
+    /// A response in it is empty.
+    pub empty: bool,
 }
 
 /// Gathers records on their way into a [`Split`].
@@ -50,23 +96,30 @@ impl<T> Collector<T> {
         Self { seed, items: Vec::new(), summary: Summary::default() }
     }
 
-    /// Counts a record of which nothing is left to learn from.
-    pub fn drop_record(&mut self) {
+    /// Counts a record that is left out.
+    pub fn drop_record(&mut self, why: Dropped) {
         self.summary.records += 1;
         self.summary.dropped += 1;
+        match why {
+            Dropped::WithoutTarget => self.summary.without_target += 1,
+            Dropped::Unusable => self.summary.unusable += 1,
+        }
     }
 
-    /// Adds a record. Records with the same `key` end in the same half; `lengths` are the tokens of its sequences.
-    pub fn keep(&mut self, key: &[u8], item: T, lengths: impl IntoIterator<Item = usize>, truncated: bool) {
-        self.summary.records += 1;
-        self.summary.truncated += u64::from(truncated);
-        let mut sequences = 0;
-        for length in lengths {
-            sequences += 1;
-            self.summary.tokens += length as u64;
-            self.summary.longest_tokens = self.summary.longest_tokens.max(length as u64);
+    /// Adds a record, which has these sequences of tokens. Records with the same `key` end in the same half.
+    pub fn keep<'s>(&mut self, key: &[u8], item: T, sequences: impl IntoIterator<Item = &'s [i64]>, about: About) {
+        let summary = &mut self.summary;
+        summary.records += 1;
+        summary.truncated += u64::from(about.truncated);
+        summary.empty += u64::from(about.empty);
+        let mut count = 0;
+        for sequence in sequences {
+            count += 1;
+            summary.tokens += sequence.len() as u64;
+            summary.longest_tokens = summary.longest_tokens.max(sequence.len() as u64);
+            summary.highest_id = sequence.iter().fold(summary.highest_id, |most, id| most.max(*id));
         }
-        self.summary.sequences = self.summary.sequences.max(sequences);
+        summary.sequences = summary.sequences.max(count);
         self.items.push((hash(self.seed, key), item));
     }
 

@@ -86,11 +86,11 @@ fn every_token_of_a_text_but_the_first_is_a_target() {
 }
 
 #[test]
-fn prompt_and_completion_are_joined_on_ids_and_eos_is_learnt() {
+fn prompt_and_completion_are_one_text_and_eos_is_learnt() {
     let record = json!({"prompt": "xa", "completion": "bc", "id": 7});
     let mut settings = sft("promptCompletion", 16, 0.0);
-    let tokens = concat(&[&[BOS], &ids("xabc"), &[EOS]]);
-    assert_eq!(sample(record.clone(), &settings, &with_bos()), (tokens.clone(), concat(&[&ids("bc"), &[EOS]])));
+    let tokens = vec![BOS, id('x'), ABC, EOS];
+    assert_eq!(sample(record.clone(), &settings, &with_bos()), (tokens.clone(), vec![ABC, EOS]));
     settings.train_on_prompt = true;
     assert_eq!(sample(record, &settings, &with_bos()), (tokens.clone(), tokens[1..].to_vec()));
 }
@@ -146,6 +146,7 @@ fn a_long_sample_loses_its_end_and_one_without_targets_is_dropped() {
             tokens: 15,
             longest_tokens: 5,
             sequences: 1,
+            highest_id: id('z'),
             ..Default::default()
         }
     );
@@ -154,7 +155,17 @@ fn a_long_sample_loses_its_end_and_one_without_targets_is_dropped() {
     let split = read_sft(&[record("k"), short], &sft("promptCompletion", 3, 0.5), &plain()).unwrap();
     assert_eq!(
         split.summary,
-        Summary { records: 2, train: 1, dropped: 1, tokens: 3, longest_tokens: 3, sequences: 1, ..Default::default() }
+        Summary {
+            records: 2,
+            train: 1,
+            dropped: 1,
+            without_target: 1,
+            tokens: 3,
+            longest_tokens: 3,
+            sequences: 1,
+            highest_id: id('y'),
+            ..Default::default()
+        }
     );
     let error = read_sft(&[record("k"), record("l")], &sft("promptCompletion", 3, 0.0), &plain()).unwrap_err();
     assert!(
@@ -172,39 +183,203 @@ fn a_pair_a_ranking_and_whole_dialogues_become_sequences() {
     ];
     let split = read_rankings(&records, &reward(32, 0.0), &plain()).unwrap();
     let sequences: Vec<_> = split.train.into_iter().map(|r| r.responses).collect();
-    assert_eq!(sequences[0], [concat(&[&ids("xab"), &[EOS]]), concat(&[&ids("xa"), &[EOS]])]);
+    assert_eq!(sequences[0], [vec![id('x'), AB, EOS], concat(&[&ids("xa"), &[EOS]])]);
     assert_eq!(sequences[1], ["k", "l", "m"].map(|r| concat(&[&[BOS], &ids(r), &[EOS]])));
     assert_eq!(sequences[2], [concat(&[&ids("Q: x\nA: "), &[ABC, EOS]]), concat(&[&ids("Q: x\nA: k"), &[EOS]])]);
     assert_eq!(
         (split.summary.records, split.summary.tokens, split.summary.longest_tokens),
-        (3, 4 + 3 + 9 + 10 + 10, 10)
+        (3, 3 + 3 + 9 + 10 + 10, 10)
     );
+    assert_eq!(split.summary.empty, 1);
 }
 
 #[test]
-fn a_ranking_whose_responses_the_cut_makes_equal_is_dropped() {
+fn a_long_ranking_loses_the_beginning_of_its_prompt_and_never_a_response_or_its_end() {
     let records = [
-        json!({"prompt": "xyz", "chosen": "kl", "rejected": "km"}),
+        json!({"prompt": "xyz", "chosen": "kl", "rejected": "k"}),
         json!({"prompt": "xyz", "chosen": "k", "rejected": "m"}),
         json!({"prompt": "x", "ranked": ["k", "m", "k"]}),
+        json!({"prompt": "xyz", "chosen": "klm", "rejected": "k"}),
+        json!({"chosen": "Q: x\nkl", "rejected": "Q: x\nk"}),
     ];
     let split = read_rankings(&records, &reward(4, 0.0), &plain()).unwrap();
-    assert_eq!(split.train, [Ranking { responses: vec![ids("xyzk"), ids("xyzm")] }]);
+    let ended = |text: &str| concat(&[&ids(text), &[EOS]]);
+    // All sequences of a record lose the same.
+    let expected = [["zkl", "zk"], ["yzk", "yzm"], ["\nkl", "\nk"]];
+    assert_eq!(split.train, expected.map(|r| Ranking { responses: r.map(ended).to_vec() }));
     assert_eq!(
         split.summary,
         Summary {
-            records: 3,
-            train: 1,
+            records: 5,
+            train: 3,
             dropped: 2,
-            truncated: 1,
-            tokens: 8,
+            unusable: 2,
+            truncated: 3,
+            tokens: 7 + 8 + 7,
             longest_tokens: 4,
             sequences: 2,
+            highest_id: id('z'),
             ..Default::default()
         }
     );
-    let error = read_rankings(&records[..1], &reward(4, 0.0), &plain()).unwrap_err();
-    assert!(error.message.contains("maxLength 4"), "{error}");
+    let bos = read_rankings(&records[1..2], &reward(4, 0.0), &with_bos()).unwrap();
+    assert_eq!(bos.train[0].responses[0], [BOS, id('z'), id('k'), EOS]);
+    let error = read_rankings(&records[3..4], &reward(4, 0.0), &plain()).unwrap_err();
+    assert!(error.message.contains("maxLength 4") && error.message.contains("1 dropped"), "{error}");
+}
+
+#[test]
+fn what_ends_already_is_not_ended_again() {
+    let end = |text: &str| concat(&[&ids(text), &[EOS]]);
+    let learn = |format, record| sample(record, &sft(format, 400, 0.0), &plain()).0;
+    assert_eq!(learn("text", json!({"text": "x<eos>"})), end("x"));
+    assert_eq!(learn("promptCompletion", json!({"prompt": "x", "completion": "y<eos>"})), end("xy"));
+    let alpaca = learn("instruction", json!({"instruction": "x", "output": "y<eos>"}));
+    assert_eq!(alpaca.iter().filter(|t| **t == EOS).count(), 1);
+    let pair = json!({"prompt": "x", "chosen": "y<eos>", "rejected": "z"});
+    let whole = json!({"chosen": "xy<eos>", "rejected": "xz<eos>"});
+    let ranked = json!({"prompt": "x", "ranked": ["y<eos>", "z<eos>"]});
+    let split = read_rankings(&[pair, whole, ranked], &reward(16, 0.0), &plain()).unwrap();
+    assert!(split.train.iter().all(|r| r.responses == [end("xy"), end("xz")]), "{:?}", split.train);
+}
+
+#[test]
+fn an_empty_response_is_counted_and_told() {
+    let count = |format: &str, records: &[Value]| {
+        let summary = read_sft(records, &sft(format, 400, 0.0), &plain()).unwrap().summary;
+        (summary.empty, summary.warnings().iter().any(|w| w.contains("empty response")))
+    };
+    let completion = |text: &str| json!({"prompt": "x", "completion": text});
+    assert_eq!(count("promptCompletion", &[completion(""), completion(" "), completion("y")]), (2, true));
+    assert_eq!(count("promptCompletion", &[completion("y")]), (0, false));
+    assert_eq!(count("instruction", &[json!({"instruction": "x", "output": ""})]), (1, true));
+    let answer = |message: Value| json!({"messages": [{"role": "user", "content": "x"}, message]});
+    assert_eq!(count("chat", &[answer(json!({"role": "assistant", "content": ""}))]), (1, true));
+    let call =
+        json!({"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]});
+    assert_eq!(count("chat", &[answer(call)]), (0, false));
+}
+
+#[test]
+fn pairs_without_a_common_prompt_are_split_one_by_one() {
+    let records: Vec<Value> =
+        (0..40).map(|i| json!({"chosen": format!("a{i}"), "rejected": format!("b{i}")})).collect();
+    let split = read_rankings(&records, &reward(16, 0.5), &plain()).unwrap();
+    assert!(split.train.len() > 8 && split.eval.len() > 8, "{} {}", split.train.len(), split.eval.len());
+    let records: Vec<Value> =
+        (0..40).map(|i| json!({"prompt": "", "chosen": format!("a{i}"), "rejected": format!("b{i}")})).collect();
+    let split = read_rankings(&records, &reward(16, 0.5), &plain()).unwrap();
+    assert!(split.train.len() > 8 && split.eval.len() > 8, "{} {}", split.train.len(), split.eval.len());
+}
+
+#[test]
+fn a_byte_order_mark_is_skipped_and_an_array_told_apart() {
+    let line = r#"{"prompt": "x"}"#;
+    let (_dir, path) = file(format!("\u{feff}{line}\r\n{line}\r\n"));
+    assert_eq!(load_prompts(&path, &ppo(3, 0.0), &plain(), 0).unwrap().summary.records, 2);
+    let (_dir, path) = file(format!("{line}\n\u{feff}{line}\n"));
+    assert!(load_prompts(&path, &ppo(3, 0.0), &plain(), 0).unwrap_err().message.contains(":2: not JSON"));
+    for array in [format!("[{line}, {line}]"), format!("[\n  {line},\n  {line}\n]\n"), format!("\u{feff}\n [{line}]")] {
+        let (_dir, path) = file(array);
+        let message = load_prompts(&path, &ppo(3, 0.0), &plain(), 0).unwrap_err().message;
+        assert!(message.contains("begins with an array") && message.contains("jq -c '.[]'"), "{message}");
+    }
+}
+
+#[test]
+fn a_packed_file_is_read_as_what_is_in_it() {
+    use std::io::Write;
+    let lines = format!("\u{feff}{}\n", r#"{"prompt": "x"}"#);
+    let gzip = |text: &str| {
+        let mut out = flate2::write::GzEncoder::new(vec![], flate2::Compression::fast());
+        out.write_all(text.as_bytes()).unwrap();
+        out.finish().unwrap()
+    };
+    let more = "{\"prompt\": \"y\"}\n";
+    // Two members of gzip one after the other are one file.
+    let zstd = zstd::encode_all([&lines[..], more].concat().as_bytes(), 0).unwrap();
+    for packed in [[gzip(&lines), gzip(more)].concat(), zstd] {
+        let (_dir, path) = file(&packed);
+        let split = load_prompts(&path, &ppo(3, 0.0), &plain(), 0).unwrap();
+        assert_eq!(split.train.iter().map(|p| p.text.as_str()).collect::<Vec<_>>(), ["x", "y"]);
+        let (_dir, path) = file(&packed[..packed.len() - 3]);
+        let error = load_prompts(&path, &ppo(3, 0.0), &plain(), 0).unwrap_err();
+        assert!(error.exit.code() == 65 && error.message.contains("cannot be unpacked"), "{error}");
+    }
+    let (_dir, path) = file(b"PAR1\x15");
+    assert!(load_prompts(&path, &ppo(3, 0.0), &plain(), 0).unwrap_err().message.contains("Parquet"));
+}
+
+/// Messages as their template gets them: this one writes a message as JSON.
+fn as_json() -> Tokenizer {
+    let template = "{{ tools | tojson if tools else '' }}{% for m in messages %}{{ m | tojson }}{% endfor %}{% if add_generation_prompt %}{{ mode or '' }}>{% endif %}";
+    changed(|_, config| config["chat_template"] = json!(template)).1.unwrap()
+}
+
+fn rendered(record: Value) -> String {
+    let split = read_prompts(&[record], &ppo(400, 0.0), &as_json()).unwrap();
+    split.train[0].text.clone()
+}
+
+/// Expected: `apply_chat_template` of transformers 5.24, which leaves out nulls and repeats thoughts under the names that
+/// templates look for.
+#[test]
+fn everything_a_message_says_reaches_the_template_in_its_order() {
+    let line = r#"{"tools": [{"type": "f", "b": 1, "a": 1.0}], "messages": [{"role": "user", "content": [{"type": "text", "text": "é"}], "name": "U"}, {"content": null, "role": "assistant", "tool_calls": [{"z": 1, "a": {"y": 2, "b": []}}]}, {"role": "tool", "content": "3", "tool_call_id": "i"}]}"#;
+    let (_dir, path) = file(line);
+    let text = load_prompts(&path, &ppo(400, 0.0), &as_json(), 0).unwrap().train[0].text.clone();
+    let expected = concat!(
+        r#"[{"type": "f", "b": 1, "a": 1.0}]{"role": "user", "content": [{"type": "text", "text": "é"}], "name": "U"}"#,
+        r#"{"role": "assistant", "tool_calls": [{"z": 1, "a": {"y": 2, "b": []}}]}{"role": "tool", "content": "3", "tool_call_id": "i"}>"#
+    );
+    assert_eq!(text, expected);
+    let thought = rendered(
+        json!({"prompt": [{"role": "assistant", "content": "a", "reasoning": "t"}, {"role": "user", "content": "b"}], "chat_template_kwargs": {"mode": "m"}}),
+    );
+    assert!(thought.contains(r#""thinking": "t""#) && thought.contains(r#""reasoning_content": "t""#), "{thought}");
+    assert!(thought.ends_with("m>"), "{thought}");
+}
+
+#[test]
+fn a_turn_of_weight_0_is_never_learnt() {
+    let messages = json!([
+        {"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "weight": 0},
+        {"role": "user", "content": "q"}, {"role": "assistant", "content": "z", "weight": 1}
+    ]);
+    let mut settings = sft("chat", 100, 0.0);
+    let record = json!({"messages": messages});
+    assert_eq!(sample(record.clone(), &settings, &plain()).1, [id('z'), EOS]);
+    settings.train_on_prompt = true;
+    assert!(!sample(record, &settings, &plain()).1.contains(&id('y')));
+    let none = json!({"messages": [{"role": "assistant", "content": "y", "weight": 0}]});
+    let error = read_sft(&[none], &sft("chat", 100, 0.0), &plain()).unwrap_err();
+    assert!(error.message.contains("1 dropped"), "{error}");
+}
+
+/// A job in chat form means the same in all three stages.
+#[test]
+fn dialogues_are_prompts_and_preferences_too() {
+    let turn = |role: &str, text: &str| json!({"role": role, "content": text});
+    let prompt = json!([turn("user", "x")]);
+    let asked = read_prompts(&[json!({"prompt": prompt})], &ppo(99, 0.0), &plain()).unwrap().train.remove(0);
+    assert_eq!(asked.text, "<turn>user:x<eos>\n<turn>assistant:");
+    let answer = |text: &str| concat(&[&asked.tokens, &ids(text), &[EOS]]);
+    let apart = json!({"prompt": prompt, "chosen": [turn("assistant", "y")], "rejected": [turn("assistant", "z")]});
+    let whole = json!({"chosen": [turn("user", "x"), turn("assistant", "y")], "rejected": [turn("user", "x"), turn("assistant", "z")]});
+    let split = read_rankings(&[apart, whole], &reward(99, 0.0), &plain()).unwrap();
+    // As a rollout leaves it: nothing after the end token.
+    assert!(split.train.iter().all(|r| r.responses == [answer("y"), answer("z")]), "{:?}", split.train);
+    let learnt = json!({"prompt": [turn("assistant", "k"), turn("user", "x")], "completion": [turn("assistant", "y")]});
+    assert_eq!(sample(learnt, &sft("promptCompletion", 99, 0.0), &plain()).1, [id('y'), EOS]);
+    for (record, part) in
+        [(json!({"prompt": [turn("assistant", "y")]}), "ends with an answer"), (json!({"messages": []}), "no message")]
+    {
+        let error = read_prompts(&[record], &ppo(99, 0.0), &plain()).unwrap_err();
+        assert!(error.message.contains("d.jsonl:1: ") && error.message.contains(part), "{error}");
+    }
+    let unanswered = json!({"chosen": [turn("user", "x")], "rejected": [turn("user", "y")]});
+    let error = read_rankings(&[unanswered], &reward(99, 0.0), &plain()).unwrap_err();
+    assert!(error.message.contains("field 'chosen' ends with a message of the role 'user'"), "{error}");
 }
 
 #[test]
@@ -240,7 +415,7 @@ fn a_wrong_record_is_named_with_line_field_and_what_is_expected() {
             json!({"prompt": "x", "completion": 3}),
             vec!["field 'completion' is a number, not a string"],
         ),
-        ("promptCompletion", json!(["x"]), vec!["the line is an array, not a JSON object", "expected {\"prompt\""]),
+        ("promptCompletion", json!(["x"]), vec!["the file begins with an array", "expected {\"prompt\""]),
         (
             "instruction",
             json!({"instruction": "x", "output": "y", "input": {}}),
@@ -253,6 +428,26 @@ fn a_wrong_record_is_named_with_line_field_and_what_is_expected() {
             vec!["field 'messages[0].content' is null, not a string"],
         ),
         ("chat", messages(json!([{"content": "x"}])), vec!["field 'messages[0].role' is missing"]),
+        (
+            "chat",
+            messages(json!([{"role": "assistant", "content": "x", "contnet": "y"}])),
+            vec!["field 'messages[0].contnet' is a key that nothing understands", "tool_calls"],
+        ),
+        (
+            "chat",
+            messages(json!([{"role": "assistant", "content": "x", "weight": 0.5}])),
+            vec!["field 'messages[0].weight' is 0.5"],
+        ),
+        (
+            "chat",
+            messages(json!([{"role": "user", "content": [{"type": "image", "url": "u"}]}])),
+            vec!["field 'messages[0].content[0]' is of the type 'image'"],
+        ),
+        (
+            "chat",
+            json!({"messages": [{"role": "assistant", "content": "x"}], "tools": {}}),
+            vec!["field 'tools' is an object"],
+        ),
         (
             "chat",
             messages(json!([{"role": "gpt", "content": "x"}])),
@@ -268,7 +463,7 @@ fn a_wrong_record_is_named_with_line_field_and_what_is_expected() {
     }
     for (record, names) in [
         (json!({"prompt": "x", "chosen": "y"}), vec!["field 'rejected' is missing", "ranked"]),
-        (json!({"chosen": ["y"], "rejected": "n"}), vec!["field 'chosen' is an array, not a string"]),
+        (json!({"chosen": ["y"], "rejected": "n"}), vec!["field 'chosen[0]' is a string, not an object"]),
         (json!({"prompt": "x", "ranked": ["y"]}), vec!["'ranked' has 1 responses"]),
         (json!({"prompt": "x", "ranked": ["y", 2]}), vec!["field 'ranked[1]' is a number"]),
         (json!({"ranked": ["y", "n"]}), vec!["field 'prompt' is missing"]),

@@ -228,7 +228,7 @@ impl Model {
                 let next = (i < self.spec.layers).then(|| self.links[i + 1].fetch()).transpose()?;
                 let held = coming.ready()?;
                 x = match i.checked_sub(1) {
-                    None => transformer::embed(held.params(), tokens, positions)?,
+                    None => transformer::embed(&self.spec, held.params(), tokens, positions)?,
                     Some(block) => {
                         let cache = caches.as_deref_mut().and_then(|c| c.get_mut(block));
                         transformer::block(&self.spec, held.block(block, self.scale(), None), &x, context, cache)?
@@ -326,9 +326,11 @@ pub(super) fn random_values(_: Segment, specs: &[ParamSpec]) -> Result<Vec<Tenso
 fn random_value(spec: &ParamSpec) -> Result<Tensor> {
     let options = (Kind::Float, Device::Cpu);
     Ok(match spec.param {
-        Param::AttentionNormWeight | Param::MlpNormWeight | Param::FinalNormWeight => {
-            Tensor::f_ones(&spec.shape, options)?
-        }
+        Param::AttentionNormWeight
+        | Param::MlpNormWeight
+        | Param::FinalNormWeight
+        | Param::QueryNormWeight
+        | Param::KeyNormWeight => Tensor::f_ones(&spec.shape, options)?,
         _ if spec.shape.len() < 2 => Tensor::f_zeros(&spec.shape, options)?,
         _ => Tensor::f_randn(&spec.shape, options)? * 0.02,
     })

@@ -99,7 +99,8 @@ impl Model {
         let mut kept = Vec::with_capacity(layers);
         let embed = self.links[0].fetch()?;
         let mut coming = Some(self.links[1].fetch()?);
-        let mut x = tch::no_grad(|| transformer::embed(embed.ready()?.params(), &batch.tokens, &batch.positions))?;
+        let mut x =
+            tch::no_grad(|| transformer::embed(&self.spec, embed.ready()?.params(), &batch.tokens, &batch.positions))?;
         for i in 0..layers {
             let Some(held) = coming.take().map(LinkFetch::ready).transpose()? else { break };
             coming = (i + 1 < layers).then(|| self.links[i + 2].fetch()).transpose()?;
@@ -191,11 +192,12 @@ impl Model {
 
     /// An embedding's gradient needs no parameters: it is `upstream`, added up by token and by position.
     fn embed_backward(&mut self, batch: &Batch, upstream: &Tensor) -> Result<()> {
+        let positions = transformer::position_rows(&self.spec, &batch.positions)?;
         let Some(chunk) = self.links[0].trained_mut() else { return Ok(()) };
         let rows = upstream.f_reshape([-1, self.spec.hidden])?;
         let params: Vec<Param> = chunk.specs().map(|s| s.param).collect();
         for (slot, param) in params.into_iter().enumerate() {
-            let indices = if param == Param::PositionEmbedding { &batch.positions } else { &batch.tokens };
+            let indices = if param == Param::PositionEmbedding { &positions } else { &batch.tokens };
             chunk.accumulate_rows(slot, &indices.f_flatten(0, -1)?, &rows)?;
         }
         Ok(())

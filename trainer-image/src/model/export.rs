@@ -54,6 +54,16 @@ impl View for Outgoing {
     }
 }
 
+/// What the config of a model with a scalar head says of its scores.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Scores {
+    /// How they are normalised.
+    pub normalisation: Option<ScoreNormalisation>,
+    /// The token that fills up short rows in `transformers`, which reads a score at the last token that is another: no token
+    /// at which sequences end.
+    pub pad: Option<i64>,
+}
+
 /// A trained model on its way to disk: it is given segment by segment, and is there once it is finished.
 pub struct ModelWriter<'a> {
     dir: NewDir,
@@ -63,7 +73,8 @@ pub struct ModelWriter<'a> {
 }
 
 impl<'a> ModelWriter<'a> {
-    /// Begins writing a model that was trained from `source` beside nothing else into `dir`, in files of at most `shard_bytes`.
+    /// Begins writing a model that was trained from `source` beside nothing else into `dir`, in files of at most `shard_bytes`
+    /// and in the number format of `source`.
     ///
     /// Of a scalar head only the weight is written, as `transformers` has no bias there: a reward model's bias is part of its
     /// normalisation.
@@ -77,7 +88,7 @@ impl<'a> ModelWriter<'a> {
             .flat_map(|segment| stored(source.family, &source.spec, segment, head))
             .map(|(entry, shape)| (entry.name, shape))
             .collect();
-        let weights = Weights::create(dir.path(), &tensors, shard_bytes)?;
+        let weights = Weights::create(dir.path(), &tensors, source.kind, shard_bytes)?;
         Ok(Self { dir, source, head, weights })
     }
 
@@ -95,13 +106,14 @@ impl<'a> ModelWriter<'a> {
         Ok(())
     }
 
-    /// Writes the config and whatever `extra` puts into the folder, and lets the model take its place.
+    /// Writes the config and whatever `extra` puts into the folder, and lets the model take its place. `about` is what there
+    /// is to say of a scalar head.
     ///
     /// # Errors
     /// Names the path where storage failed.
-    pub fn finish(self, score: Option<ScoreNormalisation>, extra: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    pub fn finish(self, about: Scores, extra: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
         self.weights.finish()?;
-        let config = exported_config(self.source, self.head, score);
+        let config = exported_config(self.source, self.head, about);
         let config = serde_json::to_vec_pretty(&config).map_err(|e| Error::bug(e.to_string()))?;
         files::write(&self.dir.path().join(CONFIG), &config)?;
         extra(self.dir.path())?;
@@ -123,31 +135,31 @@ pub(super) fn stored(family: Family, spec: &ModelSpec, segment: Segment, head: H
         }
         Some((entry, shape))
     };
-    family.tensors(spec, segment).into_iter().chain([score]).filter_map(shaped).collect()
+    family.tensors(segment).into_iter().chain([score]).filter_map(shaped).collect()
 }
 
 /// The start model's config with what the trained model changed.
-fn exported_config(source: &Source, head: HeadKind, score: Option<ScoreNormalisation>) -> Value {
+fn exported_config(source: &Source, head: HeadKind, about: Scores) -> Value {
     let mut config = source.config.clone();
     config["architectures"] = json!([source.family.architecture(head)]);
     for dtype in ["torch_dtype", "dtype"] {
         if config.get(dtype).is_some() {
-            config[dtype] = json!("float32");
+            config[dtype] = json!(match source.kind {
+                Kind::Half => "float16",
+                Kind::BFloat16 => "bfloat16",
+                _ => "float32",
+            });
         }
     }
     if head == HeadKind::Scalar {
         config["num_labels"] = json!(1);
         config["id2label"] = json!({"0": "score"});
         config["label2id"] = json!({"score": 0});
-        // `transformers` reads the score at the last token that is not the pad token, so where that is also the end
-        // token it would read one token early; without a pad token it reads at the last one, as the trainer does.
-        let end = config.get("eos_token_id").cloned().unwrap_or_default();
-        let pad = config.get("pad_token_id").cloned().unwrap_or_default();
-        if pad == end || end.as_array().is_some_and(|ends| ends.contains(&pad)) {
-            config["pad_token_id"] = Value::Null;
-        }
+        config["problem_type"] = json!("regression");
+        // Without a pad token `transformers` reads the score at the last token, as the trainer does, but takes no batches.
+        config["pad_token_id"] = json!(about.pad);
     }
-    if let Some(score) = score {
+    if let Some(score) = about.normalisation {
         config[SCORE_MEAN] = json!(score.mean);
         config[SCORE_STD] = json!(score.std);
     }

@@ -2,13 +2,14 @@
 //!
 //! Files are mapped into memory, and one tensor is copied at a time. [`super::export`] writes them.
 
+use super::export::stored;
 use super::families::{Config, Family, HfTensor};
 use super::{HeadKind, ModelSpec, Param, Segment};
 use crate::error::{Error, Result};
 use memmap2::Mmap;
 use safetensors::tensor::{Dtype, Metadata, SafeTensors};
 use serde_json::Value;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tch::{Kind, Tensor};
@@ -16,6 +17,10 @@ use tch::{Kind, Tensor};
 pub(super) const CONFIG: &str = "config.json";
 pub(super) const WEIGHTS: &str = "model.safetensors";
 pub(super) const INDEX: &str = "model.safetensors.index.json";
+/// Weights in Python's own format, which runs code when it is read.
+const PICKLES: [&str; 2] = ["pytorch_model.bin", "pytorch_model.bin.index.json"];
+/// What old checkpoints hold beside their parameters: tensors that follow from the config.
+const BUFFERS: [&str; 3] = [".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq"];
 pub(super) const SCORE_WEIGHT: &str = "score.weight";
 pub(super) const SCORE_MEAN: &str = "rlhf_score_mean";
 pub(super) const SCORE_STD: &str = "rlhf_score_std";
@@ -43,6 +48,10 @@ pub struct Source {
     pub spec: ModelSpec,
     /// The score's normalisation, where the config has one.
     pub score: Option<ScoreNormalisation>,
+    /// The number format of its weights (that of the token embedding), in which what is trained from it is written.
+    pub kind: Kind,
+    /// What is odd about it and no error, each in a sentence.
+    pub warnings: Vec<String>,
     tensors: HashMap<String, Location>,
 }
 
@@ -56,11 +65,22 @@ pub(super) struct Location {
 }
 
 impl Location {
+    /// Whether both hold the same numbers, written alike.
+    fn equals(&self, other: &Self) -> bool {
+        let bytes = |l: &Self| {
+            let length = l.shape.iter().map(|&n| n as usize).product::<usize>() * l.dtype.bitsize() / 8;
+            l.offset..l.offset + length
+        };
+        self.dtype == other.dtype
+            && self.shape == other.shape
+            && self.map.get(bytes(self)) == other.map.get(bytes(other))
+    }
+
     /// An fp32 copy of the tensor called `name` in a file in `dir`.
     pub(super) fn copy(&self, dir: &Path, name: &str) -> Result<Tensor> {
         let error = |what: String| Error::input(format!("{}: tensor '{name}' {what}", dir.display()));
         let kind = kind_of(self.dtype)
-            .ok_or_else(|| error(format!("has type {:?}; F32, F16 and BF16 are supported", self.dtype)))?;
+            .ok_or_else(|| Error::input(format!("{}: {}", dir.display(), unsupported(name, self.dtype))))?;
         let view = c10d::from_mmap(self.map.clone(), self.offset, &self.shape, kind)?;
         let copy = view.f_to_dtype(Kind::Float, false, true)?;
         // The extremes are not finite where any number is not, and finding them takes no memory.
@@ -81,6 +101,9 @@ impl Location {
 pub fn read_config(dir: &Path) -> Result<(Value, Family, ModelSpec)> {
     let path = dir.join(CONFIG);
     let text = std::fs::read_to_string(&path).map_err(|e| {
+        if let Some(error) = super::peft::not_a_model(dir) {
+            return error;
+        }
         let error = Error::unreadable(&path, &e);
         let message =
             format!("{}; a model folder holds config.json, model.safetensors and tokenizer files", error.message);
@@ -104,7 +127,123 @@ impl Source {
             .filter(|(_, std)| *std > 0.0)
             .map(|(mean, std)| ScoreNormalisation { mean, std });
         let tensors = locate_all(dir)?;
-        Ok(Self { dir: dir.to_path_buf(), config, family, spec, score, tensors })
+        let (dir, warnings) = (dir.to_path_buf(), vec![]);
+        let mut source = Self { dir, config, family, spec, score, kind: Kind::Float, warnings, tensors };
+        source.untie();
+        source.check()?;
+        Ok(source)
+    }
+
+    /// Where the config ties the head to the token embedding and yet the file has both, and they differ, they are two: as in
+    /// `transformers` 5. (A tool that merges adapters into one of them leaves such a file.)
+    fn untie(&mut self) {
+        let (embedding, head) = (self.entry(Param::TokenEmbedding), self.entry(Param::LmHeadWeight));
+        let (Some(embedding), Some(head)) = (embedding, head) else { return };
+        let (Some(one), Some(other)) = (self.find(&embedding), self.find(&head)) else { return };
+        if !self.spec.tied_head || one.equals(other) {
+            return;
+        }
+        self.warnings.push(format!(
+            "config.json says tie_word_embeddings, but '{}' and '{}' differ in the file; they are kept apart, and the trained model says tie_word_embeddings false",
+            embedding.name, head.name
+        ));
+        self.spec.tied_head = false;
+        self.config["tie_word_embeddings"] = Value::Bool(false);
+    }
+
+    /// Checks that every parameter is there, in its shape and in a number format that can be read, and that no part of the
+    /// backbone is left out. Of the head only the shape is checked: who needs one asks for it.
+    fn check(&mut self) -> Result<()> {
+        let mut used: HashSet<String> = HashSet::from([SCORE_WEIGHT.into()]);
+        for segment in self.spec.segments() {
+            for (entry, shape) in stored(self.family, &self.spec, segment, HeadKind::Lm) {
+                let Some(location) = self.find(&entry) else {
+                    if entry.parts == [Param::LmHeadWeight] {
+                        continue;
+                    }
+                    return Err(self.error(format!("tensor '{}' is missing", entry.name)));
+                };
+                if location.shape != shape {
+                    return Err(self.error(format!(
+                        "tensor '{}' has shape {:?}, but config.json asks for {shape:?}",
+                        entry.name, location.shape
+                    )));
+                }
+                let kind =
+                    kind_of(location.dtype).ok_or_else(|| self.error(unsupported(&entry.name, location.dtype)))?;
+                if entry.parts == [Param::TokenEmbedding] {
+                    self.kind = kind;
+                }
+                used.extend(self.names(&entry));
+            }
+        }
+        if self.spec.tied_head {
+            used.extend(self.entry(Param::LmHeadWeight).iter().flat_map(|entry| self.names(entry)));
+        }
+        self.check_unused(&used)
+    }
+
+    /// What the file has and the model does not: within the backbone it would make another model; elsewhere it is told.
+    fn check_unused(&mut self, used: &HashSet<String>) -> Result<()> {
+        let buffer = |name: &str| BUFFERS.iter().any(|suffix| name.ends_with(suffix));
+        let mut unused: Vec<&str> =
+            self.tensors.keys().map(String::as_str).filter(|n| !used.contains(*n) && !buffer(n)).collect();
+        unused.sort_unstable();
+        let prefix = self.family.backbone_prefix();
+        let (inside, outside): (Vec<&str>, Vec<&str>) = unused.into_iter().partition(|n| n.starts_with(prefix));
+        let some = |names: &[&str]| {
+            let first: Vec<String> = names.iter().take(3).map(|n| format!("'{n}'")).collect();
+            format!("{}{}", first.join(", "), if names.len() > 3 { ", ..." } else { "" })
+        };
+        if !inside.is_empty() {
+            return Err(self.error(format!(
+                "the file has {} tensors for which a model with this config.json has no use ({}): it would be trained, and written, as another model; mend config.json (attention_bias, mlp_bias, num_hidden_layers), or take them out of the file",
+                inside.len(),
+                some(&inside)
+            )));
+        }
+        if !outside.is_empty() {
+            self.warnings.push(format!(
+                "{} tensors of the file are not used and will not be in the trained model: {}",
+                outside.len(),
+                some(&outside)
+            ));
+        }
+        Ok(())
+    }
+
+    /// Makes sure that there is a language model's head.
+    ///
+    /// # Errors
+    /// Names the tensor that is missing.
+    pub fn check_language_head(&self) -> Result<()> {
+        match self.entry(Param::LmHeadWeight).filter(|_| !self.spec.tied_head) {
+            Some(entry) if self.find(&entry).is_none() => {
+                Err(self.error(format!("tensor '{}' is missing", entry.name)))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The tensor that holds a parameter alone.
+    fn entry(&self, param: Param) -> Option<HfTensor> {
+        let segments = [Segment::Embed, Segment::Head].into_iter();
+        segments.flat_map(|s| self.family.tensors(s)).find(|entry| entry.parts == [param])
+    }
+
+    /// The names under which a checkpoint may have a tensor.
+    fn names(&self, entry: &HfTensor) -> Vec<String> {
+        let short = entry.name.strip_prefix(self.family.backbone_prefix()).map(String::from);
+        let mut names: Vec<String> = std::iter::once(entry.name.clone()).chain(short).collect();
+        // The one copy of a tied matrix may have either name.
+        if self.spec.tied_head && entry.parts == [Param::TokenEmbedding] {
+            names.extend(self.entry(Param::LmHeadWeight).map(|head| head.name));
+        }
+        names
+    }
+
+    fn find(&self, entry: &HfTensor) -> Option<&Location> {
+        self.names(entry).iter().find_map(|name| self.tensors.get(name))
     }
 
     /// The parameters of a segment in the order of [`ModelSpec::params`], as fp32 copies on the CPU. A scalar head
@@ -116,9 +255,7 @@ impl Source {
         let mut found = HashMap::new();
         let specs = self.spec.params(segment, head);
         let shapes: HashMap<Param, &[i64]> = specs.iter().map(|p| (p.param, p.shape.as_slice())).collect();
-        for entry in
-            self.family.tensors(&self.spec, segment).iter().filter(|t| t.parts.iter().all(|p| shapes.contains_key(p)))
-        {
+        for entry in self.family.tensors(segment).iter().filter(|t| t.parts.iter().all(|p| shapes.contains_key(p))) {
             self.split(entry, &shapes, &mut found)?;
         }
         if let Some(weight) = self.tensors.get(SCORE_WEIGHT).filter(|_| shapes.contains_key(&Param::ScalarHeadWeight)) {
@@ -151,8 +288,7 @@ impl Source {
         shapes: &HashMap<Param, &[i64]>,
         found: &mut HashMap<Param, Tensor>,
     ) -> Result<()> {
-        let short = entry.name.strip_prefix(self.family.backbone_prefix());
-        let location = self.tensors.get(&entry.name).or_else(|| short.and_then(|s| self.tensors.get(s)));
+        let location = self.find(entry);
         let location = location.ok_or_else(|| self.error(format!("tensor '{}' is missing", entry.name)))?;
         let whole = location.copy(&self.dir, &entry.name)?;
         let whole = if entry.transposed {
@@ -183,6 +319,17 @@ impl Source {
 fn locate_all(dir: &Path) -> Result<HashMap<String, Location>> {
     let (single, index) = (dir.join(WEIGHTS), dir.join(INDEX));
     let mut tensors = HashMap::new();
+    if !single.exists() && !index.exists() {
+        if let Some(error) = super::peft::not_a_model(dir) {
+            return Err(error);
+        }
+        if let Some(pickle) = PICKLES.iter().find(|name| dir.join(name).exists()) {
+            return Err(Error::input(format!(
+                "{}: the weights are in {pickle}, which is not read; save the model as safetensors (save_pretrained of transformers does)",
+                dir.display()
+            )));
+        }
+    }
     if single.exists() || !index.exists() {
         locate(&single, &mut tensors)?;
         return Ok(tensors);
@@ -232,6 +379,10 @@ pub(super) fn locate(path: &Path, tensors: &mut HashMap<String, Location>) -> Re
         tensors.insert(name, Location { map: map.clone(), offset, shape, dtype: info.dtype });
     }
     Ok(())
+}
+
+fn unsupported(name: &str, dtype: Dtype) -> String {
+    format!("tensor '{name}' has type {dtype:?}; F32, F16 and BF16 are supported")
 }
 
 fn kind_of(dtype: Dtype) -> Option<Kind> {

@@ -11,14 +11,20 @@ mod export;
 pub mod families;
 mod hf;
 mod peft;
+mod rope;
 pub mod transformer;
 mod weights;
 
 pub use adapters::{Adapters, merge_adapters};
 pub use batch::Batch;
 pub use dropout::Dropout;
-pub use export::ModelWriter;
+pub use export::{ModelWriter, Scores};
 pub use hf::{ScoreNormalisation, Source, read_config};
 pub use peft::{base_of, read_adapters, write_adapters};
-pub use rlhf_api::model::{HeadKind, Mlp, ModelSpec, Norm, Param, ParamSpec, Positions, Segment};
+pub use rlhf_api::model::{HeadKind, Mlp, ModelSpec, Norm, Param, ParamSpec, Positions, RopeScaling, Segment};
 pub use weights::SHARD_BYTES;
+
+#[cfg(test)]
+pub(crate) mod fixture;
+#[cfg(test)]
+mod tests;

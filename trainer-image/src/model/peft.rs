@@ -37,7 +37,11 @@ impl Module {
             let name = entry.name.strip_suffix(".weight")?.to_string();
             Some(Self { name, linears, transposed: entry.transposed })
         };
-        family.tensors(spec, Segment::Block(block)).into_iter().filter_map(module).collect()
+        export::stored(family, spec, Segment::Block(block), HeadKind::Lm)
+            .into_iter()
+            .map(|(entry, _)| entry)
+            .filter_map(module)
+            .collect()
     }
 
     /// The name without the block.
@@ -60,6 +64,18 @@ pub fn base_of(dir: &Path) -> Result<Option<String>> {
     }
     let config = read_config(dir)?;
     Ok(config.get("base_model_name_or_path").and_then(Value::as_str).map(String::from))
+}
+
+/// The error of who takes the folder of adapters for that of a model, where it is one.
+pub(super) fn not_a_model(dir: &Path) -> Option<Error> {
+    if !dir.join(CONFIG).exists() {
+        return None;
+    }
+    let base = base_of(dir).ok().flatten().unwrap_or_else(|| "its base".into());
+    Some(Error::input(format!(
+        "{}: the folder holds a PEFT adapter of '{base}' and no model; merge it (merge_and_unload() and save_pretrained() in peft) and name the merged model's folder",
+        dir.display()
+    )))
 }
 
 fn read_config(dir: &Path) -> Result<Value> {

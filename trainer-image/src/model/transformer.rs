@@ -1,9 +1,10 @@
 //! The mathematics of each segment, over views of its parameters. Nothing here knows of ranks or shards.
 
 use super::dropout::Dropout;
-use super::{Mlp, ModelSpec, Norm, Param, Positions};
+use super::{Mlp, ModelSpec, Norm, Param, Positions, rope};
 use crate::error::{Error, Result};
 use rlhf_api::stage::Linear;
+use std::cell::OnceCell;
 use tch::{Device, Kind, Tensor};
 
 /// A segment's parameters, as views into its chunk.
@@ -45,14 +46,17 @@ impl Params {
         let weight = self.get(weight)?;
         Ok(match spec.norm {
             Norm::Layer => x.f_layer_norm([spec.hidden], Some(weight), self.find(bias), spec.norm_eps, false)?,
-            Norm::Rms => {
-                let x32 = x.to_kind(Kind::Float);
-                let variance = x32.f_square()?.f_mean_dim([-1].as_slice(), true, Kind::Float)?;
-                let scaled = x32.f_mul(&(variance + spec.norm_eps).f_rsqrt()?)?.to_kind(x.kind());
-                scaled.f_mul(weight)?
-            }
+            Norm::Rms => rms_norm(x, weight, spec.norm_eps)?,
         })
     }
+}
+
+/// Root-mean-square norm over the last dimension (Zhang and Sennrich 2019), in fp32.
+fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+    let x32 = x.to_kind(Kind::Float);
+    let variance = x32.f_square()?.f_mean_dim([-1].as_slice(), true, Kind::Float)?;
+    let scaled = x32.f_mul(&(variance + eps).f_rsqrt()?)?.to_kind(x.kind());
+    Ok(scaled.f_mul(weight)?)
 }
 
 /// What a block runs with: its own parameters, and its adapters where it has some.
@@ -146,34 +150,52 @@ pub struct AttentionContext {
     rotary: Option<(Tensor, Tensor)>,
     mask: Option<Tensor>,
     causal: bool,
+    /// The mask within the sliding window, once it is known over how many keys.
+    windowed: OnceCell<Tensor>,
 }
 
 impl AttentionContext {
     /// The context of a pass over tokens at `positions` `[b, t]`.
     ///
     /// With a `mask` `[b, 1, t, keys]` (true: may see) it alone decides; without, the causal rule does,
-    /// which for a single query over a cache means that it sees everything. `kind` is the model's number format.
+    /// which for a single query over a cache means that it sees everything. Either way a model with a sliding window sees no
+    /// further back than that. `kind` is the model's number format.
     ///
     /// # Errors
     /// Where libtorch fails.
     pub fn new(spec: &ModelSpec, positions: &Tensor, mask: Option<&Tensor>, kind: Kind) -> Result<Self> {
         let rotary = match spec.positions {
-            Positions::Rotary { theta } => Some(rotary_tables(positions, spec.head_dim, theta, kind)?),
+            Positions::Rotary { theta } => Some(rope::tables(spec, theta, positions, kind)?),
             Positions::Learned => None,
         };
         let causal = mask.is_none() && positions.size()[1] > 1;
-        Ok(Self { rotary, mask: mask.map(Tensor::shallow_clone), causal })
+        Ok(Self { rotary, mask: mask.map(Tensor::shallow_clone), causal, windowed: OnceCell::new() })
+    }
+
+    /// What queries may see of the keys `[b, n, t, d]`: a mask where one is needed, and whether the causal rule holds beside it.
+    fn sight(&self, spec: &ModelSpec, time: i64, keys: &Tensor) -> Result<(Option<&Tensor>, bool)> {
+        let count = keys.size()[2];
+        let Some(window) = spec.sliding_window.filter(|window| count > *window) else {
+            return Ok((self.mask.as_ref(), self.causal));
+        };
+        if self.windowed.get().is_none() {
+            let seen = window_mask(window, time, count, keys.device())?;
+            let seen = match &self.mask {
+                Some(mask) => seen.f_logical_and(mask)?,
+                None => seen,
+            };
+            let _ = self.windowed.set(seen);
+        }
+        Ok((self.windowed.get(), false))
     }
 }
 
-/// Cosine and sine `[b, 1, t, d]` for each position, computed in fp32.
-fn rotary_tables(positions: &Tensor, head_dim: i64, theta: f64, kind: Kind) -> Result<(Tensor, Tensor)> {
-    let exponents = Tensor::f_arange_start_step(0, head_dim, 2, (Kind::Float, positions.device()))? / head_dim as f64;
-    let frequencies =
-        Tensor::from(theta).to_kind(Kind::Float).f_pow(&exponents)?.f_reciprocal()?.to_device(positions.device());
-    let angles = positions.to_kind(Kind::Float).f_unsqueeze(-1)?.f_mul(&frequencies)?.f_unsqueeze(1)?;
-    let angles = Tensor::f_cat(&[&angles, &angles], -1)?;
-    Ok((angles.f_cos()?.f_to_kind(kind)?, angles.f_sin()?.f_to_kind(kind)?))
+/// `[1, 1, t, keys]`: the last `t` of so many tokens see themselves and those before them, `window` in all.
+fn window_mask(window: i64, time: i64, keys: i64, device: Device) -> Result<Tensor> {
+    let options = (Kind::Int64, device);
+    let queries = Tensor::f_arange_start(keys - time, keys, options)?.f_unsqueeze(1)?;
+    let back = queries.f_sub(&Tensor::f_arange(keys, options)?.f_unsqueeze(0)?)?;
+    Ok(back.f_ge(0)?.f_logical_and(&back.f_lt(window)?)?.f_view([1, 1, time, keys])?)
 }
 
 /// Rotates the two halves of each head of `x` `[b, n, t, d]`.
@@ -187,12 +209,24 @@ fn rotate(x: &Tensor, (cos, sin): &(Tensor, Tensor)) -> Result<Tensor> {
 ///
 /// # Errors
 /// Where an id or a position is out of range, or libtorch fails.
-pub fn embed(params: &Params, tokens: &Tensor, positions: &Tensor) -> Result<Tensor> {
+pub fn embed(spec: &ModelSpec, params: &Params, tokens: &Tensor, positions: &Tensor) -> Result<Tensor> {
     let embedded = Tensor::f_embedding(params.get(Param::TokenEmbedding)?, tokens, -1, false, false)?;
     Ok(match params.find(Param::PositionEmbedding) {
-        Some(table) => embedded.f_add(&Tensor::f_embedding(table, positions, -1, false, false)?)?,
+        Some(table) => {
+            let rows = position_rows(spec, positions)?;
+            embedded.f_add(&Tensor::f_embedding(table, &rows, -1, false, false)?)?
+        }
         None => embedded,
     })
+}
+
+/// The rows of the table of positions in which these stand.
+///
+/// # Errors
+/// Where libtorch fails.
+pub fn position_rows(spec: &ModelSpec, positions: &Tensor) -> Result<Tensor> {
+    let offset = spec.position_offset;
+    Ok(if offset == 0 { positions.shallow_clone() } else { positions.f_add_scalar(offset)? })
 }
 
 /// One block, `[b, t, h]` to `[b, t, h]`: pre-norm attention and feed-forward, each with its residual.
@@ -223,8 +257,12 @@ fn attention(
     let heads = |linear, count| -> Result<Tensor> {
         Ok(params.linear(x, linear)?.f_view([rows, time, count, spec.head_dim])?.f_transpose(1, 2)?)
     };
-    let mut queries = heads(Linear::Query, spec.heads)?;
-    let mut keys = heads(Linear::Key, spec.kv_heads)?;
+    let normed = |x: Tensor, weight| match params.base.find(weight) {
+        Some(weight) => rms_norm(&x, weight, spec.norm_eps),
+        None => Ok(x),
+    };
+    let mut queries = normed(heads(Linear::Query, spec.heads)?, Param::QueryNormWeight)?;
+    let mut keys = normed(heads(Linear::Key, spec.kv_heads)?, Param::KeyNormWeight)?;
     let mut values = heads(Linear::Value, spec.kv_heads)?;
     if let Some(tables) = &context.rotary {
         queries = rotate(&queries, tables)?;
@@ -234,20 +272,13 @@ fn attention(
         (keys, values) = cache.append(&keys, &values)?;
     }
     let mut grouped = spec.heads != spec.kv_heads;
-    if grouped && context.mask.is_some() && time > 1 && x.device().is_cuda() {
+    let (mask, causal) = context.sight(spec, time, &keys)?;
+    if grouped && mask.is_some() && time > 1 && x.device().is_cuda() {
         // No kernel for CUDA takes a mask and shared heads at once but by the whole matrix of weights, as the plan knows.
         (keys, values, grouped) = (for_each_head(spec, &keys)?, for_each_head(spec, &values)?, false);
     }
-    let mixed = Tensor::f_scaled_dot_product_attention(
-        &queries,
-        &keys,
-        &values,
-        context.mask.as_ref(),
-        0.0,
-        context.causal,
-        None::<f64>,
-        grouped,
-    )?;
+    let mixed =
+        Tensor::f_scaled_dot_product_attention(&queries, &keys, &values, mask, 0.0, causal, None::<f64>, grouped)?;
     let mixed = mixed.f_transpose(1, 2)?.f_reshape([rows, time, spec.heads * spec.head_dim])?;
     params.linear(&mixed, Linear::Output)
 }
@@ -262,6 +293,7 @@ fn mlp(spec: &ModelSpec, params: BlockParams<'_>, x: &Tensor) -> Result<Tensor> 
     let inner = match spec.mlp {
         Mlp::SwiGlu => params.linear(x, Linear::Gate)?.f_silu()?.f_mul(&up)?,
         Mlp::Gelu => up.f_gelu("tanh")?,
+        Mlp::Relu => up.f_relu()?,
     };
     params.linear(&inner, Linear::Down)
 }
@@ -282,6 +314,12 @@ pub fn head(spec: &ModelSpec, params: &Params, tied: Option<&Tensor>, x: &Tensor
     let weight = match tied {
         Some(weight) => weight,
         None => params.get(Param::LmHeadWeight)?,
+    };
+    let rows = weight.size()[0];
+    let weight = match spec.known_tokens {
+        // The rows after these stand for no token.
+        Some(known) if known < rows => &weight.f_narrow(0, 0, known)?,
+        _ => weight,
     };
     Ok(normed.f_linear(weight, None::<&Tensor>)?.to_kind(Kind::Float))
 }

@@ -8,6 +8,8 @@ use super::families::HfTensor;
 use super::hf::{INDEX, WEIGHTS};
 use crate::error::{Error, Result};
 use crate::{files, safetensors_header};
+use rlhf_api::report::ExitCode;
+use safetensors::tensor::Dtype;
 use serde_json::{Map, json};
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{File, OpenOptions};
@@ -15,7 +17,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor};
 
-/// The largest file of weights, if no tensor is larger: the default of `transformers`.
+/// The largest file of weights, if no tensor is larger: what `transformers` wrote until version 4.
 pub const SHARD_BYTES: u64 = 5_000_000_000;
 
 /// Bytes that are on their way at a time.
@@ -27,6 +29,7 @@ const FP32: usize = size_of::<f32>();
 pub(super) struct Weights {
     dir: PathBuf,
     files: Vec<String>,
+    kind: Kind,
     places: HashMap<String, Place>,
     /// The file that was written to last.
     open: Option<(usize, File)>,
@@ -41,11 +44,11 @@ struct Place {
 }
 
 impl Weights {
-    /// Begins the files of fp32 tensors with these names and shapes in `dir`, of at most `shard_bytes` each.
-    pub(super) fn create(dir: &Path, tensors: &[(String, Vec<i64>)], shard_bytes: u64) -> Result<Self> {
-        let shards = split(tensors, shard_bytes);
-        let mut weights =
-            Self { dir: dir.into(), files: names(shards.len()), places: HashMap::new(), open: None, buffer: vec![] };
+    /// Begins the files of tensors of this kind, with these names and shapes, in `dir`, of at most `shard_bytes` each.
+    pub(super) fn create(dir: &Path, tensors: &[(String, Vec<i64>)], kind: Kind, shard_bytes: u64) -> Result<Self> {
+        let shards = split(tensors, kind, shard_bytes);
+        let (dir, files) = (dir.into(), names(shards.len()));
+        let mut weights = Self { dir, files, kind, places: HashMap::new(), open: None, buffer: vec![] };
         for (file, shard) in shards.into_iter().enumerate() {
             weights.begin(file, shard)?;
         }
@@ -59,10 +62,11 @@ impl Weights {
     fn begin(&mut self, file: usize, mut shard: Vec<&(String, Vec<i64>)>) -> Result<()> {
         shard.sort();
         let named = shard.iter().map(|(name, shape)| (name.as_str(), shape.iter().map(|&n| n as usize).collect()));
-        let header = safetensors_header::fp32(named, Some(HashMap::from([("format".into(), "pt".into())])))?;
+        let metadata = Some(HashMap::from([("format".into(), "pt".into())]));
+        let header = safetensors_header::header(dtype(self.kind), named, metadata)?;
         let mut end = header.len() as u64;
         for tensor in shard {
-            let bytes = bytes(tensor);
+            let bytes = bytes(tensor, self.kind);
             self.places.insert(tensor.0.clone(), Place { file, offset: end, bytes });
             end += bytes;
         }
@@ -80,7 +84,7 @@ impl Weights {
         let map: BTreeMap<&str, &str> =
             self.places.iter().map(|(name, place)| (name.as_str(), self.files[place.file].as_str())).collect();
         let map: Map<_, _> = map.into_iter().map(|(name, file)| (name.to_string(), json!(file))).collect();
-        let index = json!({"metadata": {"total_size": tensors.iter().map(bytes).sum::<u64>()}, "weight_map": map});
+        let index = json!({"metadata": {"total_size": tensors.iter().map(|t| bytes(t, self.kind)).sum::<u64>()}, "weight_map": map});
         let text = serde_json::to_vec_pretty(&index).map_err(|e| Error::bug(e.to_string()))?;
         files::write(&self.dir.join(INDEX), &text)
     }
@@ -112,8 +116,20 @@ impl Weights {
             Some((open, out)) if open == file => out,
             _ => OpenOptions::new().write(true).open(&path).map_err(failed)?,
         };
-        let piece = piece.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?.f_contiguous()?;
-        let bytes = piece.numel() * FP32;
+        let piece = piece.f_to_device(Device::Cpu)?.f_to_kind(self.kind)?.f_contiguous()?;
+        if self.kind == Kind::Half
+            && piece.numel() > 0
+            && !piece.f_isfinite()?.f_all()?.f_int64_value(&[]).is_ok_and(|all| all == 1)
+        {
+            return Err(Error::new(
+                ExitCode::NotFinite,
+                format!(
+                    "{}: a weight is too large for float16, the number format of the start model; start from a model in bfloat16 or float32",
+                    path.display()
+                ),
+            ));
+        }
+        let bytes = piece.numel() * self.kind.elt_size_in_bytes();
         self.buffer.resize(bytes.max(self.buffer.len()), 0);
         piece.f_copy_data_u8(&mut self.buffer[..bytes], piece.numel())?;
         out.write_all_at(&self.buffer[..bytes], offset).map_err(failed)?;
@@ -159,15 +175,24 @@ fn ranges(all: i64, step: i64) -> impl Iterator<Item = (i64, i64)> {
     (0..all).step_by(step as usize).map(move |start| (start, step.min(all - start)))
 }
 
-fn bytes(tensor: &(String, Vec<i64>)) -> u64 {
-    tensor.1.iter().map(|&n| n as u64).product::<u64>() * FP32 as u64
+fn bytes(tensor: &(String, Vec<i64>), kind: Kind) -> u64 {
+    tensor.1.iter().map(|&n| n as u64).product::<u64>() * kind.elt_size_in_bytes() as u64
+}
+
+/// The kinds of numbers that weights are written in.
+fn dtype(kind: Kind) -> Dtype {
+    match kind {
+        Kind::Half => Dtype::F16,
+        Kind::BFloat16 => Dtype::BF16,
+        _ => Dtype::F32,
+    }
 }
 
 /// Which tensors go together.
-fn split(tensors: &[(String, Vec<i64>)], shard_bytes: u64) -> Vec<Vec<&(String, Vec<i64>)>> {
+fn split(tensors: &[(String, Vec<i64>)], kind: Kind, shard_bytes: u64) -> Vec<Vec<&(String, Vec<i64>)>> {
     let (mut shards, mut size) = (vec![vec![]], 0);
     for tensor in tensors {
-        let bytes = bytes(tensor);
+        let bytes = bytes(tensor, kind);
         if size > 0 && size + bytes > shard_bytes {
             shards.push(vec![]);
             size = 0;
@@ -195,7 +220,7 @@ mod tests {
         let tensor = |name: &str, numel: i64| (name.to_string(), vec![numel]);
         let tensors = [tensor("d", 2), tensor("c", 2), tensor("b", 9), tensor("a", 1), tensor("e", 3)];
         let named = |shard_bytes| -> Vec<String> {
-            let shards = split(&tensors, shard_bytes);
+            let shards = split(&tensors, Kind::Float, shard_bytes);
             shards.iter().map(|s| s.iter().map(|t| t.0.as_str()).collect()).collect()
         };
         assert_eq!(named(16), ["dc", "b", "ae"]);
@@ -233,13 +258,13 @@ mod tests {
         let entry = |name: &str| HfTensor { name: name.into(), parts: vec![], transposed: false };
         let value = Tensor::ones([2, 3], (Kind::Float, Device::Cpu));
         let expected = [("a".to_string(), vec![2, 3]), ("b".to_string(), vec![4])];
-        let mut weights = Weights::create(folder.path(), &expected, SHARD_BYTES).unwrap();
+        let mut weights = Weights::create(folder.path(), &expected, Kind::Float, SHARD_BYTES).unwrap();
         weights.write(&entry("a"), &[&value]).unwrap();
         for (name, part) in [("a", "nobody waits"), ("b", "another size")] {
             let error = weights.write(&entry(name), &[&value]).unwrap_err();
             assert!(error.message.contains(part), "{error}");
         }
-        let mut weights = Weights::create(folder.path(), &expected, SHARD_BYTES).unwrap();
+        let mut weights = Weights::create(folder.path(), &expected, Kind::Float, SHARD_BYTES).unwrap();
         weights.write(&entry("a"), &[&value]).unwrap();
         assert!(weights.finish().unwrap_err().message.contains("'b' has not come"));
     }

@@ -25,6 +25,8 @@ struct Known {
     spec: ModelSpec,
     /// Whether it has a head that scores; `None` for what a stage will make: the spec says what that is.
     scores: Option<bool>,
+    /// Why it cannot be a policy, where its head is missing.
+    headless: Option<String>,
 }
 
 /// Models by their paths below the volume.
@@ -45,7 +47,8 @@ impl Models {
         let dir = volume.join(base);
         check_files(&dir)?;
         let (source, tokenizer) = (Source::open(&dir)?, Tokenizer::load(&dir)?);
-        check_vocabulary(&source, &tokenizer)?;
+        let warnings = source.warnings.iter().chain(tokenizer.warnings());
+        warnings.for_each(|warning| tracing::warn!("{}: {warning}", dir.display()));
         let mut this = Self { volume: volume.to_path_buf(), tokenizer, known: BTreeMap::new(), told: vec![] };
         this.add(base, source);
         for path in &config.models {
@@ -59,7 +62,8 @@ impl Models {
     }
 
     fn add(&mut self, path: &str, source: Source) {
-        let known = Known { scores: Some(source.has_score_head()), spec: source.spec };
+        let headless = source.check_language_head().err().map(|e| e.message);
+        let known = Known { scores: Some(source.has_score_head()), spec: source.spec, headless };
         self.known.insert(path.into(), known);
     }
 
@@ -74,7 +78,7 @@ impl Models {
                 dir.display()
             )));
         }
-        check_vocabulary(&source, &tokenizer)?;
+        source.warnings.iter().for_each(|warning| tracing::warn!("{}: {warning}", dir.display()));
         self.add(path, source);
         Ok(())
     }
@@ -97,6 +101,10 @@ impl Models {
         for (path, role) in used {
             let Some(known) = self.known.get(path) else { continue };
             self.check_role(path, known, role)?;
+            let speaks = role == Role::Policy && !matches!(stage.kind, StageKind::RewardModel(_));
+            if let Some(what) = known.headless.as_ref().filter(|_| speaks) {
+                return Err(Error::input(what));
+            }
             check_length(stage, path, &known.spec)?;
             if known.spec.vocab < start.vocab {
                 return Err(Error::input(format!(
@@ -106,8 +114,20 @@ impl Models {
             }
         }
         self.check_targets(stage)?;
-        self.known.insert(paths.output.clone(), Known { spec: start, scores: None });
+        self.known.insert(paths.output.clone(), Known { spec: start, scores: None, headless: None });
         Ok(())
+    }
+
+    /// Every token of a stage's records, up to `highest`, must have an embedding; one that no record holds is not missed. (The
+    /// stage's other models know all tokens that its start knows.)
+    pub fn check_tokens(&self, stage: &StageConfig, highest: i64) -> Result<()> {
+        let path = &stage.paths.start_model;
+        let Some(known) = self.known.get(path).filter(|known| highest >= known.spec.vocab) else { return Ok(()) };
+        Err(Error::input(format!(
+            "its records have the token '{}' (id {highest}), but config.json of {path} says vocab_size {}: it has no embedding; use the tokenizer that belongs to the model",
+            self.tokenizer.token(highest).unwrap_or_default(),
+            known.spec.vocab
+        )))
     }
 
     /// The shapes of the model that a stage trains and, in PPO, of its critic. The stage was checked before.
@@ -160,18 +180,6 @@ fn check_files(model_dir: &Path) -> Result<()> {
         }
     }
     Ok(())
-}
-
-fn check_vocabulary(model: &Source, tokenizer: &Tokenizer) -> Result<()> {
-    let (ids, vocab) = (tokenizer.vocab_size() as i64, model.spec.vocab);
-    if ids <= vocab {
-        return Ok(());
-    }
-    Err(Error::input(format!(
-        "{}: the tokenizer has ids up to {}, but config.json says vocab_size {vocab}: some tokens have no embedding; use the tokenizer that belongs to the model",
-        model.dir.display(),
-        ids - 1
-    )))
 }
 
 /// No stage may make a sequence longer than a model that runs over it has positions.

@@ -1,7 +1,8 @@
 use super::*;
 use crate::model::HeadKind;
-use crate::tokenizer::fixture::{VOCAB, changed, write, write_tokenizer};
-use safetensors::tensor::{Dtype, TensorView};
+use crate::model::fixture::{numbers, weights, write_model, write_weights};
+use crate::tokenizer::fixture::{VOCAB, changed, post_processor, write, write_tokenizer};
+use safetensors::tensor::Dtype;
 use serde_json::{Value, json};
 use std::fs;
 use tempfile::TempDir;
@@ -15,19 +16,12 @@ fn model_config() -> Value {
     })
 }
 
-fn write_weights(path: &Path) {
-    let bytes = [0; 16];
-    let tensor = TensorView::new(Dtype::F32, vec![2, 2], &bytes).unwrap();
-    safetensors::serialize_to_file([("t", tensor)], None, path).unwrap();
-}
-
 /// A volume with a model and a dataset for each stage.
 fn volume() -> TempDir {
     let dir = tempfile::tempdir().unwrap();
     let model = dir.path().join("models/m");
     fs::create_dir_all(&model).unwrap();
-    write(&model, "config.json", &model_config());
-    write_weights(&model.join("model.safetensors"));
+    write_model(&model, &model_config());
     write_tokenizer(&model);
     for (name, line) in [
         ("sft", r#"{"prompt": "x", "completion": "y"}"#),
@@ -142,7 +136,7 @@ fn a_bad_model_is_named_with_its_file() {
         write(
             p.parent().unwrap(),
             "model.safetensors.index.json",
-            &json!({"weight_map": {"t": "a.safetensors", "u": "b.safetensors"}}),
+            &json!({"weight_map": {"model.norm.weight": "a.safetensors", "u": "b.safetensors"}}),
         );
     });
     check(&lost_shard, 65, &["b.safetensors"]);
@@ -153,7 +147,11 @@ fn sharded_weights_are_found_by_their_index() {
     let volume = volume();
     let model = volume.path().join("models/m");
     fs::rename(model.join("model.safetensors"), model.join("a.safetensors")).unwrap();
-    write(&model, "model.safetensors.index.json", &json!({"weight_map": {"t": "a.safetensors"}}));
+    let bytes = fs::read(model.join("a.safetensors")).unwrap();
+    let names: Vec<String> =
+        safetensors::SafeTensors::deserialize(&bytes).unwrap().tensors().into_iter().map(|t| t.0).collect();
+    let map: serde_json::Map<_, _> = names.into_iter().map(|name| (name, json!("a.safetensors"))).collect();
+    write(&model, "model.safetensors.index.json", &json!({"weight_map": map}));
     prepare(volume.path(), |_| ()).unwrap();
 }
 
@@ -163,13 +161,16 @@ fn other_model(volume: &Path, name: &str, scores: bool, change: impl FnOnce(&Pat
     fs::create_dir_all(&dir).unwrap();
     let mut config = model_config();
     (config["hidden_size"], config["num_hidden_layers"]) = (json!(16), json!(3));
-    write(&dir, "config.json", &config);
-    let bytes = [0; 64];
-    let tensor = |shape: Vec<usize>| TensorView::new(Dtype::F32, shape, &bytes).unwrap();
-    let tensors = [("t", tensor(vec![4, 4])), (if scores { "score.weight" } else { "u" }, tensor(vec![1, 16]))];
-    safetensors::serialize_to_file(tensors, None, &dir.join("model.safetensors")).unwrap();
+    write_other(&dir, &config, scores);
     write_tokenizer(&dir);
     change(&dir);
+}
+
+fn write_other(dir: &Path, config: &Value, scores: bool) {
+    let mut tensors = weights(dir, config, Dtype::F32);
+    let head = if scores { "score.weight" } else { "u" };
+    tensors.insert(head.into(), (vec![1, 16], numbers(16, 5, Dtype::F32)));
+    write_weights(dir, &tensors, Dtype::F32);
 }
 
 /// Prepares a job whose PPO stage uses models of other origin.
@@ -215,14 +216,14 @@ fn a_model_of_another_origin_must_fit_what_it_is_for() {
     }
     let set = |name: &'static str, value: u32| {
         move |dir: &Path| {
-            let mut config = model_config();
+            let mut config: Value = serde_json::from_slice(&fs::read(dir.join("config.json")).unwrap()).unwrap();
             config[name] = json!(value);
-            write(dir, "config.json", &config);
+            write_other(dir, &config, true);
         }
     };
     let short = refused(true, &set("max_position_embeddings", POSITIONS - 1), "rewardModels");
     check(&short, 64, &["stage 'ppo'", "63 positions", "models/other"]);
-    check(&refused(true, &set("vocab_size", VOCAB as u32 - 1), "criticModel"), 65, &["models/other", "vocab_size"]);
+    check(&refused(true, &set("vocab_size", VOCAB as u32 - 1), "criticModel"), 65, &["models/other", "must know all"]);
     let renamed = |dir: &Path| {
         let path = dir.join("tokenizer.json");
         let text = fs::read_to_string(&path).unwrap();
@@ -278,13 +279,17 @@ fn a_run_of_another_config_is_refused_before_any_device_is_taken() {
 }
 
 #[test]
-fn a_tokenizer_with_more_ids_than_the_model_is_refused() {
-    let error = broken(|volume| {
+fn a_token_without_an_embedding_is_refused_where_a_record_has_it() {
+    let fewer = |tokens: usize| {
+        let volume = volume();
         let mut config = model_config();
-        config["vocab_size"] = json!(VOCAB - 1);
-        write(&volume.join("models/m"), "config.json", &config);
-    });
-    check(&error, 65, &["models/m", &format!("ids up to {}", VOCAB - 1), &format!("vocab_size {}", VOCAB - 1)]);
+        config["vocab_size"] = json!(tokens);
+        write_model(&volume.path().join("models/m"), &config);
+        prepare(volume.path(), |_| ())
+    };
+    // The tokenizer's last ids stand for nothing that a record has.
+    assert!(fewer(VOCAB - 2).is_ok());
+    check(&fewer(96).unwrap_err(), 65, &["models/m", "stage 'reward'", "'z' (id 96)", "vocab_size 96"]);
 }
 
 #[test]
@@ -329,8 +334,8 @@ fn a_volume_that_cannot_be_written_is_named() {
 #[test]
 fn a_tokenizer_that_begins_with_bos_still_counts_within_the_lengths() {
     let volume = volume();
-    let (dir, _) = changed(|_, config| config["add_bos_token"] = json!(true));
-    fs::copy(dir.path().join("tokenizer_config.json"), volume.path().join("models/m/tokenizer_config.json")).unwrap();
+    let (dir, _) = changed(|tokenizer, _| tokenizer["post_processor"] = post_processor());
+    fs::copy(dir.path().join("tokenizer.json"), volume.path().join("models/m/tokenizer.json")).unwrap();
     let report = prepare(volume.path(), |_| ()).unwrap();
     assert_eq!(report.stages.iter().map(|s| s.dataset.longest_tokens).collect::<Vec<_>>(), [4, 4, 2]);
 }
@@ -339,7 +344,7 @@ fn a_tokenizer_that_begins_with_bos_still_counts_within_the_lengths() {
 fn adapters_without_a_target_in_the_model_are_refused() {
     let volume = volume();
     let gpt2 = json!({"model_type": "gpt2", "vocab_size": VOCAB, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": POSITIONS});
-    write(&volume.path().join("models/m"), "config.json", &gpt2);
+    write_model(&volume.path().join("models/m"), &gpt2);
     let with = |targets: Value| prepare(volume.path(), |s| s[0]["kind"]["sft"]["lora"] = json!({"targets": targets}));
     check(&with(json!(["gate"])).unwrap_err(), 64, &["stage 'sft'", "lora.targets"]);
     assert!(with(json!(["gate", "up"])).is_ok());

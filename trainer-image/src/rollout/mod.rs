@@ -36,7 +36,7 @@ pub struct Response {
     pub ended: bool,
 }
 
-/// Answers every request with at most `max_new_tokens` tokens, stopping at `eos`. Where `stop` says so (on any of the ranks
+/// Answers every request with at most `max_new_tokens` tokens, stopping at any of `ends`. Where `stop` says so (on any of the ranks
 /// that must run the model together), it ends before the next token, and answers are short or missing.
 ///
 /// # Errors
@@ -45,7 +45,7 @@ pub fn generate(
     model: &Model,
     requests: &[Request<'_>],
     decoding: &Decoding,
-    eos: i64,
+    ends: &[i64],
     max_new_tokens: usize,
     stop: &dyn Fn() -> bool,
 ) -> Result<Vec<Response>> {
@@ -59,9 +59,9 @@ pub fn generate(
         match part {
             Some(part) => {
                 let generation = Generation::start(model, part, max_new_tokens)?;
-                responses.extend(generation.run(decoding, eos, max_new_tokens, stop)?);
+                responses.extend(generation.run(decoding, ends, max_new_tokens, stop)?);
             }
-            None => keep_step(model, decoding, eos, max_new_tokens, stop)?,
+            None => keep_step(model, decoding, ends, max_new_tokens, stop)?,
         }
     }
 }
@@ -80,13 +80,13 @@ fn goes_on(model: &Model, busy: bool, stop: &dyn Fn() -> bool) -> Result<bool> {
 fn keep_step(
     model: &Model,
     decoding: &Decoding,
-    eos: i64,
+    ends: &[i64],
     max_new_tokens: usize,
     stop: &dyn Fn() -> bool,
 ) -> Result<()> {
     let mut generation = Generation::start(model, &[Request { prompt: &[0], id: 0 }], max_new_tokens)?;
     generation.responses[0].ended = true;
-    generation.run(decoding, eos, max_new_tokens, stop)?;
+    generation.run(decoding, ends, max_new_tokens, stop)?;
     Ok(())
 }
 
@@ -138,7 +138,7 @@ impl<'a> Generation<'a> {
     fn run(
         mut self,
         decoding: &Decoding,
-        eos: i64,
+        ends: &[i64],
         max_new_tokens: usize,
         stop: &dyn Fn() -> bool,
     ) -> Result<Vec<Response>> {
@@ -149,7 +149,7 @@ impl<'a> Generation<'a> {
                 if !response.ended {
                     response.tokens.push(token);
                     response.log_p.push(log_p);
-                    response.ended = token == eos;
+                    response.ended = ends.contains(&token);
                 }
             }
             let going = self.active.iter().filter(|&&r| !self.responses[r].ended).count();

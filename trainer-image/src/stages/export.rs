@@ -7,7 +7,9 @@ use super::context::Context;
 use crate::engine::{Model, SegmentValues};
 use crate::error::{Error, Result};
 use crate::files;
-use crate::model::{Adapters, HeadKind, ModelWriter, SHARD_BYTES, ScoreNormalisation, Segment, Source, write_adapters};
+use crate::model::{
+    Adapters, HeadKind, ModelWriter, SHARD_BYTES, ScoreNormalisation, Scores, Segment, Source, write_adapters,
+};
 use crate::tokenizer::Tokenizer;
 use std::path::{Path, PathBuf};
 
@@ -42,8 +44,10 @@ pub(super) fn write(
     context.group.while_first(move || {
         let tokenizer = Tokenizer::load(&base_model)?;
         let writer = writer.ok_or_else(|| Error::bug("a model is finished before it is begun"))?;
+        let pad = (head == HeadKind::Scalar).then(|| tokenizer.pad_that_ends_nothing()).flatten();
+        let about = Scores { normalisation: score, pad };
         lease.check()?;
-        writer.finish(score, |dir| tokenizer.copy_files(dir))?;
+        writer.finish(about, |dir| tokenizer.copy_files(dir, pad))?;
         lease.check()?;
         // Only then, so that no adapters lie beside a model that is not theirs.
         match adapters {

@@ -81,9 +81,19 @@ pub(crate) fn plain() -> Tokenizer {
     changed(|_, _| ()).1.unwrap()
 }
 
+/// A post-processor that puts BOS before a sequence and EOS after it.
+pub(crate) fn post_processor() -> Value {
+    json!({
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<bos>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<eos>", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<bos>": {"id": "<bos>", "ids": [BOS], "tokens": ["<bos>"]}, "<eos>": {"id": "<eos>", "ids": [EOS], "tokens": ["<eos>"]}}
+    })
+}
+
 /// The tokenizer that begins each sequence with BOS.
 pub(crate) fn with_bos() -> Tokenizer {
-    changed(|_, config| config["add_bos_token"] = json!(true)).1.unwrap()
+    changed(|tokenizer, _| tokenizer["post_processor"] = post_processor()).1.unwrap()
 }
 
 /// The tokenizer that knows no BOS.

@@ -1,9 +1,10 @@
 use super::fixture::*;
-use super::{Begin, ChatSample, Message, Tokenizer};
+use super::{ChatSample, Dialogue, Message, Tokenizer};
 use serde_json::{Value, json};
 
-fn chat(turns: &[(&str, &str)]) -> Vec<Message> {
-    turns.iter().map(|(role, content)| Message { role: role.to_string(), content: content.to_string() }).collect()
+fn chat(turns: &[(&str, &str)]) -> Dialogue {
+    let messages = turns.iter().map(|(role, content)| Message::text(role, content)).collect();
+    Dialogue { messages, ..Dialogue::default() }
 }
 
 fn template(source: &str) -> Tokenizer {
@@ -13,8 +14,8 @@ fn template(source: &str) -> Tokenizer {
 #[test]
 fn text_becomes_ids_and_ids_text() {
     let tokenizer = plain();
-    assert_eq!(tokenizer.encode("abcab z", Begin::Yes).unwrap(), [ABC, AB, id(' '), id('z')]);
-    assert_eq!(tokenizer.encode("é", Begin::No).unwrap(), [UNK]);
+    assert_eq!(tokenizer.encode("abcab z").unwrap(), [ABC, AB, id(' '), id('z')]);
+    assert_eq!(tokenizer.encode("é").unwrap(), [UNK]);
     assert_eq!(tokenizer.decode(&[BOS, ABC, id(' '), EOS, AB, PAD]).unwrap(), "abc ab");
     assert_eq!(tokenizer.vocab_size(), VOCAB);
     assert_eq!(tokenizer.decode(&[-1]).unwrap_err().exit.code(), 70);
@@ -23,46 +24,161 @@ fn text_becomes_ids_and_ids_text() {
 #[test]
 fn what_tokenizer_json_asks_to_cut_or_pad_is_not_done() {
     let text = "x".repeat(20);
-    assert_eq!(plain().encode(&text, Begin::Yes).unwrap(), ids(&text));
-    assert_eq!(plain().encode("x", Begin::Yes).unwrap(), ids("x"));
+    assert_eq!(plain().encode(&text).unwrap(), ids(&text));
+    assert_eq!(plain().encode("x").unwrap(), ids("x"));
 }
 
-/// Decoding and encoding again is not the identity: this is why samples keep ids and never pass through text.
 #[test]
-fn pieces_encoded_apart_keep_their_ids() {
-    let tokenizer = plain();
-    let apart = [tokenizer.encode("a", Begin::Yes).unwrap(), tokenizer.encode("bc", Begin::No).unwrap()].concat();
-    assert_eq!(apart, ids("abc"));
-    assert_eq!(tokenizer.encode(&tokenizer.decode(&apart).unwrap(), Begin::Yes).unwrap(), [ABC]);
+fn a_prompt_and_a_response_are_encoded_as_one_text() {
+    let pair = |tokenizer: &Tokenizer, prompt: &str, response: &str| {
+        let pair = tokenizer.encode_pair(prompt, response).unwrap();
+        (pair.tokens, pair.prompt_len)
+    };
+    assert_eq!(pair(&plain(), "xy", "z"), (ids("xyz"), 2));
+    // A token that holds an end of both is the response's, so that nothing of it is lost.
+    assert_eq!(pair(&plain(), "xa", "bcz"), (vec![id('x'), ABC, id('z')], 1));
+    assert_eq!(pair(&plain(), "xy", ""), (ids("xy"), 2));
+    assert_eq!(pair(&plain(), "", "z"), (vec![BOS, id('z')], 1));
+    assert_eq!(pair(&without_bos(), "", "z"), (ids("z"), 0));
+    assert_eq!(pair(&with_bos(), "x", "z"), (vec![BOS, id('x'), id('z')], 2));
+    assert_eq!(pair(&with_bos(), "<bos>x", "z"), (vec![BOS, id('x'), id('z')], 2));
+    assert_eq!(pair(&with_bos(), "", "z"), (vec![BOS, id('z')], 1));
+}
+
+/// What Llama 2's tokenizer.json says: a blank before each text, blanks as U+2581.
+#[test]
+fn the_blank_before_a_text_does_not_come_between_prompt_and_response() {
+    let normalizer = json!({"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": " "}]});
+    let tokenizer = changed(|tokenizer, _| tokenizer["normalizer"] = normalizer).1.unwrap();
+    assert_eq!(tokenizer.encode("xy").unwrap(), ids(" xy"));
+    assert_eq!(tokenizer.encode_pair("x", "yz").unwrap().tokens, ids(" xyz"));
+    assert_eq!(tokenizer.encode_pair("x", "yz").unwrap().prompt_len, 2);
+}
+
+/// GPT-2's post-processor cuts blanks off offsets, which must not move the border.
+#[test]
+fn offsets_count_as_they_are_before_the_post_processor() {
+    let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
+    let tokenizer = changed(|tokenizer, _| {
+        tokenizer["pre_tokenizer"] = byte_level.clone();
+        tokenizer["post_processor"] = byte_level;
+        let vocab = tokenizer["model"]["vocab"].as_object_mut().unwrap();
+        let blank = vocab.remove(" ").unwrap();
+        vocab.insert("Ġ".into(), blank);
+    });
+    let tokenizer = tokenizer.1.unwrap();
+    assert_eq!(tokenizer.encode_pair("x ", "y").unwrap().prompt_len, 2);
+    assert_eq!(tokenizer.encode_pair("x", " ").unwrap().prompt_len, 1);
+}
+
+#[test]
+fn a_sequence_ends_once_whichever_token_ends_it() {
+    let ended = |tokenizer: &Tokenizer, text: &str| {
+        let mut tokens = tokenizer.encode(text).unwrap();
+        tokenizer.end(&mut tokens);
+        tokens
+    };
+    assert_eq!(ended(&plain(), "x"), [id('x'), EOS]);
+    assert_eq!(ended(&plain(), "x<eos>"), [id('x'), EOS]);
+    assert_eq!(ended(&plain(), "x<turn>"), [id('x'), TURN, EOS]);
+    let (dir, _) = changed(|_, _| ());
+    write(dir.path(), "generation_config.json", &json!({"eos_token_id": [TURN, 7_000]}));
+    let tokenizer = Tokenizer::load(dir.path()).unwrap();
+    assert_eq!((tokenizer.eos(), tokenizer.ends()), (EOS, vec![EOS, TURN]));
+    assert_eq!(ended(&tokenizer, "x<turn>"), [id('x'), TURN]);
+    assert!(tokenizer.warnings().is_empty());
+    write(dir.path(), "config.json", &json!({"eos_token_id": id('x')}));
+    let tokenizer = Tokenizer::load(dir.path()).unwrap();
+    assert_eq!(tokenizer.ends(), [EOS, TURN, id('x')]);
+    assert!(
+        tokenizer.warnings()[0].contains("config.json: eos_token_id") && tokenizer.warnings()[0].contains("ordinary")
+    );
 }
 
 #[test]
 fn bos_stands_at_the_beginning_only_and_once() {
     let tokenizer = with_bos();
-    assert_eq!(tokenizer.encode("x", Begin::Yes).unwrap(), [BOS, id('x')]);
-    assert_eq!(tokenizer.encode("x", Begin::No).unwrap(), [id('x')]);
-    assert_eq!(tokenizer.encode("<bos>x", Begin::Yes).unwrap(), [BOS, id('x')]);
-    assert_eq!(tokenizer.encode("", Begin::Yes).unwrap(), [BOS]);
-    assert_eq!(plain().encode("x", Begin::Yes).unwrap(), [id('x')]);
+    assert_eq!(tokenizer.encode("x").unwrap(), [BOS, id('x')]);
+    assert_eq!(tokenizer.encode("<bos>x").unwrap(), [BOS, id('x')]);
+    assert_eq!(tokenizer.encode("").unwrap(), [BOS]);
+    assert_eq!(plain().encode("x").unwrap(), [id('x')]);
     assert_eq!(plain().encode_prompt("").unwrap(), [BOS]);
     assert_eq!(without_bos().encode_prompt("").unwrap(), [0i64; 0]);
 }
 
+/// As in transformers 5.24, where `add_bos_token` beside a `tokenizer.json` changes nothing.
 #[test]
-fn the_post_processor_says_what_begins_a_sequence_unless_the_config_does() {
-    let processor = json!({
-        "type": "TemplateProcessing",
-        "single": [{"SpecialToken": {"id": "<bos>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<eos>", "type_id": 0}}],
-        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-        "special_tokens": {"<bos>": {"id": "<bos>", "ids": [BOS], "tokens": ["<bos>"]}, "<eos>": {"id": "<eos>", "ids": [EOS], "tokens": ["<eos>"]}}
-    });
-    let (_dir, tokenizer) = changed(|tokenizer, _| tokenizer["post_processor"] = processor.clone());
-    assert_eq!(tokenizer.unwrap().encode("x", Begin::Yes).unwrap(), [BOS, id('x')]);
-    let (_dir, tokenizer) = changed(|tokenizer, config| {
-        tokenizer["post_processor"] = processor;
-        config["add_bos_token"] = json!(false);
-    });
-    assert_eq!(tokenizer.unwrap().encode("x", Begin::Yes).unwrap(), [id('x')]);
+fn the_post_processor_says_what_begins_a_sequence_and_the_config_does_not() {
+    for add_bos in [json!(true), json!(false), Value::Null] {
+        let of = |processor: Value| {
+            let (_dir, tokenizer) = changed(|tokenizer, config| {
+                tokenizer["post_processor"] = processor;
+                config["add_bos_token"] = add_bos.clone();
+            });
+            tokenizer.unwrap().encode("x").unwrap()
+        };
+        assert_eq!(of(post_processor()), [BOS, id('x')]);
+        assert_eq!(of(Value::Null), [id('x')]);
+    }
+}
+
+/// As in transformers 5.24, which adds what `added_tokens_decoder` and the named tokens say to the tokenizer's own.
+#[test]
+fn whatever_is_named_special_is_one_token() {
+    let special = |change: &dyn Fn(&mut Value)| {
+        let (_dir, tokenizer) = changed(|tokenizer, config| {
+            tokenizer["added_tokens"] = json!([]);
+            change(config);
+        });
+        tokenizer.unwrap().encode("x<eos><turn>").unwrap()
+    };
+    let apart = |text: &str| text.chars().map(id).collect::<Vec<_>>();
+    assert_eq!(special(&|_| ()), [vec![id('x'), EOS], apart("<turn>")].concat());
+    let with_turn = vec![id('x'), EOS, TURN];
+    assert_eq!(
+        special(&|c| c["added_tokens_decoder"] = json!({"4": {"content": "<turn>", "special": true}})),
+        with_turn
+    );
+    assert_eq!(special(&|c| c["additional_special_tokens"] = json!(["<turn>"])), with_turn);
+    assert_eq!(special(&|c| c["extra_special_tokens"] = json!({"turn_token": "<turn>"})), with_turn);
+    assert_eq!(special(&|c| c["turn_token"] = json!("<turn>")), with_turn);
+    let wrong = changed(|_, c| c["added_tokens_decoder"] = json!({"9": {"content": "<new>"}})).1.unwrap_err();
+    assert!(wrong.message.contains("added_tokens_decoder gives '<new>' the id 9"), "{wrong}");
+    // One beyond the vocabulary that nothing uses is no harm.
+    let (_dir, pad) = changed(|_, c| c["pad_token"] = json!("<nowhere>"));
+    assert_eq!(pad.unwrap().pad(), EOS);
+}
+
+/// Expected ids: transformers 5.24 with the same files ('2024' is one token by GPT2Tokenizer, four by the file's Digits).
+#[test]
+fn the_class_beats_the_file_and_the_export_keeps_what_was_used() {
+    let digits = json!({"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": true}, {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true}]});
+    let of = |class: Value| {
+        changed(|tokenizer, config| {
+            tokenizer["pre_tokenizer"] = digits.clone();
+            tokenizer["model"]["vocab"]["20"] = json!(VOCAB);
+            tokenizer["model"]["merges"] = json!([["2", "0"]]);
+            config["tokenizer_class"] = class;
+        })
+    };
+    for class in [Value::Null, json!("PreTrainedTokenizerFast"), json!("BloomTokenizerFast"), json!("LlamaTokenizer")] {
+        let (_dir, tokenizer) = of(class.clone());
+        let tokenizer = tokenizer.unwrap();
+        assert_eq!(tokenizer.encode("20").unwrap(), ids("20"), "{class}");
+        assert!(tokenizer.warnings().is_empty());
+    }
+    let (_dir, tokenizer) = of(json!("GPT2TokenizerFast"));
+    let tokenizer = tokenizer.unwrap();
+    assert_eq!(tokenizer.encode("20").unwrap(), [VOCAB as i64]);
+    assert!(tokenizer.warnings()[0].contains("tokenizer_class GPT2Tokenizer"), "{:?}", tokenizer.warnings());
+    let to = tempfile::tempdir().unwrap();
+    tokenizer.copy_files(to.path(), None).unwrap();
+    let exported = Tokenizer::load(to.path()).unwrap();
+    assert_eq!(exported.encode("20").unwrap(), [VOCAB as i64]);
+    assert!(exported.warnings().is_empty());
+    let config: Value =
+        serde_json::from_slice(&std::fs::read(to.path().join("tokenizer_config.json")).unwrap()).unwrap();
+    assert_eq!(config["tokenizer_class"], "PreTrainedTokenizerFast");
 }
 
 #[test]
@@ -94,10 +210,6 @@ fn a_wrong_tokenizer_is_an_error_that_names_file_and_field() {
             vec!["tokenizer_config.json", "eos_token", "'<end>'"],
         ),
         (changed(|_, config| config["eos_token"] = Value::Null).1, vec!["end-of-sequence", "eos_token"]),
-        (
-            changed(|_, config| (config["bos_token"], config["add_bos_token"]) = (Value::Null, json!(true))).1,
-            vec!["add_bos_token", "bos_token"],
-        ),
     ];
     for (result, names) in cases {
         let error = result.unwrap_err();
@@ -120,6 +232,11 @@ fn a_template_renders_as_in_transformers() {
         "{% if messages[0]['role'] == 'system' and not messages[0].content.startswith('no') %}\n    {{ bos_token + messages[0]['content'].upper() }}\n{% endif %}\n",
         "{% for m in messages[1:] %}\n{{- loop.index ~ say(m) -}}\n{% endfor %}\n{{ ns.last }}"
     ));
+    let parts = template("{{ messages[0].content | trim }}{{ messages[0].content | string }}");
+    let list: minijinja::Value = serde_json::from_str(r#"[{"type": "text", "text": "x"}]"#).unwrap();
+    let asked = Message::new("user", vec![("role".into(), "user".into()), ("content".into(), list)], true);
+    let dialogue = Dialogue { messages: vec![asked], ..Dialogue::default() };
+    assert_eq!(parts.render_chat(&dialogue, false).unwrap(), "[{'type': 'text', 'text': 'x'}]".repeat(2));
     assert_eq!(
         idioms.render_chat(&chat(&[("system", "<b>"), ("user", "x| y"), ("assistant", "z")]), false).unwrap(),
         "    <bos><B>\n1y2z1"
@@ -127,12 +244,50 @@ fn a_template_renders_as_in_transformers() {
 }
 
 #[test]
-fn a_templates_date_never_changes_and_generation_tags_have_no_effect() {
-    let tokenizer = template(
-        "{{ strftime_now('%d %b %Y') }}{% for m in messages %}\n{%- generation -%}\n {{ m.content }}\n{% endgeneration %}\n{% endfor %}",
+fn a_templates_date_never_changes_and_generation_tags_leave_nothing() {
+    for (open, close) in [("{%- generation -%}", "{% endgeneration %}"), ("{%generation%}", "{%endgeneration%}")] {
+        let source = format!(
+            "{{{{ strftime_now('%d %b %Y') }}}}{{% for m in messages %}}\n{open}\n {{{{ m.content }}}}\n{close}\n{{% endfor %}}"
+        );
+        let text = template(&source).render_chat(&chat(&[("user", "x")]), false).unwrap();
+        assert_eq!(text.replace([' ', '\n'], ""), "26Jul2024x", "{open}");
+    }
+    assert!(
+        template("{{ strftime_now('%') }}").render_chat(&chat(&[]), false).unwrap_err().message.contains("refuses")
     );
-    assert_eq!(tokenizer.render_chat(&chat(&[("user", "x")]), false).unwrap(), "26 Jul 2024x\n");
-    assert!(template("{{ strftime_now('%') }}").render_chat(&[], false).unwrap_err().message.contains("refuses"));
+}
+
+/// As `return_assistant_tokens_mask` of transformers 5.24.
+#[test]
+fn generation_tags_say_what_is_learnt() {
+    let source = "{% for m in messages %}{{ m.role[0] }}:{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<eos>{% endgeneration %}{% else %}{{ m.content }}{% endif %};{% endfor %}";
+    let dialogue = chat(&[("user", "x"), ("assistant", "y"), ("user", "q"), ("assistant", "z")]);
+    let sample = template(source).encode_chat(&dialogue).unwrap();
+    assert_eq!(targets(&sample), [id('y'), EOS, id('z'), EOS]);
+    assert_eq!(
+        sample.tokens.len(),
+        template(source).encode(&template(source).render_chat(&dialogue, false).unwrap()).unwrap().len()
+    );
+    let mut muted = chat(&[("user", "x"), ("assistant", "y"), ("user", "q"), ("assistant", "z")]);
+    muted.messages[1].learnt = false;
+    assert_eq!(targets(&template(source).encode_chat(&muted).unwrap()), [id('z'), EOS]);
+    let half = template("{% for m in messages %}{{ m.content }}{% endfor %}{% generation %}e{% endgeneration %}");
+    assert!(half.encode_chat(&muted).unwrap_err().message.contains("weight 0"));
+}
+
+/// What DeepSeek's and Phi's templates do: a generation prompt that opens a thought, and an end token after the last turn only.
+#[test]
+fn a_generation_prompt_or_an_end_that_only_one_rendering_has_is_allowed() {
+    let source = "{% for m in messages %}<turn>{{ m.role[0] }}{{ m.content }}{% endfor %}{% if add_generation_prompt %}<turn>a{T}{% else %}<eos>{% endif %}";
+    let sample = template(source)
+        .encode_chat(&chat(&[("user", "x"), ("assistant", "y"), ("user", "q"), ("assistant", "z")]))
+        .unwrap();
+    assert_eq!(targets(&sample), [id('y'), id('z'), EOS]);
+    assert_eq!(
+        sample.tokens,
+        [vec![TURN], ids("ux"), vec![TURN], ids("ay"), vec![TURN], ids("uq"), vec![TURN], ids("az"), vec![EOS]]
+            .concat()
+    );
 }
 
 #[test]
@@ -140,9 +295,9 @@ fn the_template_is_taken_from_its_own_file_or_from_a_list() {
     let (dir, _) = changed(|_, config| {
         config["chat_template"] = json!([{"name": "tools", "template": "no"}, {"name": "default", "template": "list"}])
     });
-    assert_eq!(Tokenizer::load(dir.path()).unwrap().render_chat(&[], false).unwrap(), "list");
+    assert_eq!(Tokenizer::load(dir.path()).unwrap().render_chat(&chat(&[]), false).unwrap(), "list");
     std::fs::write(dir.path().join("chat_template.jinja"), "file").unwrap();
-    assert_eq!(Tokenizer::load(dir.path()).unwrap().render_chat(&[], false).unwrap(), "file");
+    assert_eq!(Tokenizer::load(dir.path()).unwrap().render_chat(&chat(&[]), false).unwrap(), "file");
 }
 
 #[test]
@@ -178,7 +333,7 @@ fn only_what_the_assistant_says_and_its_end_are_targets() {
     let tokenizer = plain();
     let messages = chat(&[("user", "abc"), ("assistant", "abc"), ("user", "q"), ("assistant", "no")]);
     let sample = tokenizer.encode_chat(&messages).unwrap();
-    assert_eq!(sample.tokens, tokenizer.encode(&tokenizer.render_chat(&messages, false).unwrap(), Begin::No).unwrap());
+    assert_eq!(sample.tokens, tokenizer.encode(&tokenizer.render_chat(&messages, false).unwrap()).unwrap());
     assert_eq!(targets(&sample), [ABC, EOS, id('n'), id('o'), EOS]);
     // The line break after the last EOS is no target, and no second EOS is appended.
     assert_eq!(sample.tokens.last(), Some(&id('\n')));
@@ -196,13 +351,13 @@ fn a_dialogue_without_eos_gets_one_if_the_assistant_ends_it() {
 }
 
 #[test]
-fn a_token_that_begins_before_the_turn_belongs_to_the_prompt() {
+fn a_token_that_begins_before_the_turn_and_holds_some_of_it_is_learnt() {
     let tokenizer = template(
         "{% for m in messages %}{{ 'U' if m.role == 'user' else 'a' }}{{ m.content }}{% endfor %}{% if add_generation_prompt %}a{% endif %}",
     );
     let sample = tokenizer.encode_chat(&chat(&[("user", "x"), ("assistant", "bz")])).unwrap();
     assert_eq!(sample.tokens, [id('U'), id('x'), AB, id('z'), EOS]);
-    assert_eq!(targets(&sample), [id('z'), EOS]);
+    assert_eq!(targets(&sample), [AB, id('z'), EOS]);
 }
 
 #[test]
@@ -212,13 +367,13 @@ fn a_trained_model_gets_the_tokenizers_files() {
     write(from.path(), "config.json", &json!({}));
     let to = tempfile::tempdir().unwrap();
     let tokenizer = tokenizer.unwrap();
-    tokenizer.copy_files(to.path()).unwrap();
+    tokenizer.copy_files(to.path(), None).unwrap();
     let mut names: Vec<String> =
         std::fs::read_dir(to.path()).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
     names.sort();
     assert_eq!(names, ["generation_config.json", "tokenizer.json", "tokenizer_config.json"]);
-    assert_eq!(Tokenizer::load(to.path()).unwrap().encode("abc", Begin::Yes).unwrap(), [ABC]);
-    assert_eq!(tokenizer.copy_files(&to.path().join("missing")).unwrap_err().exit.code(), 74);
+    assert_eq!(Tokenizer::load(to.path()).unwrap().encode("abc").unwrap(), [ABC]);
+    assert_eq!(tokenizer.copy_files(&to.path().join("missing"), None).unwrap_err().exit.code(), 74);
     drop(from);
-    assert!(tokenizer.copy_files(to.path()).unwrap_err().message.contains("tokenizer.json"));
+    assert!(tokenizer.copy_files(to.path(), None).unwrap_err().message.contains("tokenizer.json"));
 }

@@ -1,18 +1,23 @@
 //! GPT-2: layer norm, learned positions, biases everywhere, a tied head, weights stored as `[in, out]`.
 
-use super::{Config, HfTensor};
+use super::{Config, Definition, HfTensor};
 use crate::error::Result;
 use crate::model::{Mlp, ModelSpec, Norm, Param, Positions, Segment};
 
-pub(super) fn spec(config: &Config<'_>) -> Result<ModelSpec> {
+pub(super) const FAMILY: Definition = Definition {
+    model_type: "gpt2",
+    classes: ["GPT2LMHeadModel", "GPT2ForSequenceClassification"],
+    prefix: "transformer.",
+    spec,
+    tensors,
+};
+
+fn spec(config: &Config<'_>) -> Result<ModelSpec> {
     config.one_of("activation_function", "gelu_new", &["gelu_new", "gelu_pytorch_tanh"])?;
     let (hidden, heads) = (config.size("n_embd")?, config.size("n_head")?);
-    if config.flag("scale_attn_by_inverse_layer_idx", false) {
-        return Err(config.error("scale_attn_by_inverse_layer_idx is not supported; it must be false"));
-    }
-    if !config.flag("scale_attn_weights", true) {
-        return Err(config.error("scale_attn_weights false is not supported; it must be true"));
-    }
+    config.must_be("scale_attn_by_inverse_layer_idx", false)?;
+    config.must_be("scale_attn_weights", true)?;
+    config.must_be("add_cross_attention", false)?;
     Ok(ModelSpec {
         vocab: config.size("vocab_size")?,
         hidden,
@@ -30,10 +35,11 @@ pub(super) fn spec(config: &Config<'_>) -> Result<ModelSpec> {
         attention_output_bias: true,
         mlp_bias: true,
         tied_head: config.flag("tie_word_embeddings", true),
+        ..ModelSpec::default()
     })
 }
 
-pub(super) fn tensors(segment: Segment) -> Vec<HfTensor> {
+fn tensors(segment: Segment) -> Vec<HfTensor> {
     match segment {
         Segment::Embed => vec![
             HfTensor::plain("transformer.wte.weight".into(), Param::TokenEmbedding),

@@ -1,54 +1,60 @@
-//! Llama: RMS norm, rotary positions, grouped queries, SwiGLU.
+//! Llama 2 and 3, and what shares its architecture, such as SmolLM2: RMS norm, rotary positions, grouped queries, SwiGLU.
 
-use super::{Config, HfTensor};
+use super::{Config, Definition, HfTensor, rope};
 use crate::error::Result;
-use crate::model::{Mlp, ModelSpec, Norm, Param, Positions, Segment};
+use crate::model::{Mlp, ModelSpec, Norm, Param, Segment};
 
-pub(super) fn spec(config: &Config<'_>) -> Result<ModelSpec> {
-    config.one_of("hidden_act", "silu", &["silu"])?;
+pub(super) const FAMILY: Definition = Definition {
+    model_type: "llama",
+    classes: ["LlamaForCausalLM", "LlamaForSequenceClassification"],
+    prefix: "model.",
+    spec,
+    tensors,
+};
+
+fn spec(config: &Config<'_>) -> Result<ModelSpec> {
+    let bias = config.flag("attention_bias", false);
+    Ok(ModelSpec {
+        qkv_bias: bias,
+        attention_output_bias: bias,
+        mlp_bias: config.flag("mlp_bias", false),
+        ..base(config, 2048, None)?
+    })
+}
+
+/// What the families of Llama's kind have in common, without biases; `positions` and `head_dim` count where the config is silent.
+pub(super) fn base(config: &Config<'_>, positions: i64, head_dim: Option<i64>) -> Result<ModelSpec> {
+    config.one_of("hidden_act", "silu", &["silu", "swish"])?;
     let (hidden, heads) = (config.size("hidden_size")?, config.size("num_attention_heads")?);
+    let head_dim = config.size_or("head_dim", head_dim.unwrap_or(hidden / heads))?;
+    let max_positions = config.size_or("max_position_embeddings", positions)?;
+    let (positions, rope_scaling) = rope::read(config, head_dim, max_positions)?;
     Ok(ModelSpec {
         vocab: config.size("vocab_size")?,
         hidden,
         layers: config.size("num_hidden_layers")? as usize,
         heads,
         kv_heads: config.size_or("num_key_value_heads", heads)?,
-        head_dim: config.size_or("head_dim", hidden / heads)?,
+        head_dim,
         ffn: config.size("intermediate_size")?,
-        max_positions: config.size_or("max_position_embeddings", 2048)?,
+        max_positions,
         norm: Norm::Rms,
         norm_eps: config.number_or("rms_norm_eps", 1e-6)?,
-        positions: Positions::Rotary { theta: rope_theta(config)? },
+        positions,
+        rope_scaling,
         mlp: Mlp::SwiGlu,
-        qkv_bias: config.flag("attention_bias", false),
-        attention_output_bias: config.flag("attention_bias", false),
-        mlp_bias: config.flag("mlp_bias", false),
         tied_head: config.flag("tie_word_embeddings", false),
+        ..ModelSpec::default()
     })
 }
 
-/// The base of the rotary frequencies: its own field until transformers 4, in `rope_parameters` since 5.
-fn rope_theta(config: &Config<'_>) -> Result<f64> {
-    for field in ["rope_scaling", "rope_parameters"] {
-        let Some(inner) = config.json.get(field).filter(|v| v.is_object()) else { continue };
-        let inner = Config { path: config.path, json: inner };
-        let kind = if inner.json.get("rope_type").is_some() { "rope_type" } else { "type" };
-        inner.one_of(kind, "default", &["default"])?;
-        if inner.json.get("rope_theta").is_some() {
-            return inner.number_or("rope_theta", 1e4);
-        }
-    }
-    config.number_or("rope_theta", 1e4)
-}
-
-pub(super) fn tensors(spec: &ModelSpec, segment: Segment) -> Vec<HfTensor> {
-    let plain = |name: String, param| HfTensor::plain(name, param);
+pub(super) fn tensors(segment: Segment) -> Vec<HfTensor> {
+    let plain = |name: &str, param| HfTensor::plain(name.into(), param);
     match segment {
-        Segment::Embed => vec![plain("model.embed_tokens.weight".into(), Param::TokenEmbedding)],
+        Segment::Embed => vec![plain("model.embed_tokens.weight", Param::TokenEmbedding)],
         Segment::Block(i) => block(i),
         Segment::Head => {
-            let norm = plain("model.norm.weight".into(), Param::FinalNormWeight);
-            if spec.tied_head { vec![norm] } else { vec![norm, plain("lm_head.weight".into(), Param::LmHeadWeight)] }
+            vec![plain("model.norm.weight", Param::FinalNormWeight), plain("lm_head.weight", Param::LmHeadWeight)]
         }
     }
 }
@@ -58,8 +64,10 @@ fn block(i: usize) -> Vec<HfTensor> {
         ("input_layernorm.weight", Param::AttentionNormWeight),
         ("self_attn.q_proj.weight", Param::QueryWeight),
         ("self_attn.q_proj.bias", Param::QueryBias),
+        ("self_attn.q_norm.weight", Param::QueryNormWeight),
         ("self_attn.k_proj.weight", Param::KeyWeight),
         ("self_attn.k_proj.bias", Param::KeyBias),
+        ("self_attn.k_norm.weight", Param::KeyNormWeight),
         ("self_attn.v_proj.weight", Param::ValueWeight),
         ("self_attn.v_proj.bias", Param::ValueBias),
         ("self_attn.o_proj.weight", Param::OutputWeight),

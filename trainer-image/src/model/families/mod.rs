@@ -1,22 +1,37 @@
 //! The supported families. Each file maps a Hugging Face config onto [`ModelSpec`] and tensor names onto
-//! [`Param`]s; the tables run both ways. Adding a family is adding one file and one line in each match here.
+//! [`Param`]s; the tables run both ways. Adding a family is adding one file, its module and its line in [`Family::ALL`].
 
 mod gpt2;
 mod llama;
+mod mistral;
+mod opt;
+mod qwen2;
+mod qwen3;
+mod rope;
 
 use super::{HeadKind, ModelSpec, Param, Segment};
 use crate::error::{Error, Result};
 use serde_json::Value;
 use std::path::Path;
 
-/// A model family, named as `model_type` in Hugging Face configs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Family {
-    /// GPT-2 (Radford 2019).
-    Gpt2,
-    /// Llama (Touvron 2023) and what shares its architecture, such as SmolLM2.
-    Llama,
+/// A model family: what tells its checkpoints from others'.
+#[derive(Debug)]
+pub struct Definition {
+    /// Its name as `model_type` in configs.
+    model_type: &'static str,
+    /// The classes of `transformers` that load it as a causal language model and with one score.
+    classes: [&'static str; 2],
+    /// The prefix that a bare backbone's checkpoint leaves out of its tensor names.
+    prefix: &'static str,
+    /// The shape that a config says.
+    spec: fn(&Config<'_>) -> Result<ModelSpec>,
+    /// The tensors that may hold a segment's parameters; those of parameters that a model does not have are left out.
+    tensors: fn(Segment) -> Vec<HfTensor>,
 }
+
+/// A model family, known by its definition.
+#[derive(Clone, Copy, Debug)]
+pub struct Family(&'static Definition);
 
 /// A tensor of a Hugging Face checkpoint: one or more parameters joined along their first dimension.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,32 +52,32 @@ impl HfTensor {
 
 impl Family {
     /// Every family.
-    pub const ALL: [Family; 2] = [Family::Gpt2, Family::Llama];
+    pub const ALL: [Family; 6] = [
+        Family(&gpt2::FAMILY),
+        Family(&llama::FAMILY),
+        Family(&mistral::FAMILY),
+        Family(&opt::FAMILY),
+        Family(&qwen2::FAMILY),
+        Family(&qwen3::FAMILY),
+    ];
 
     /// The `model_type` of its configs.
     pub fn model_type(self) -> &'static str {
-        match self {
-            Family::Gpt2 => "gpt2",
-            Family::Llama => "llama",
-        }
+        self.0.model_type
     }
 
     /// The class of `transformers` that loads a model of this family with this head.
     pub fn architecture(self, head: HeadKind) -> &'static str {
-        match (self, head) {
-            (Family::Gpt2, HeadKind::Lm) => "GPT2LMHeadModel",
-            (Family::Gpt2, HeadKind::Scalar) => "GPT2ForSequenceClassification",
-            (Family::Llama, HeadKind::Lm) => "LlamaForCausalLM",
-            (Family::Llama, HeadKind::Scalar) => "LlamaForSequenceClassification",
+        let [language, scalar] = self.0.classes;
+        match head {
+            HeadKind::Lm => language,
+            HeadKind::Scalar => scalar,
         }
     }
 
     /// The prefix that a bare backbone's checkpoint leaves out of its tensor names.
     pub fn backbone_prefix(self) -> &'static str {
-        match self {
-            Family::Gpt2 => "transformer.",
-            Family::Llama => "model.",
-        }
+        self.0.prefix
     }
 
     /// The family and shape of the model with this config.
@@ -75,20 +90,15 @@ impl Family {
             let known: Vec<_> = Self::ALL.iter().map(|f| f.model_type()).collect();
             config.error(format!("model_type '{model_type}' is not supported; supported are {}", known.join(", ")))
         })?;
-        let spec = match family {
-            Family::Gpt2 => gpt2::spec(config),
-            Family::Llama => llama::spec(config),
-        }?;
+        let spec = (family.0.spec)(config)?;
         config.check(&spec)?;
         Ok((family, spec))
     }
 
-    /// The checkpoint's tensors that hold a segment's parameters, the score head's apart.
-    pub fn tensors(self, spec: &ModelSpec, segment: Segment) -> Vec<HfTensor> {
-        match self {
-            Family::Gpt2 => gpt2::tensors(segment),
-            Family::Llama => llama::tensors(spec, segment),
-        }
+    /// The checkpoint's tensors that may hold a segment's parameters, the score head's apart: a parameter that the model does
+    /// not have has none.
+    pub fn tensors(self, segment: Segment) -> Vec<HfTensor> {
+        (self.0.tensors)(segment)
     }
 }
 
@@ -131,6 +141,11 @@ impl Config<'_> {
         }
     }
 
+    fn positive(&self, field: &str) -> Result<f64> {
+        let value = self.json.get(field).and_then(Value::as_f64).filter(|v| *v > 0.0);
+        value.ok_or_else(|| self.error(format!("field '{field}' is missing or not a number above zero")))
+    }
+
     fn flag(&self, field: &str, default: bool) -> bool {
         self.json.get(field).and_then(Value::as_bool).unwrap_or(default)
     }
@@ -141,6 +156,31 @@ impl Config<'_> {
             Ok(())
         } else {
             Err(self.error(format!("{field} '{value}' is not supported; supported is {}", supported.join(" or "))))
+        }
+    }
+
+    /// Refuses a switch that is not at the one value that is supported.
+    fn must_be(&self, field: &str, supported: bool) -> Result<()> {
+        if self.flag(field, supported) == supported {
+            return Ok(());
+        }
+        Err(self.error(format!("{field} {} is not supported; it must be {supported}", !supported)))
+    }
+
+    /// How far back every block sees, where `layer_types` and the fields of the family let it see less than everything.
+    fn window(&self, default: Option<i64>, layers: usize) -> Result<Option<i64>> {
+        let window = match self.json.get("sliding_window") {
+            None => default,
+            Some(Value::Null) => None,
+            Some(_) => Some(self.size("sliding_window")?),
+        };
+        let Some(types) = self.json.get("layer_types").and_then(Value::as_array) else { return Ok(window) };
+        let sliding = types.iter().take(layers).filter(|t| *t == "sliding_attention").count();
+        match sliding {
+            0 => Ok(None),
+            n if n == layers && window.is_some() => Ok(window),
+            _ => Err(self
+                .error("layer_types that mix full and sliding attention are not supported; all blocks must be alike")),
         }
     }
 

@@ -114,9 +114,9 @@ impl Run<'_> {
     fn answer(&self, prompts: &[&(u64, &Prompt)], decoding: &Decoding) -> Result<Vec<Experience>> {
         let requests: Vec<Request<'_>> =
             prompts.iter().map(|(id, prompt)| Request { prompt: &prompt.tokens, id: *id }).collect();
-        let (eos, max_new_tokens) = (self.eos, self.settings.max_new_tokens as usize);
+        let max_new_tokens = self.settings.max_new_tokens as usize;
         let stop = || self.context.asked_to_stop();
-        let responses = generate(&self.models.actor, &requests, decoding, eos, max_new_tokens, &stop)?;
+        let responses = generate(&self.models.actor, &requests, decoding, &self.ends, max_new_tokens, &stop)?;
         let join = |(request, response): (&Request<'_>, crate::rollout::Response)| Experience {
             tokens: [request.prompt, &response.tokens].concat(),
             prompt_len: request.prompt.len(),

@@ -40,8 +40,8 @@ struct State {
 pub(crate) struct Run<'a> {
     context: &'a Context,
     settings: &'a Ppo,
-    /// The token that ends a response.
-    eos: i64,
+    /// The tokens that end a response.
+    ends: Vec<i64>,
     models: Models,
     state: State,
 }
@@ -53,9 +53,10 @@ pub(super) fn run(context: &Context, settings: &Ppo) -> Result<Output> {
         load_prompts(&context.dataset(&settings.prompts)?, settings, &tokenizer, context.config.seed)
     })?;
     context.agree_on_data(prompts.train.iter().chain(&prompts.eval).map(|p| p.tokens.as_slice()))?;
-    let source = Source::open(&context.path(&context.config.paths.start_model))?;
+    let mut source = Source::open(&context.path(&context.config.paths.start_model))?;
+    source.spec.known_tokens = Some(tokenizer.vocab_size() as i64);
     let models = Models::load(context, settings, &source)?;
-    let mut run = Run::new(context, settings, tokenizer.eos(), models);
+    let mut run = Run::new(context, settings, tokenizer.ends(), models);
     let held_out = HeldOut { prompts: &prompts.eval, tokenizer: &tokenizer };
     let start = run.restore_or_evaluate(&held_out)?;
     for iteration in start..u64::from(settings.iterations) {
@@ -82,9 +83,9 @@ fn warn_of_cuts(settings: &Ppo) {
 
 impl<'a> Run<'a> {
     /// A run at its first iteration.
-    pub(crate) fn new(context: &'a Context, settings: &'a Ppo, eos: i64, models: Models) -> Self {
+    pub(crate) fn new(context: &'a Context, settings: &'a Ppo, ends: Vec<i64>, models: Models) -> Self {
         let state = State { kl_coefficient: settings.kl.coefficient, before: BTreeMap::new() };
-        Self { context, settings, eos, models, state }
+        Self { context, settings, ends, models, state }
     }
 
     /// The iteration to go on with: that of the newest checkpoint, or 0 after an evaluation of the untrained actor.

@@ -67,7 +67,12 @@ struct Sources<'a> {
 impl<'a> Sources<'a> {
     fn open(context: &'a Context, settings: &'a Ppo, actor: &'a Source) -> Result<Self> {
         let paths = &context.config.paths;
-        let open = |path: &String| Source::open(&context.path(path));
+        let open = |path: &String| {
+            let mut source = Source::open(&context.path(path))?;
+            // Probabilities are compared with the actor's, so they are over the same tokens.
+            source.spec.known_tokens = actor.spec.known_tokens;
+            Ok::<_, Error>(source)
+        };
         let mut rewards = Vec::new();
         for reward in &settings.rewards {
             let path = paths.reward_models.get(&reward.name);

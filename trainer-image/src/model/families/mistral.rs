@@ -1,0 +1,18 @@
+//! Mistral: Llama without biases, whose tokens see no further back than a sliding window.
+
+use super::{Config, Definition, llama};
+use crate::error::Result;
+use crate::model::ModelSpec;
+
+pub(super) const FAMILY: Definition = Definition {
+    model_type: "mistral",
+    classes: ["MistralForCausalLM", "MistralForSequenceClassification"],
+    prefix: "model.",
+    spec,
+    tensors: llama::tensors,
+};
+
+fn spec(config: &Config<'_>) -> Result<ModelSpec> {
+    let base = llama::base(config, 4096 * 32, None)?;
+    Ok(ModelSpec { sliding_window: config.window(Some(4096), base.layers)?, ..base })
+}

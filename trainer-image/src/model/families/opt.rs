@@ -1,0 +1,83 @@
+//! OPT: layer norm, learned positions from row 2 on, ReLU, biases everywhere, a tied head.
+
+use super::{Config, Definition, HfTensor};
+use crate::error::Result;
+use crate::model::{Mlp, ModelSpec, Norm, Param, Positions, Segment};
+
+pub(super) const FAMILY: Definition = Definition {
+    model_type: "opt",
+    classes: ["OPTForCausalLM", "OPTForSequenceClassification"],
+    prefix: "model.",
+    spec,
+    tensors,
+};
+
+fn spec(config: &Config<'_>) -> Result<ModelSpec> {
+    config.one_of("activation_function", "relu", &["relu"])?;
+    config.must_be("do_layer_norm_before", true)?;
+    config.must_be("_remove_final_layer_norm", false)?;
+    config.must_be("layer_norm_elementwise_affine", true)?;
+    let (hidden, heads) = (config.size("hidden_size")?, config.size("num_attention_heads")?);
+    if config.size_or("word_embed_proj_dim", hidden)? != hidden {
+        return Err(config.error("word_embed_proj_dim other than hidden_size is not supported"));
+    }
+    let bias = config.flag("enable_bias", true);
+    Ok(ModelSpec {
+        vocab: config.size("vocab_size")?,
+        hidden,
+        layers: config.size("num_hidden_layers")? as usize,
+        heads,
+        kv_heads: heads,
+        head_dim: hidden / heads,
+        ffn: config.size("ffn_dim")?,
+        max_positions: config.size_or("max_position_embeddings", 2048)?,
+        position_offset: 2,
+        norm: Norm::Layer,
+        norm_eps: 1e-5,
+        positions: Positions::Learned,
+        mlp: Mlp::Relu,
+        qkv_bias: bias,
+        attention_output_bias: bias,
+        mlp_bias: bias,
+        tied_head: config.flag("tie_word_embeddings", true),
+        ..ModelSpec::default()
+    })
+}
+
+fn tensors(segment: Segment) -> Vec<HfTensor> {
+    let plain = |name: &str, param| HfTensor::plain(name.into(), param);
+    match segment {
+        Segment::Embed => vec![
+            plain("model.decoder.embed_tokens.weight", Param::TokenEmbedding),
+            plain("model.decoder.embed_positions.weight", Param::PositionEmbedding),
+        ],
+        Segment::Block(i) => block(i),
+        Segment::Head => vec![
+            plain("model.decoder.final_layer_norm.weight", Param::FinalNormWeight),
+            plain("model.decoder.final_layer_norm.bias", Param::FinalNormBias),
+            plain("lm_head.weight", Param::LmHeadWeight),
+        ],
+    }
+}
+
+fn block(i: usize) -> Vec<HfTensor> {
+    let table = [
+        ("self_attn_layer_norm.weight", Param::AttentionNormWeight),
+        ("self_attn_layer_norm.bias", Param::AttentionNormBias),
+        ("self_attn.q_proj.weight", Param::QueryWeight),
+        ("self_attn.q_proj.bias", Param::QueryBias),
+        ("self_attn.k_proj.weight", Param::KeyWeight),
+        ("self_attn.k_proj.bias", Param::KeyBias),
+        ("self_attn.v_proj.weight", Param::ValueWeight),
+        ("self_attn.v_proj.bias", Param::ValueBias),
+        ("self_attn.out_proj.weight", Param::OutputWeight),
+        ("self_attn.out_proj.bias", Param::OutputBias),
+        ("final_layer_norm.weight", Param::MlpNormWeight),
+        ("final_layer_norm.bias", Param::MlpNormBias),
+        ("fc1.weight", Param::UpWeight),
+        ("fc1.bias", Param::UpBias),
+        ("fc2.weight", Param::DownWeight),
+        ("fc2.bias", Param::DownBias),
+    ];
+    table.into_iter().map(|(name, param)| HfTensor::plain(format!("model.decoder.layers.{i}.{name}"), param)).collect()
+}

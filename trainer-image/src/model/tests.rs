@@ -1,0 +1,196 @@
+use super::families::Family;
+use super::fixture::*;
+use super::*;
+use crate::error::Error;
+use safetensors::SafeTensors;
+use safetensors::tensor::Dtype;
+use serde_json::{Value, json};
+use std::path::Path;
+use tch::{Kind, Tensor};
+use tempfile::TempDir;
+
+fn llama() -> Value {
+    json!({
+        "model_type": "llama", "vocab_size": 12, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "intermediate_size": 16, "max_position_embeddings": 32, "tie_word_embeddings": true, "torch_dtype": "bfloat16"
+    })
+}
+
+/// A model with this config whose tensors were changed.
+fn model(config: &Value, dtype: Dtype, change: impl FnOnce(&mut Tensors)) -> TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    let mut tensors = weights(dir.path(), config, dtype);
+    change(&mut tensors);
+    write_weights(dir.path(), &tensors, dtype);
+    dir
+}
+
+const EMBEDDING: &str = "model.embed_tokens.weight";
+const HEAD: &str = "lm_head.weight";
+
+fn check(result: crate::error::Result<Source>, parts: &[&str]) {
+    let error: Error = result.unwrap_err();
+    assert_eq!(error.exit.code(), 65, "{error}");
+    assert!(parts.iter().all(|part| error.message.contains(part)), "{error}");
+}
+
+/// As transformers 5.24 does: "we will NOT tie them".
+#[test]
+fn two_heads_under_a_tied_flag_are_kept_apart_and_one_of_either_name_is_tied() {
+    let open = |change: &dyn Fn(&mut Tensors)| {
+        let dir = model(&llama(), Dtype::F32, change);
+        let source = Source::open(dir.path()).unwrap();
+        (dir, source)
+    };
+    let head = |source: &Source| {
+        source.segment(Segment::Head, HeadKind::Lm).unwrap().into_iter().flatten().collect::<Vec<_>>()
+    };
+    let other = |t: &mut Tensors| drop(t.insert(HEAD.into(), (vec![12, 8], numbers(96, 99, Dtype::F32))));
+    let (_dir, source) = open(&other);
+    assert!(!source.spec.tied_head && source.config["tie_word_embeddings"] == json!(false));
+    assert!(source.warnings[0].contains(HEAD) && source.warnings[0].contains("differ"), "{:?}", source.warnings);
+    assert_eq!(head(&source).iter().map(Tensor::size).collect::<Vec<_>>(), [vec![12, 8], vec![8]]);
+
+    let same = |t: &mut Tensors| drop(t.insert(HEAD.into(), t[EMBEDDING].clone()));
+    let renamed = |t: &mut Tensors| {
+        let embedding = t.remove(EMBEDDING).unwrap();
+        t.insert(HEAD.into(), embedding);
+    };
+    for change in [&same as &dyn Fn(&mut Tensors), &renamed, &|_: &mut Tensors| ()] {
+        let (_dir, source) = open(change);
+        assert!(source.spec.tied_head && source.warnings.is_empty(), "{:?}", source.warnings);
+        assert_eq!(head(&source).len(), 1);
+        assert_eq!(source.segment(Segment::Embed, HeadKind::Lm).unwrap()[0].as_ref().unwrap().size(), [12, 8]);
+    }
+}
+
+#[test]
+fn a_tensor_that_is_missing_misshapen_or_not_used_is_named_before_anything_is_read() {
+    let open = |change: &dyn Fn(&mut Tensors)| Source::open(model(&llama(), Dtype::F32, change).path());
+    let query = "model.layers.0.self_attn.q_proj.weight";
+    check(open(&|t| drop(t.remove(query))), &[query, "is missing"]);
+    check(open(&|t| t.get_mut(query).unwrap().0 = vec![4, 16]), &[query, "[4, 16]", "[8, 8]"]);
+    let bias = "model.layers.0.self_attn.q_proj.bias";
+    let biased = |t: &mut Tensors| drop(t.insert(bias.into(), (vec![8], numbers(8, 1, Dtype::F32))));
+    check(open(&biased), &[bias, "1 tensors", "attention_bias"]);
+    let value_head =
+        |t: &mut Tensors| drop(t.insert("v_head.summary.weight".into(), (vec![8], numbers(8, 1, Dtype::F32))));
+    let source = open(&value_head).unwrap();
+    assert!(source.warnings[0].contains("v_head.summary.weight"), "{:?}", source.warnings);
+    let buffer = |t: &mut Tensors| {
+        drop(t.insert("model.layers.0.self_attn.rotary_emb.inv_freq".into(), (vec![2], numbers(2, 1, Dtype::F32))));
+    };
+    assert!(open(&buffer).unwrap().warnings.is_empty());
+    let untied = json!({"tie_word_embeddings": false});
+    let mut config = llama();
+    config["tie_word_embeddings"] = untied["tie_word_embeddings"].clone();
+    // A sequence classifier has no language model's head, and only who needs one misses it.
+    let dir = model(&config, Dtype::F32, |t| drop(t.remove(HEAD)));
+    let source = Source::open(dir.path()).unwrap();
+    assert!(source.check_language_head().unwrap_err().message.contains(HEAD));
+    assert!(Source::open(model(&config, Dtype::F32, |_| ()).path()).unwrap().check_language_head().is_ok());
+}
+
+#[test]
+fn a_folder_that_holds_no_model_says_what_it_holds() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("adapter_config.json"), r#"{"base_model_name_or_path": "org/base"}"#).unwrap();
+    check(Source::open(dir.path()), &["PEFT adapter of 'org/base'", "merge"]);
+    std::fs::write(dir.path().join("config.json"), llama().to_string()).unwrap();
+    check(Source::open(dir.path()), &["PEFT adapter of 'org/base'", "merge"]);
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("config.json"), llama().to_string()).unwrap();
+    std::fs::write(dir.path().join("pytorch_model.bin"), "").unwrap();
+    check(Source::open(dir.path()), &["pytorch_model.bin", "safetensors"]);
+}
+
+/// Writes the model of a folder as it is, trained by nothing.
+fn export(from: &Path, head: HeadKind, about: Scores) -> TempDir {
+    let source = Source::open(from).unwrap();
+    let to = tempfile::tempdir().unwrap();
+    let mut writer = ModelWriter::create(&to.path().join("m"), &source, head, SHARD_BYTES).unwrap();
+    for segment in source.spec.segments() {
+        let values = source.segment(segment, head).unwrap();
+        let shape = |i: usize| source.spec.params(segment, head)[i].shape.clone();
+        let values: Vec<Tensor> = values
+            .into_iter()
+            .enumerate()
+            .map(|(i, v)| v.unwrap_or_else(|| Tensor::zeros(shape(i), (Kind::Float, tch::Device::Cpu))))
+            .collect();
+        writer.write(segment, &values).unwrap();
+    }
+    writer.finish(about, |_| Ok(())).unwrap();
+    to
+}
+
+#[test]
+fn a_model_is_written_in_the_number_format_of_its_start_and_bit_for_bit() {
+    for (dtype, name) in [(Dtype::BF16, "bfloat16"), (Dtype::F16, "float16"), (Dtype::F32, "float32")] {
+        let start = model(&llama(), dtype, |_| ());
+        let to = export(start.path(), HeadKind::Lm, Scores::default());
+        let read = |dir: &Path| std::fs::read(dir.join("model.safetensors")).unwrap();
+        let (a, b) = (read(start.path()), read(&to.path().join("m")));
+        let (a, b) = (SafeTensors::deserialize(&a).unwrap(), SafeTensors::deserialize(&b).unwrap());
+        assert_eq!(a.len(), b.len());
+        for (name, tensor) in a.tensors() {
+            let other = b.tensor(&name).unwrap();
+            assert_eq!((tensor.dtype(), tensor.data()), (other.dtype(), other.data()), "{name}");
+        }
+        let config: Value = serde_json::from_slice(&std::fs::read(to.path().join("m/config.json")).unwrap()).unwrap();
+        assert_eq!(config["torch_dtype"], name);
+    }
+}
+
+#[test]
+fn a_reward_model_says_how_its_scores_are_read() {
+    let start = model(&llama(), Dtype::F32, |_| ());
+    let to = export(start.path(), HeadKind::Scalar, Scores { normalisation: None, pad: Some(7) });
+    let config: Value = serde_json::from_slice(&std::fs::read(to.path().join("m/config.json")).unwrap()).unwrap();
+    assert_eq!(config["pad_token_id"], 7);
+    assert_eq!(config["problem_type"], "regression");
+    assert_eq!(config["architectures"], json!(["LlamaForSequenceClassification"]));
+}
+
+#[test]
+fn what_is_not_supported_is_refused_by_the_fields_name_and_with_what_is() {
+    let refused = |change: &dyn Fn(&mut Value)| {
+        let mut config = llama();
+        change(&mut config);
+        let path = Path::new("config.json");
+        Family::read(&families::Config { path, json: &config }).unwrap_err().message
+    };
+    let says = |message: String, parts: &[&str]| assert!(parts.iter().all(|p| message.contains(p)), "{message}");
+    says(refused(&|c| c["model_type"] = json!("t5")), &["model_type 't5'", "gpt2, llama, mistral, opt, qwen2, qwen3"]);
+    says(
+        refused(&|c| c["rope_scaling"] = json!({"type": "longrope"})),
+        &["type 'longrope'", "default or linear or dynamic or llama3 or yarn"],
+    );
+    says(refused(&|c| c["rope_parameters"] = json!({"rope_type": "linear"})), &["'factor' is missing"]);
+    says(
+        refused(&|c| c["rope_parameters"] = json!({"rope_type": "default", "partial_rotary_factor": 0.5})),
+        &["partial_rotary_factor"],
+    );
+    says(
+        refused(&|c| {
+            (c["model_type"], c["layer_types"], c["sliding_window"]) =
+                (json!("mistral"), json!(["sliding_attention"]), Value::Null)
+        }),
+        &["layer_types"],
+    );
+    says(
+        refused(&|c| {
+            (c["model_type"], c["use_sliding_window"], c["max_window_layers"], c["num_hidden_layers"]) =
+                (json!("qwen2"), json!(true), json!(1), json!(2))
+        }),
+        &["max_window_layers"],
+    );
+    says(refused(&|c| c["hidden_act"] = json!("gelu")), &["hidden_act 'gelu'", "silu"]);
+    let opt = |field: &str, value: Value| {
+        let mut config = json!({"model_type": "opt", "vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 8});
+        config[field] = value;
+        let path = Path::new("config.json");
+        Family::read(&families::Config { path, json: &config }).unwrap_err().message
+    };
+    says(opt("do_layer_norm_before", json!(false)), &["do_layer_norm_before false", "must be true"]);
+    says(opt("word_embed_proj_dim", json!(4)), &["word_embed_proj_dim"]);
+}
