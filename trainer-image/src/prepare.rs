@@ -90,7 +90,9 @@ pub fn run(config: &PrepareConfig, volume: &Path, telemetry: &Telemetry) -> Resu
     let mut check = |stage: &StageConfig| {
         parts.begin(format!("stage '{}': {}", stage.stage, stage.kind.dataset().1.source));
         let report = check_dataset(stage, volume, &models.tokenizer)?;
-        models.check_tokens(stage, report.dataset.highest_id).map_err(|e| e.context(format!("stage '{}'", stage.stage)))?;
+        models
+            .check_tokens(stage, report.dataset.highest_id)
+            .map_err(|e| e.context(format!("stage '{}'", stage.stage)))?;
         Ok::<_, Error>(report)
     };
     let stages = config.stages.iter().map(&mut check).collect::<Result<_>>()?;

@@ -26,7 +26,7 @@ fn write_source(dir: &Path) {
     let mut shapes = Vec::new();
     for segment in spec.segments() {
         let params = spec.params(segment, HeadKind::Lm);
-        for entry in family.tensors(&spec, segment) {
+        for entry in family.tensors(segment) {
             let parts: Vec<_> = params.iter().filter(|p| entry.parts.contains(&p.param)).collect();
             if parts.is_empty() {
                 continue;

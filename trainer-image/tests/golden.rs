@@ -535,7 +535,7 @@ fn loss_and_every_gradient_of_adapters_equal_those_of_peft() {
         for (block, chunk) in model.trained_mut().enumerate() {
             let gradients = chunk.gradients().unwrap();
             let of = |param| &gradients[params.iter().position(|p| *p == param).unwrap()];
-            for entry in source.family.tensors(&source.spec, Segment::Block(block)) {
+            for entry in source.family.tensors(Segment::Block(block)) {
                 let Some(linears) = entry.parts.iter().map(|p| p.as_weight()).collect::<Option<Vec<_>>>() else {
                     continue;
                 };
