@@ -109,7 +109,7 @@ impl Loaded {
 
     fn load(&self, head: HeadKind, precision: Precision) -> Result<Model> {
         let strategy = Strategy { precision, ..Strategy::default() };
-        let device = worker::device(0);
+        let device = worker::device(0, 0)?;
         let placement = Placement { device, trainable: false, strategy, head_slice_bytes: HEAD_SLICE_BYTES };
         let init = ScalarInit { seed: 0, fold: None };
         Model::load(&self.source, head, init, placement, &Rc::new(Group::alone()))
