@@ -329,10 +329,12 @@ mod tests {
 
     #[tokio::test]
     async fn an_answer_is_bounded() {
-        let (port, _) = pod(format!(r#"{{"step": 1, "totalSteps": 1, "x": "{}"}}"#, "y".repeat(MAX_DOCUMENT_BYTES))).await;
+        let (port, _) =
+            pod(format!(r#"{{"step": 1, "totalSteps": 1, "x": "{}"}}"#, "y".repeat(MAX_DOCUMENT_BYTES))).await;
         let reader = ProgressReader::on_port(port).unwrap();
         assert!(matches!(reader.ask("127.0.0.1", KEY).await, Err(Error::TooLong)));
-        let (port, _) = pod(format!(r#"{{"step": 1, "totalSteps": 1, "metrics": {{"{}": 1}}}}"#, "y".repeat(999))).await;
+        let (port, _) =
+            pod(format!(r#"{{"step": 1, "totalSteps": 1, "metrics": {{"{}": 1}}}}"#, "y".repeat(999))).await;
         let answer = ProgressReader::on_port(port).unwrap().ask("127.0.0.1", KEY).await.unwrap();
         assert!(answer.metrics.is_empty());
     }

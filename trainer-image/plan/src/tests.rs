@@ -331,8 +331,13 @@ proptest! {
         let Verdict { device_lacks, host_lacks, .. } = Verdict::new(plan, &machines);
         prop_assert!(plan.device.total().is_finite() && plan.host.total().is_finite());
         prop_assert!(device_lacks >= 0.0 && host_lacks >= 0.0);
-        let ModelSpec { hidden, ffn, layers, vocab, heads, kv_heads, head_dim, .. } = task.model.clone();
-        if [hidden, ffn, vocab, heads, kv_heads, head_dim].iter().all(|size| *size > 0) {
+        let mut models = vec![&task.model];
+        if let Stage::Ppo { reference, critic, rewards, .. } = &task.stage {
+            models.extend(reference.iter().chain(rewards.iter().chain([critic]).map(|scorer| &scorer.model)));
+        }
+        let sizes = |m: &ModelSpec| [m.vocab, m.hidden, m.heads, m.kv_heads, m.head_dim, m.ffn];
+        let ModelSpec { hidden, ffn, layers, vocab, .. } = task.model.clone();
+        if models.into_iter().all(|m| sizes(m).iter().all(|n| *n > 0)) {
             let weights = hidden as f64 * (vocab as f64 + ffn as f64 * layers as f64);
             let ranks = f64::from(machines.world_size().max(1));
             let held = plan.device.parameters * ranks + plan.host.parameters * f64::from(machines.nodes);
