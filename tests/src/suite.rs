@@ -6,7 +6,7 @@
 
 use crate::manifest;
 use crate::operator::Operator;
-use crate::scene::Scene;
+use crate::scene::{Scene, eventually};
 use crate::tools::{cache, helm, kubeconfig, kubectl, root};
 use crate::turns::{Kind, Turns};
 use crate::{RELEASE, SYSTEM};
@@ -172,7 +172,9 @@ async fn define() {
     let definition = root().join("crds/rlhfjob.yaml").display().to_string();
     let apply = ["apply", "--server-side", "--force-conflicts", "--filename", &definition];
     kubectl(&apply).await.good();
-    kubectl(&["wait", "--for=condition=Established", "--timeout=60s", "--filename", &definition]).await.good();
+    // kubectl gives up waiting where the definition has no conditions yet.
+    let wait = ["wait", "--for=condition=Established", "--timeout=5s", "--filename", &definition];
+    eventually("the definition's use", async || kubectl(&wait).await.ok).await;
 }
 
 async fn undefine() {
