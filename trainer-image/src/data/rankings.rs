@@ -19,8 +19,8 @@ pub struct Ranking {
 }
 
 /// Reads the records at `path`. Of sequences longer than `maxLength` the prompt loses its beginning (but not its BOS), in all
-/// of a record's sequences alike, so that each response is scored whole and at its end; a record with a response that has no
-/// room is dropped, and so is one of whose responses two are the same.
+/// of a record's sequences alike, so that each response is scored whole and at its end. Where a response has no room even so,
+/// the prompt stays, and the sequences lose their ends; a record of whose responses two are then the same is dropped.
 ///
 /// A whole dialogue is encoded as one text. Its prompt is what the dialogues begin with in common, up to the last line break
 /// in it, so that responses that open alike do not hide that the prompt is the same; where they have nothing in common, each
@@ -36,13 +36,15 @@ pub fn load_rankings(path: &Path, settings: &RewardModel, tokenizer: &Tokenizer,
         let excess = responses.iter().map(Vec::len).max().unwrap_or_default().saturating_sub(max_length);
         let begin = tokenizer.begin_length().min(prompt_len);
         // Of a prompt that is cut, its last token at least is left.
-        let fits = excess == 0 || begin + excess < prompt_len;
-        let same = responses.iter().collect::<HashSet<_>>().len() < responses.len();
-        if !fits || same {
+        if begin + excess < prompt_len {
+            responses.iter_mut().for_each(|r| drop(r.drain(begin..begin + excess)));
+        } else {
+            responses.iter_mut().for_each(|r| r.truncate(max_length));
+        }
+        if responses.iter().collect::<HashSet<_>>().len() < responses.len() {
             rankings.drop_record(Dropped::Unusable);
             return Ok(());
         }
-        responses.iter_mut().for_each(|r| drop(r.drain(begin..begin + excess)));
         let line = record.line.to_le_bytes();
         let key = if prompt.is_empty() { &line[..] } else { prompt.as_bytes() };
         let about = About { truncated: excess > 0, empty };
@@ -51,7 +53,7 @@ pub fn load_rankings(path: &Path, settings: &RewardModel, tokenizer: &Tokenizer,
         Ok(())
     })?;
     let why = format!(
-        "their responses are the same, or longer than maxLength {max_length}; raise maxLength, or check that the responses differ"
+        "within maxLength {max_length} their responses are the same; raise maxLength, or check that the responses differ"
     );
     rankings.split(path, settings.dataset.eval_fraction, &why)
 }

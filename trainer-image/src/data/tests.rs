@@ -194,6 +194,14 @@ fn a_pair_a_ranking_and_whole_dialogues_become_sequences() {
 }
 
 #[test]
+fn responses_that_have_no_room_lose_their_ends_and_the_prompt_stays() {
+    let record = json!({"prompt": "x", "chosen": "klmno", "rejected": "mlk"});
+    let split = read_rankings(&[record], &reward(4, 0.0), &plain()).unwrap();
+    assert_eq!(split.train, [Ranking { responses: vec![ids("xklm"), ids("xmlk")] }]);
+    assert_eq!((split.summary.truncated, split.summary.dropped), (1, 0));
+}
+
+#[test]
 fn a_long_ranking_loses_the_beginning_of_its_prompt_and_never_a_response_or_its_end() {
     let records = [
         json!({"prompt": "xyz", "chosen": "kl", "rejected": "k"}),
