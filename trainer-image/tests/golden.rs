@@ -280,8 +280,9 @@ fn compare_gradients(name: &str, source: &Source, model: &mut Model, expected: &
                 .collect();
             let Some(expected) = expected[&entry.name].as_f64().filter(|_| !parts.is_empty()) else { continue };
             let norm = parts.iter().map(|g| g.square().sum(Kind::Double).double_value(&[])).sum::<f64>().sqrt();
+            // Below that it is rounding: a key's bias moves all scores of a query alike, so that its true gradient is 0.
             assert!(
-                (norm - expected).abs() < 1e-4 * expected,
+                (norm - expected).abs() < 1e-4 * expected + 1e-5,
                 "{name}, {}: gradient norm {norm}, expected {expected}",
                 entry.name
             );
