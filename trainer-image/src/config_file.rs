@@ -3,8 +3,9 @@
 use crate::error::{Error, Result};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde_ignored::Path;
+use serde_json::Value;
 use sha2::{Digest, Sha256};
-use std::path::Path;
 
 /// A config and what it hashes to.
 #[derive(Debug)]
@@ -45,7 +46,7 @@ impl<T> ConfigFile<T> {
 ///
 /// # Errors
 /// The file cannot be read, or does not have the form: exit code 64 with path, line and column.
-pub fn read<T: DeserializeOwned>(path: &Path) -> Result<ConfigFile<T>> {
+pub fn read<T: DeserializeOwned>(path: &std::path::Path) -> Result<ConfigFile<T>> {
     let bytes = std::fs::read(path).map_err(|e| {
         Error::config(format!(
             "{}: {e}; the operator mounts the config there, --config names another file",
@@ -54,9 +55,39 @@ pub fn read<T: DeserializeOwned>(path: &Path) -> Result<ConfigFile<T>> {
     })?;
     let wrong = |e: serde_json::Error| Error::config(format!("{}: {e}", path.display()));
     let (mut json, mut unknown) = (serde_json::Deserializer::from_slice(&bytes), Vec::new());
-    let value = serde_ignored::deserialize(&mut json, |field| unknown.push(field.to_string())).map_err(wrong)?;
+    let whole: Value = serde_json::from_slice(&bytes).unwrap_or_default();
+    let value = serde_ignored::deserialize(&mut json, |field| unknown.push(place(&field, &whole).0.join(".")))
+        .map_err(wrong)?;
     json.end().map_err(wrong)?;
     Ok(ConfigFile { value, unknown, digest: Sha256::digest(&bytes).into() })
+}
+
+/// The keys that lead through a file to a field, and what stands there. The path of `serde_ignored` leaves out which variant of
+/// an enum was chosen, which is the only key of the object at that place.
+fn place<'v>(path: &Path<'_>, whole: &'v Value) -> (Vec<String>, Option<&'v Value>) {
+    let below = |parent: &Path<'_>, key: &str| {
+        let (mut keys, at) = place(parent, whole);
+        keys.push(key.to_owned());
+        (keys, at)
+    };
+    match path {
+        Path::Root => (vec![], Some(whole)),
+        Path::Seq { parent, index } => {
+            let (keys, at) = below(parent, &index.to_string());
+            (keys, at.and_then(|at| at.get(index)))
+        }
+        Path::Map { parent, key } => {
+            let (keys, at) = below(parent, key);
+            (keys, at.and_then(|at| at.get(key)))
+        }
+        Path::Some { parent } | Path::NewtypeStruct { parent } => place(parent, whole),
+        Path::NewtypeVariant { parent } => {
+            let (mut keys, at) = place(parent, whole);
+            let chosen = at.and_then(Value::as_object).and_then(|object| object.iter().next());
+            keys.extend(chosen.map(|(variant, _)| variant.clone()));
+            (keys, chosen.map(|(_, value)| value))
+        }
+    }
 }
 
 #[cfg(test)]
@@ -101,5 +132,32 @@ mod tests {
         assert_eq!((set("x").value.name.as_str(), set("x").digest), ("x", set("x").digest));
         assert!(set("x").digest != set("y").digest && set("x").digest != good.digest);
         assert_ne!(good.digest, read_text(r#"{"namespace": "a", "name": "b", "uid":  "c"}"#).unwrap().digest);
+    }
+
+    #[test]
+    fn an_unknown_field_is_named_as_it_stands_in_the_file() {
+        #[derive(serde::Deserialize)]
+        #[allow(dead_code)]
+        struct Inner {
+            known: u32,
+        }
+        #[derive(serde::Deserialize)]
+        #[allow(dead_code)]
+        #[serde(rename_all = "camelCase")]
+        enum Choice {
+            OneOf(Box<Inner>),
+            Other(Inner),
+        }
+        #[derive(serde::Deserialize)]
+        #[allow(dead_code)]
+        struct Outer {
+            choice: Choice,
+            list: Vec<Option<Choice>>,
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("config.json");
+        let text = r#"{"choice": {"oneOf": {"known": 1, "a": 2}}, "list": [null, {"other": {"b": {"c": 1}, "known": 1}}], "d": 1}"#;
+        fs::write(&path, text).unwrap();
+        assert_eq!(read::<Outer>(&path).unwrap().unknown, ["choice.oneOf.a", "list.1.other.b", "d"]);
     }
 }
