@@ -33,7 +33,7 @@ pub struct Holder {
 /// A lease that was taken. Clones are the same.
 #[derive(Clone, Debug, Default)]
 pub struct Lease {
-    /// The folder where leases lie, and who holds this one; `None` for a rank that does not write, and where nothing is shared.
+    /// The folder where leases lie, and who holds this one; `None` where nothing is shared.
     held: Option<(PathBuf, Holder)>,
     number: u32,
 }
@@ -66,9 +66,9 @@ impl Lease {
         }
     }
 
-    /// What another rank of the attempt knows of a lease with this number: rank 0 checks it.
-    pub fn of_first(number: u32) -> Self {
-        Self { held: None, number }
+    /// The lease with this number in the folder `dir`, which rank 0 has taken for all ranks of the attempt.
+    pub fn of_first(dir: &Path, holder: Holder, number: u32) -> Self {
+        Self { held: Some((dir.to_path_buf(), holder)), number }
     }
 
     /// Its number: later leases of the same folder have higher ones.
@@ -96,6 +96,15 @@ impl Lease {
         }
         let other = newest.filter(|number| *number > self.number).map(|number| read(dir, number)).transpose()?;
         Err(lost(dir, holder, other.flatten()))
+    }
+
+    /// Why an attempt that failed with this error has failed: who takes over removes what the one before was writing, which then
+    /// sees storage fail.
+    pub fn cause_of(&self, error: Error) -> Error {
+        match self.check() {
+            Err(lost) if error.exit == ExitCode::Storage && lost.exit == ExitCode::PeerLost => lost,
+            _ => error,
+        }
     }
 
     fn remove_older(&self) -> Result<()> {
@@ -232,9 +241,24 @@ mod tests {
     }
 
     #[test]
-    fn nobody_else_has_to_hold_one() {
+    fn every_rank_of_an_attempt_knows_whether_it_holds() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = Lease::take(dir.path(), holder("u", 1)).unwrap();
+        let peers = Lease::of_first(dir.path(), holder("u", 1), first.number());
+        peers.check().unwrap();
+        let full = || Error::storage(Path::new("f"), "full");
+        assert_eq!(peers.cause_of(full()).exit, ExitCode::Storage, "it still holds");
+        let _second = Lease::take(dir.path(), holder("u", 2)).unwrap();
+        for lease in [first, peers] {
+            lost_to(&lease.check().unwrap_err(), "attempt 2");
+            lost_to(&lease.cause_of(full()), "attempt 2");
+            assert_eq!(lease.cause_of(Error::bug("odd")).exit, ExitCode::Bug, "no matter of storage");
+        }
+    }
+
+    #[test]
+    fn where_nothing_is_shared_nobody_has_to_hold_one() {
         assert!(Lease::default().check().is_ok());
-        assert_eq!(Lease::of_first(3).number(), 3);
-        assert!(Lease::of_first(3).check().is_ok());
+        assert_eq!(Lease::default().cause_of(Error::storage(Path::new("f"), "full")).exit, ExitCode::Storage);
     }
 }

@@ -8,7 +8,7 @@ use safetensors::tensor::{Dtype, SafeTensors};
 use sha2::{Digest, Sha256};
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::path::Path;
 use std::sync::Arc;
 use tch::{Kind, Tensor};
@@ -71,7 +71,7 @@ pub(super) fn remove(dir: &Path, rank: u32) -> Result<()> {
     let seal = dir.join(seal(rank));
     for path in [dir.join(name(rank)), files::sibling(&seal, "tmp"), seal] {
         match std::fs::remove_file(&path) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::storage(&path, e)),
+            Err(e) if e.kind() != ErrorKind::NotFound => return Err(Error::storage(&path, e)),
             _ => {}
         }
     }
@@ -79,7 +79,10 @@ pub(super) fn remove(dir: &Path, rank: u32) -> Result<()> {
         return Ok(());
     }
     match std::fs::remove_dir(dir) {
-        Err(e) if e.kind() != std::io::ErrorKind::DirectoryNotEmpty => Err(Error::storage(dir, e)),
+        // It may be gone already where another attempt has taken over.
+        Err(e) if !matches!(e.kind(), ErrorKind::DirectoryNotEmpty | ErrorKind::NotFound) => {
+            Err(Error::storage(dir, e))
+        }
         _ => Ok(()),
     }
 }

@@ -111,7 +111,7 @@ impl Context {
             found = match run.done()? {
                 Some(done) => Some(Begun::Done(done)),
                 None => {
-                    let lease = Lease::take(run.dir(), holder)?;
+                    let lease = Lease::take(run.dir(), holder.clone())?;
                     let id = run.begin()?;
                     run.unfinish()?;
                     Some(Begun::Goes(id, lease))
@@ -128,7 +128,7 @@ impl Context {
             Some(Begun::Done(done)) => return Ok(Some(self.already(done))),
             Some(Begun::Goes(_, lease)) => lease,
             None if number == 0 => return Ok(run.done()?.map(|done| self.already(done))),
-            None => Lease::of_first(u32::try_from(number).unwrap_or_default()),
+            None => Lease::of_first(run.dir(), holder, u32::try_from(number).unwrap_or_default()),
         };
         let _ = self.begun.set((id.into(), lease));
         Ok(None)

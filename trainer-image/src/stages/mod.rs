@@ -24,10 +24,14 @@ pub fn run(context: Context) -> Result<Output> {
     if let Some(output) = context.begin()? {
         return Ok(output);
     }
+    go(&context).map_err(|error| context.lease().cause_of(error))
+}
+
+fn go(context: &Context) -> Result<Output> {
     let output = context.conclude(match context.config.kind.clone() {
-        StageKind::Sft(settings) => sft::run(&context, &settings),
-        StageKind::RewardModel(settings) => reward_model::run(&context, &settings),
-        StageKind::Ppo(settings) => ppo::run(&context, &settings),
+        StageKind::Sft(settings) => sft::run(context, &settings),
+        StageKind::RewardModel(settings) => reward_model::run(context, &settings),
+        StageKind::Ppo(settings) => ppo::run(context, &settings),
     })?;
     context.complete(&output)?;
     Ok(output)
