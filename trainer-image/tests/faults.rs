@@ -293,7 +293,7 @@ fn poison(volume: &Volume, model: &str, tensor: &str, number: f32, of: impl Fn(u
 /// have that word.
 fn poisoned(bad: impl Fn(i64) -> bool) -> Volume {
     let volume = Volume::new("llama-gqa-untied");
-    let record = |i: i64| json!({"prompt": if bad(i) { "zzz" } else { "w1" }, "completion": format!("w{}", i)});
+    let record = |i: i64| json!({"prompt": if bad(i) { "zzz" } else { "w1" }, "completion": format!(" w{i}")});
     let records: Vec<String> = (0..24).map(|i| record(i).to_string()).collect();
     fs::write(volume.path("data/sft.jsonl"), records.join("\n")).unwrap();
     poison(&volume, "models/base", "model.embed_tokens.weight", 3e38, |i| i / 32 == 94);
