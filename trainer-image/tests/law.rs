@@ -339,12 +339,12 @@ fn adams_epsilon_is_by_default_what_its_stage_wants() {
     };
     let [small, large] = [1e-8, 1e-5].map(|epsilon| json!(epsilon));
     let sft_with = |epsilon: &Value| weights(sft().with("/optimizer/epsilon", epsilon.clone()));
-    let plain = weights(sft());
+    let plain = sft_with(&Value::Null);
     assert!(plain == sft_with(&small) && plain != sft_with(&large));
     let ppo_with = |epsilon: &Value| {
         let both = ppo().with("/actorOptimizer/epsilon", epsilon.clone());
         weights(both.with("/criticOptimizer/epsilon", epsilon.clone()))
     };
-    let plain = weights(ppo());
+    let plain = ppo_with(&Value::Null);
     assert!(plain == ppo_with(&large) && plain != ppo_with(&small));
 }

@@ -67,14 +67,18 @@ impl Volume {
         let words = |seed: i64, n: i64| {
             (0..n).map(|i| format!("w{}", (seed * 31 + i * i * 7 + i) % WORDS)).collect::<Vec<_>>().join(" ")
         };
+        // A prompt and what follows it are read as one text, in which a blank separates words.
+        let after = |words: String| format!(" {words}");
         let lines = |of: &dyn Fn(i64) -> Value| (0..60).map(|i| of(i).to_string()).collect::<Vec<_>>().join("\n");
         fs::write(
             self.path("data/sft.jsonl"),
-            lines(&|i| json!({"prompt": words(i, 2), "completion": words(i + 7, 2 + i % 9)})),
+            lines(&|i| json!({"prompt": words(i, 2), "completion": after(words(i + 7, 2 + i % 9))})),
         )
         .unwrap();
-        let pair =
-            |i| json!({"prompt": words(i, 2), "chosen": words(i + 3, 2 + i % 5), "rejected": words(i + 50, 1 + i % 7)});
+        let pair = |i| {
+            let (chosen, rejected) = (after(words(i + 3, 2 + i % 5)), after(words(i + 50, 1 + i % 7)));
+            json!({"prompt": words(i, 2), "chosen": chosen, "rejected": rejected})
+        };
         fs::write(self.path("data/pairs.jsonl"), lines(&pair)).unwrap();
         fs::write(self.path("data/prompts.jsonl"), lines(&|i| json!({"prompt": words(i, 1 + i % 4)}))).unwrap();
     }
@@ -391,8 +395,10 @@ fn write_tokenizer(dir: &Path) {
     .unwrap();
 }
 
+/// Its epsilon is above the gradients that are only rounding, such as those of GPT-2's key biases: with torch's 1e-8 Adam would
+/// move a parameter by its whole learning rate whichever way such a gradient was rounded.
 fn optimizer(learning_rate: f64) -> Value {
-    json!({"learningRate": learning_rate, "schedule": "linear", "warmupRatio": 0.1, "weightDecay": 0.01})
+    json!({"learningRate": learning_rate, "schedule": "linear", "warmupRatio": 0.1, "weightDecay": 0.01, "epsilon": 1e-5})
 }
 
 fn stage(name: &str, kind: Value, start: &str, reward: Option<&str>) -> Launch {
