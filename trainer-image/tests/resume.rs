@@ -87,7 +87,8 @@ fn anew(launch: &Launch) -> Launch {
 
 #[test]
 fn a_job_made_anew_goes_on_with_the_run_at_its_path() {
-    let launch = sft().processes(2);
+    // A rate that does not depend on where the run is to end, which the attempt in the middle is told otherwise.
+    let launch = sft().processes(2).with("/optimizer/schedule", json!("constant"));
     let whole = finished("gpt2", &launch);
     let volume = rewound(&whole, "gpt2", "sft", 10);
     // The job before was at its seventh attempt.
@@ -199,6 +200,7 @@ fn a_language_model_is_no_reward_model() {
     let volume = Volume::new("gpt2");
     let mut launch = ppo();
     launch.config["paths"]["rewardModels"] = json!({"liked": "models/base"});
+    launch.config["paths"]["criticModel"] = json!("models/base");
     let end = volume.run(&launch);
     assert_eq!(end.code, Some(65), "{}", end.log);
     assert!(end.message["message"].as_str().unwrap().contains("score.weight"), "{}", end.message);
