@@ -255,13 +255,23 @@ impl Scene {
         History { seen, task: tokio::task::spawn_local(note).abort_handle() }
     }
 
+    /// Waits for a condition of a job. A busy API server may have forgotten the state from which a watch is to go on.
+    async fn await_either(&self, name: &str, holds: impl Fn(Option<&RLHFJob>) -> bool) -> RLHFJob {
+        loop {
+            match await_condition(self.api::<RLHFJob>(), name, &holds).await {
+                Ok(job) => return job.expect("the condition asks for a job"),
+                Err(e) if e.to_string().contains("too old resource version") => {}
+                Err(e) => panic!("RLHFJob {name}: {e}"),
+            }
+        }
+    }
+
     /// Waits until a job is as wanted. It fails at once when the job ends in another way.
     pub async fn await_job(&self, name: &str, what: &str, wanted: impl Fn(&RLHFJob) -> bool) -> RLHFJob {
         let ended = |job: &RLHFJob| job.status.as_ref().is_some_and(|s| s.phase.is_terminal());
         let either = |job: Option<&RLHFJob>| job.is_some_and(|job| wanted(job) || ended(job));
-        let found = timeout(TOO_LONG, await_condition(self.api::<RLHFJob>(), name, either)).await;
-        let found = found.unwrap_or_else(|_| panic!("{what} did not come within {} s", TOO_LONG.as_secs()));
-        let job = found.unwrap_or_else(|e| panic!("RLHFJob {name}: {e}")).expect("the condition asks for a job");
+        let found = timeout(TOO_LONG, self.await_either(name, either)).await;
+        let job = found.unwrap_or_else(|_| panic!("{what} did not come within {} s", TOO_LONG.as_secs()));
         let status = job.status.clone().unwrap_or_default();
         assert!(
             wanted(&job),

@@ -113,7 +113,7 @@ async fn foreign_pod(scene: &Scene) -> String {
 }
 
 #[test]
-fn the_operators_account_touches_only_pods_of_its_own_and_jobs_that_are_over() {
+fn the_operators_account_touches_only_what_is_its_own() {
     on_the_cluster(async |scene| {
         let namespace = &scene.namespace;
         let theirs = foreign_pod(scene).await;

@@ -62,7 +62,7 @@ fn a_worker_killed_in_the_middle_of_ppo_is_resumed_and_counted() {
         assert_eq!(before, range(1, before.len() as u64));
         assert!(before.len() as u64 >= checkpoint, "{steps:?} and a checkpoint at {checkpoint}");
         assert_eq!(of_attempt(&steps, 2), range(checkpoint + 1, PPO_ITERATIONS));
-        assert_eq!(scene.volume.checkpoints(&job, "ppo").last(), Some(&PPO_ITERATIONS));
+        assert_eq!(scene.volume.checkpoints(&job, "ppo"), [0; 0], "they are kept while the stage runs");
     });
 }
 

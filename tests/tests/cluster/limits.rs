@@ -13,7 +13,7 @@ fn case_16_a_missing_image_is_named_and_ends_the_attempt_in_time() {
     on_the_cluster(async |scene| {
         let label = "example.com/images-are-missing";
         let mut manifest = example().only(&["sft"]);
-        manifest.0["spec"]["compute"]["podTemplate"] = json!({"nodeSelector": {label: "yes"}});
+        manifest.0["spec"]["prepare"] = json!({"podTemplate": {"nodeSelector": {label: "yes"}}});
         let job = scene.apply(manifest).await;
         let message = scene.await_reason(NAME, "Waiting", "Unschedulable").await;
         assert!(message.contains("node selector") || message.contains("node affinity/selector"), "{message}");
@@ -52,8 +52,11 @@ fn a_gang_that_does_not_fit_waits_until_its_time_is_over() {
         let big = json!({"requests": {"cpu": "900"}});
         let manifest = example().only(&["sft"]).set("/spec/compute/resources", big);
         let job = scene.apply(manifest).await;
-        let message = scene.await_reason(NAME, "Waiting", "Unschedulable").await;
-        assert!(message.starts_with("sft: attempt 1 waits: pod ") && message.contains("Insufficient cpu"), "{message}");
+        // Prepare's pod may have waited for its volume.
+        let too_big = |j: &RLHFJob| condition(j, "Waiting").is_some_and(|(.., text)| text.contains("Insufficient cpu"));
+        let waiting = scene.await_job(NAME, "a gang that does not fit", too_big).await;
+        let (_, reason, message) = condition(&waiting, "Waiting").expect("it waits");
+        assert!(message.starts_with("sft: attempt 1 waits: pod ") && reason == "Unschedulable", "{reason}: {message}");
         let waiting = scene.await_phase(NAME, Phase::Waiting).await;
         assert_eq!((stage(&waiting, "sft").phase, stage(&waiting, "sft").restarts.total), (StagePhase::Starting, 0));
 

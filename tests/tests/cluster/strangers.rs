@@ -130,7 +130,7 @@ fn a_pod_with_copied_labels_has_no_say() {
 }
 
 #[test]
-fn case_28_an_orphaned_attempt_is_followed_by_another_once_it_is_gone() {
+fn case_28_an_orphaned_attempt_is_followed_by_another() {
     on_the_cluster(async |scene| {
         let job = scene.apply(endless()).await;
         scene.await_step(&job, "sft", 3).await;

@@ -92,7 +92,7 @@ fn an_upgrade_changes_no_job_that_runs() {
 }
 
 #[test]
-fn a_job_runs_on_without_an_operator_and_is_taken_up_by_the_next() {
+fn a_job_outlives_its_operator() {
     on_the_cluster_with(&[], async |scene| {
         let job = scene.apply(endless()).await;
         scene.await_step(&job, "sft", 3).await;
