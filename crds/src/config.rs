@@ -60,11 +60,12 @@ pub mod env {
     ];
 
     /// What a user may set, as a regular expression over the whole name: settings of the libraries that train, and proxies.
-    /// What makes a loader or a library run a file that the variable names is not among them.
+    /// What makes a loader or a library run a file that the variable names is not among them, nor what gives a container devices
+    /// that Kubernetes has not: with the NVIDIA runtime `NVIDIA_VISIBLE_DEVICES=all` gives it all of the node's.
     pub const ALLOWED: &str = concat!(
         "^((NCCL|GLOO|UCX|FI|OMP|KMP|GOMP|MKL|DNNL|ONEDNN|OPENBLAS|TOKENIZERS)_[A-Z0-9_]+|RDMAV_(FORK|HUGEPAGES)_SAFE",
-        "|TORCH_(NCCL|CPP_LOG|SHOW)_[A-Z0-9_]+|CUDA_(VISIBLE_DEVICES|DEVICE_ORDER|DEVICE_MAX_CONNECTIONS|LAUNCH_BLOCKING)",
-        "|PYTORCH_(CUDA_)?ALLOC_CONF|NVIDIA_(VISIBLE_DEVICES|DRIVER_CAPABILITIES)|RUST_(LOG|BACKTRACE|LIB_BACKTRACE)",
+        "|TORCH_(NCCL|CPP_LOG|SHOW)_[A-Z0-9_]+|CUDA_(DEVICE_ORDER|DEVICE_MAX_CONNECTIONS|LAUNCH_BLOCKING)",
+        "|PYTORCH_(CUDA_)?ALLOC_CONF|NVIDIA_DRIVER_CAPABILITIES|RUST_(LOG|BACKTRACE|LIB_BACKTRACE)",
         "|HTTPS?_PROXY|NO_PROXY|ALL_PROXY|https?_proxy|no_proxy|all_proxy|TZ|LANG|LC_ALL|(NODE|POD)_(NAME|IP))$"
     );
 

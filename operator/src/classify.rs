@@ -303,6 +303,7 @@ mod tests {
             deleting_for: SignedDuration::ZERO,
             disruption: None,
             evicted: None,
+            lives_on: false,
             state: PodState::Ended(Box::new(End { code, at: Some(at(second)), ..End::default() })),
         }
     }

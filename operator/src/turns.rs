@@ -28,7 +28,7 @@ pub struct Turn {
 impl Turns {
     /// So many places, of which a namespace holds three quarters at most.
     pub fn new(places: usize) -> Self {
-        let most = (places - places / 4).max(1);
+        let most = (places - places.div_ceil(4)).max(1);
         let state = State { free: places, most, held: HashMap::new(), waiting: VecDeque::new(), closed: false };
         Self(Arc::new(Mutex::new(state)))
     }
@@ -148,6 +148,15 @@ mod tests {
         let beside = passes_beside(50).await;
         let longest = |passes: &[Duration]| passes.iter().copied().max().unwrap();
         assert!(longest(&beside) < 2 * longest(&alone), "{beside:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_namespace_leaves_a_place_to_others_wherever_there_are_two() {
+        for places in 1..=17 {
+            let most = Turns::new(places).lock().most;
+            assert!(most >= 1 && 4 * most <= (3 * places).max(4), "{most} of {places}");
+            assert!(places == 1 || most < places, "{most} of {places}");
+        }
     }
 
     #[tokio::test(start_paused = true)]

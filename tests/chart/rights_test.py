@@ -76,6 +76,8 @@ class Roles(unittest.TestCase):
     def test_the_job_controller_makes_pods(self):
         for where, objects in self.everywhere():
             self.assertEqual(verbs(objects, "pods"), {where: ["list", "watch", "delete"]})
+            self.assertEqual(verbs(objects, "configmaps"), {where: ["get", "create"]})
+            self.assertEqual(verbs(objects, "rlhfjobs/status"), {where: ["patch"]})
 
     def test_pod_groups_only_where_there_are_gangs(self):
         self.assertEqual(verbs(render(), "podgroups"), {})

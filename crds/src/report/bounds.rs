@@ -10,6 +10,8 @@ use crate::model::{ModelSpec, Positions};
 pub const MAX_DOCUMENT_BYTES: usize = 64 * 1024;
 /// Most steps of a stage.
 const MAX_STEPS: u64 = 1_000_000_000_000;
+/// The highest count of signs of life: the largest whole number that every reader of JSON knows exactly.
+const MAX_ACTIVITY: u64 = 1 << 53;
 /// The longest estimate that is told, a century in seconds.
 const MAX_SECONDS: u64 = 3_155_760_000;
 /// Most figures of a document, and most characters of a figure's name.
@@ -60,6 +62,7 @@ impl Progress {
     fn bounded(mut self) -> Self {
         self.step = self.step.min(MAX_STEPS);
         self.total_steps = self.total_steps.min(MAX_STEPS);
+        self.activity = self.activity.min(MAX_ACTIVITY);
         self.eta_seconds = self.eta_seconds.filter(|eta| *eta <= MAX_SECONDS);
         if let Some(doing) = &mut self.doing {
             truncate(doing, MAX_DOING);
@@ -211,10 +214,11 @@ mod tests {
     fn figures_and_texts_are_bounded() {
         let mut metrics: serde_json::Map<_, _> = (0..500).map(|i| (format!("m{i}"), json!(i))).collect();
         metrics.insert("x".repeat(1000), json!(1));
-        let told = json!({"step": u64::MAX, "totalSteps": u64::MAX, "etaSeconds": u64::MAX, "metrics": metrics, "doing": "d".repeat(9999)});
+        let told = json!({"step": u64::MAX, "totalSteps": u64::MAX, "etaSeconds": u64::MAX, "activity": u64::MAX, "metrics": metrics, "doing": "d".repeat(9999)});
         let progress = Progress::parse(told.to_string().as_bytes()).unwrap();
         assert_eq!((progress.step, progress.eta_seconds, progress.metrics.len()), (MAX_STEPS, None, MAX_FIGURES));
         assert_eq!(progress.doing.map(|doing| doing.len()), Some(MAX_DOING));
+        assert_eq!(progress.activity, MAX_ACTIVITY);
         assert!(progress.metrics.keys().all(|name| name.len() <= MAX_NAME));
         let word = json!({"code": 65, "reason": "r".repeat(9999), "message": "\u{fc}".repeat(9999), "step": u64::MAX});
         let (word, doubt) = TerminationMessage::parse(word.to_string().as_bytes()).unwrap();

@@ -119,7 +119,13 @@ impl Facts {
         }
         let pods = || view.pods_of(slot.attempt);
         if pods().any(PodView::failed) {
-            return Self::Failing(cause(slot.attempt, pods(), slot.last_failure.as_ref(), pass.now));
+            let cause = cause(slot.attempt, pods(), slot.last_failure.as_ref(), pass.now);
+            // The Job controller waits for a container beside the trainer, and stops nothing: then it ends once no trainer runs.
+            let uncounted = pods().any(|p| p.failed() && p.lives_on) && !pods().any(|p| p.state == PodState::Running);
+            return match cause {
+                Some(cause) if uncounted => Self::Failed(cause),
+                cause => Self::Failing(cause),
+            };
         }
         let running = pods().filter(|p| p.state == PodState::Running).map(|p| p.index);
         let up: BTreeSet<u32> = done(job, view).chain(running).collect();

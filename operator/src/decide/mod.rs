@@ -329,14 +329,25 @@ impl<'a> Pass<'a> {
         self.conclude(before, status);
     }
 
-    /// What the operator does not know it leaves alone: another version of it may. What is wrong ends the job.
+    /// What the operator does not know it leaves alone: another version of it may. What is wrong ends a job that has not begun.
     fn check_spec(&mut self) {
         let unknown = |s: &&Stage| s.sft.is_none() && s.reward_model.is_none() && s.ppo.is_none();
         if let Some(stage) = self.job.spec.stages.iter().find(unknown) {
             let text = format!("stage {} is of a kind that this version of the operator does not know", stage.name);
             self.obstacle = Some(Wait::new(names::CONDITION_UNSUPPORTED, text));
         } else if let Err(error) = build::check(self.job, self.settings) {
-            self.defeat = Some(Defeat { reason: "InvalidSpec", message: error.to_string() });
+            self.refuse_spec(&error);
+        }
+    }
+
+    /// The spec says what this operator does not take. It took it once from a job that has begun, and other settings of the
+    /// operator, which can be set back, cost nobody what he has trained: what runs goes on, and nothing new starts.
+    fn refuse_spec(&mut self, error: &build::SpecError) {
+        let (reason, message) = ("InvalidSpec", error.to_string());
+        if self.job.status.as_ref().is_some_and(|status| status.start_time.is_some()) {
+            self.obstacle = Some(Wait::new(reason, message));
+        } else {
+            self.defeat = Some(Defeat { reason, message });
         }
     }
 

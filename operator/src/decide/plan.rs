@@ -63,11 +63,14 @@ impl<'a> Pass<'a> {
     pub(super) fn plan_stages(&mut self, before: &RLHFJobStatus, status: &mut RLHFJobStatus) {
         let Some(prepared) = status.prepared.clone() else { return };
         let changed = before.observed_generation != status.observed_generation;
-        for slot in &mut status.stages {
-            let Some(stage) = self.stage(&slot.name) else { continue };
-            if changed && self.is_outdated(slot, stage, &prepared) {
+        // All of them at once, for only this pass knows of the change, and the planning may not come to the end.
+        for slot in status.stages.iter_mut().filter(|_| changed) {
+            if self.stage(&slot.name).is_some_and(|stage| self.is_outdated(slot, stage, &prepared)) {
                 slot.plan = None;
             }
+        }
+        for slot in &mut status.stages {
+            let Some(stage) = self.stage(&slot.name) else { continue };
             if slot.plan.is_some() {
                 continue;
             }

@@ -1,7 +1,7 @@
 //! The beginning of an attempt: its number, and then its children.
 
 use super::facts::Facts;
-use super::{Defeat, Event, Pass};
+use super::{Event, Pass};
 use crate::build::{self, Attempt, Task};
 use jiff::SignedDuration;
 use rlhf_api::job::{Images, RLHFJobStatus, StagePhase, StageStatus};
@@ -73,7 +73,7 @@ impl Pass<'_> {
                 }
                 self.decision.make.push(children);
             }
-            Err(error) => self.defeat = Some(Defeat { reason: "InvalidSpec", message: error.to_string() }),
+            Err(error) => self.refuse_spec(&error),
         }
     }
 }

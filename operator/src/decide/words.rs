@@ -173,9 +173,12 @@ pub(super) struct Brief {
 /// What trainers tell that people judge a stage by, the most telling first.
 const FIGURES: [&str; 2] = ["reward", "loss"];
 
+/// Tokens per second that a column shows: none is slower, and none that is faster is true.
+const SPEEDS: std::ops::Range<f64> = 0.0..1e15;
+
 pub(super) fn brief(progress: &Progress) -> Brief {
     let figure = FIGURES.iter().find_map(|name| Some((name, progress.metrics.get(*name)?)));
-    let tokens = progress.metrics.get("tokensPerSecond").filter(|n| n.is_finite() && **n >= 0.0);
+    let tokens = progress.metrics.get("tokensPerSecond").filter(|n| SPEEDS.contains(n));
     Brief {
         figure: figure.map(|(name, value)| format!("{name} {value:.3}")),
         tokens_per_second: tokens.map(|n| n.round() as u64),
@@ -206,6 +209,10 @@ mod tests {
         let wanted = (Some("loss 2.312"), Some(41800), Some("1h20m"));
         assert_eq!((told.figure.as_deref(), told.tokens_per_second, told.eta.as_deref()), wanted);
         assert_eq!(brief(&Progress::default()), Brief::default());
+        for wrong in [-1.0, f64::NAN, f64::INFINITY, 1e15, f64::MAX] {
+            let metrics = [("tokensPerSecond".to_owned(), wrong)].into();
+            assert_eq!(brief(&Progress { metrics, ..Default::default() }), Brief::default(), "{wrong}");
+        }
         let times = [(5, "5s"), (65, "1m5s"), (3600, "1h0m"), (90_000, "1d1h")];
         assert!(times.iter().all(|(n, text)| duration(*n) == *text));
     }

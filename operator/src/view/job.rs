@@ -55,6 +55,10 @@ pub enum JobState {
     Failed,
 }
 
+/// The most pods that an attempt has, by the bound of `compute.nodes`. Rules go through the indexes of a Job, of which somebody
+/// may have written any number.
+const MAX_PODS: u32 = 1024;
+
 impl JobView {
     /// Whether no pod of the Job runs or will run.
     pub fn finished(&self) -> bool {
@@ -94,7 +98,7 @@ impl JobView {
             resumed: conditions().any(|c| c.type_ == "Suspended"),
             created: job.metadata.creation_timestamp.as_ref().map_or(Timestamp::UNIX_EPOCH, |t| t.0),
             started: status.and_then(|s| s.start_time.as_ref()).map(|t| t.0),
-            pods: unsigned(spec.and_then(|s| s.parallelism)),
+            pods: unsigned(spec.and_then(|s| s.parallelism)).min(MAX_PODS),
             completed: status.and_then(|s| s.completed_indexes.as_deref()).map(ranges).unwrap_or_default(),
             state: match () {
                 () if holds("Complete") => JobState::Complete,
@@ -118,6 +122,18 @@ fn ranges(indexes: &str) -> Vec<RangeInclusive<u32>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_job_has_no_more_pods_than_an_attempt_can() {
+        for (written, pods) in [(2, 2), (i32::MAX, MAX_PODS)] {
+            let mut job = Job::default();
+            job.metadata.uid = Some("u".into());
+            let labels = [(names::LABEL_STAGE, "tune"), (names::LABEL_ATTEMPT, "1")];
+            job.metadata.labels = Some(labels.map(|(k, v)| (k.to_owned(), v.to_owned())).into());
+            job.spec.get_or_insert_default().parallelism = Some(written);
+            assert_eq!(JobView::parse(&job).map(|view| view.pods), Some(pods));
+        }
+    }
 
     #[test]
     fn completed_indexes_are_read_as_the_job_controller_writes_them() {

@@ -45,6 +45,9 @@ pub struct PodView {
     pub evicted: Option<String>,
     /// What its trainer does.
     pub state: PodState,
+    /// Whether its trainer has ended and a container beside it goes on, which nobody has told to end: the Job controller counts
+    /// the pod when that ends, and so may never.
+    pub lives_on: bool,
 }
 
 /// What a pod's trainer container does.
@@ -114,6 +117,9 @@ impl PodView {
             deleting_for: SignedDuration::ZERO,
             disruption: disruption(pod, &state),
             evicted: evicted(pod),
+            lives_on: matches!(state, PodState::Ended(_))
+                && meta.deletion_timestamp.is_none()
+                && status.and_then(|s| s.phase.as_deref()) == Some("Running"),
             state,
         })
     }

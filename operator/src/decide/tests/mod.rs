@@ -63,6 +63,7 @@ fn pod_view(stage: &str, attempt: u32, index: u32, state: PodState) -> PodView {
         disruption: None,
         evicted: None,
         state,
+        lives_on: false,
     }
 }
 

@@ -185,6 +185,26 @@ fn what_was_changed_during_a_suspension_is_planned_anew_and_what_was_not_keeps_i
 }
 
 #[test]
+fn no_stage_keeps_an_outdated_plan_because_an_earlier_one_cannot_be_planned_yet() {
+    let mut case = without_memory();
+    tell_memory(&mut case, DeviceMemory::Bytes(80 << 30));
+    prepare(&mut case, 512);
+    let mut changed = all_auto();
+    changed["precision"] = json!("fp32");
+    case.job.spec.strategy = serde_json::from_value(changed).unwrap();
+    case.job.metadata.generation = case.job.metadata.generation.map(|g| g + 1);
+    tell_memory(&mut case, DeviceMemory::NoNode);
+    case.pass();
+    assert_eq!(case.condition("Waiting"), Some(("True", "DeviceMemoryUnknown")));
+    tell_memory(&mut case, DeviceMemory::Bytes(80 << 30));
+    case.pass();
+    for stage in ["tune", "judge", "act"] {
+        let precision = case.slot(stage).plan.unwrap().strategy.precision;
+        assert_eq!(precision, rlhf_api::stage::Precision::Fp32, "{stage}");
+    }
+}
+
+#[test]
 fn a_written_strategy_is_never_refused_but_said_to_be_too_large() {
     let mut case = on(gpus("1Gi"), json!({}));
     prepare(&mut case, 512);

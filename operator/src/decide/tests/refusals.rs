@@ -71,6 +71,28 @@ fn case_6_a_spec_that_admission_should_have_refused_fails_with_the_field_named()
 }
 
 #[test]
+fn a_job_that_has_begun_waits_while_its_spec_is_refused_and_what_runs_goes_on() {
+    let mut case = Case::running();
+    let source = case.job.spec.model.source.replace("elsewhere".into());
+    case.pass();
+    assert_eq!((case.condition("Failed"), case.deleted()), (Some(("False", "NotFailed")), vec![]));
+    assert_eq!(case.condition("Waiting"), Some(("True", "InvalidSpec")));
+    assert!(case.status().message.as_deref().unwrap().starts_with("spec.model.source"));
+    assert_eq!(case.slot("tune").phase, StagePhase::Running);
+    // An attempt that ends is settled, and no other follows until the spec is taken again.
+    case.see("tune", 1, JobState::Failed, &[ended(71, None), ended(75, None)]);
+    case.pass();
+    case.now = at(1000);
+    case.pass();
+    assert_eq!((case.slot("tune").phase, case.slot("tune").attempt), (StagePhase::Pending, 1));
+    assert!(!case.status().phase.is_terminal() && case.made().is_empty());
+    case.job.spec.model.source = source;
+    case.pass();
+    case.pass();
+    assert_eq!((case.made(), case.condition("Waiting")), (names(["tune-2"]), Some(("False", "Passed"))));
+}
+
+#[test]
 fn case_5_children_that_are_refused_are_a_condition_and_no_failure_however_long_it_takes() {
     let mut case = Case::new();
     case.pass();

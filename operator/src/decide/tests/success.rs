@@ -48,6 +48,30 @@ fn a_container_beside_the_trainer_that_fails_its_pod_before_the_gang_is_done_is_
 }
 
 #[test]
+fn a_trainer_that_fails_beside_a_container_that_lives_on_ends_its_attempt_once_no_trainer_runs() {
+    let mut case = Case::running();
+    case.see("tune", 1, JobState::Active, &[PodState::Running, ended(71, None)]);
+    case.view("tune").pods[1].lives_on = true;
+    case.pass();
+    assert_eq!((case.slot("tune").phase, case.deleted()), (StagePhase::Running, vec![]), "its peer has its last word");
+    case.see("tune", 1, JobState::Active, &[ended(75, None), ended(71, None)]);
+    case.view("tune").pods[1].lives_on = true;
+    case.pass();
+    let failure = case.slot("tune").last_failure.clone().unwrap();
+    assert_eq!((failure.code, failure.pod.as_deref()), (Some(71), Some("tune-1-1-x")));
+    assert_eq!((case.slot("tune").phase, case.deleted()), (StagePhase::Pending, names(["tune-1"])));
+    // The next is not made before the Job is gone.
+    case.view("tune").jobs[0].deleting = true;
+    case.now = at(1000);
+    case.pass();
+    case.pass();
+    assert_eq!((case.slot("tune").attempt, case.made()), (2, vec![]));
+    case.observed.stages.remove("tune");
+    case.pass();
+    assert_eq!(case.made(), ["tune-2"]);
+}
+
+#[test]
 fn case_27_success_is_told_once_no_trainer_lingers() {
     let mut case = Case::running();
     case.see("tune", 1, JobState::Complete, &[ended(0, None), PodState::Running]);

@@ -36,8 +36,8 @@ pub(super) struct Api {
 pub(super) enum Ending {
     /// With a code, alone in its pod.
     Code(i32),
-    /// With 0, and a container beside it goes on.
-    SidecarLives,
+    /// With a code, and a container beside it goes on.
+    SidecarLives(i32),
     /// With 0, and a container beside it has ended badly.
     SidecarFails,
     /// Evicted for what it used itself.
@@ -320,7 +320,8 @@ impl Api {
             Ending::Code(0) if told => end(pod, "Failed", Some((143, "Error", None)), now),
             Ending::Code(0) => end(pod, "Succeeded", Some((0, "Completed", Some(word))), now),
             Ending::Code(code) => end(pod, "Failed", Some((code, "Error", None)), now),
-            Ending::SidecarLives => end(pod, "Running", Some((0, "Completed", Some(word))), now),
+            Ending::SidecarLives(0) => end(pod, "Running", Some((0, "Completed", Some(word))), now),
+            Ending::SidecarLives(code) => end(pod, "Running", Some((code, "Error", None)), now),
             Ending::SidecarFails => {
                 end(pod, "Failed", Some((0, "Completed", Some(word))), now);
                 let state =
@@ -340,8 +341,9 @@ impl Api {
         for pod in &mut self.pods {
             let seen = view(pod);
             let running = pod.status.as_ref().is_some_and(|s| s.phase.as_deref() == Some("Running"));
-            if seen.succeeded() && running && seen.deletion_requested.is_some() {
-                Arc::make_mut(pod).status.as_mut().unwrap().phase = Some("Succeeded".into());
+            if seen.ended().is_some() && running && seen.deletion_requested.is_some() {
+                let phase = if seen.succeeded() { "Succeeded" } else { "Failed" };
+                Arc::make_mut(pod).status.as_mut().unwrap().phase = Some(phase.into());
             }
         }
     }
