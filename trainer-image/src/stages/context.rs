@@ -112,6 +112,7 @@ impl Context {
                 Some(done) => Some(Begun::Done(done)),
                 None => {
                     let lease = Lease::take(run.dir(), holder)?;
+                    files::remove_unfinished(run.dir(), lease.number())?;
                     let id = run.begin()?;
                     run.unfinish()?;
                     Some(Begun::Goes(id, lease))
