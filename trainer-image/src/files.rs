@@ -1,6 +1,7 @@
 //! Writes that are whole or absent: a sibling is written and flushed, then renamed, and the folder is flushed.
 
 use crate::error::{Error, Result};
+use crate::lease::Lease;
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
@@ -145,22 +146,26 @@ pub fn publish_dir(finished: &Path, target: &Path) -> Result<()> {
 }
 
 /// A folder that is filled beside its place and moved there once it is whole. Until then, what was there is as it was.
+///
+/// The lease is in its name, so that an attempt that is given up and not gone yet fills another folder.
 #[derive(Debug)]
 pub struct NewDir {
     temporary: PathBuf,
     target: PathBuf,
+    lease: Lease,
 }
 
 impl NewDir {
-    /// An empty folder that is to become `target`. What an earlier one left is removed.
+    /// An empty folder that is to become `target` if the lease still holds then. What an earlier one under the same lease left
+    /// is removed.
     ///
     /// # Errors
     /// Names the path where storage failed.
-    pub fn create(target: &Path) -> Result<Self> {
-        let temporary = sibling(target, "tmp");
+    pub fn create(target: &Path, lease: &Lease) -> Result<Self> {
+        let temporary = unfinished(target, lease);
         remove_dir(&temporary)?;
         make_dir(&temporary)?;
-        Ok(Self { temporary, target: target.to_path_buf() })
+        Ok(Self { temporary, target: target.to_path_buf(), lease: lease.clone() })
     }
 
     /// Where it is filled.
@@ -168,12 +173,13 @@ impl NewDir {
         &self.temporary
     }
 
-    /// Flushes what is in it and moves it to its place.
+    /// Flushes what is in it and moves it to its place. To flush may take minutes, so the lease is asked after it.
     ///
     /// # Errors
-    /// Names the path where storage failed.
+    /// Names the path where storage failed, or the lease was lost; what was there is then as it was.
     pub fn publish(self) -> Result<()> {
         sync_dir(&self.temporary)?;
+        self.lease.check()?;
         publish_dir(&self.temporary, &self.target)
     }
 }
@@ -190,11 +196,33 @@ impl Drop for NewDir {
 /// Fills a new folder beside `target` and moves it there once it is whole.
 ///
 /// # Errors
-/// What `fill` fails with, or the path where storage failed; `target` is then as it was.
-pub fn replace_dir(target: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-    let dir = NewDir::create(target)?;
+/// What `fill` fails with, the path where storage failed, or that the lease was lost; `target` is then as it was.
+pub fn replace_dir(target: &Path, lease: &Lease, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let dir = NewDir::create(target, lease)?;
     fill(dir.path())?;
     dir.publish()
+}
+
+/// Where what is to become `target` is written under a lease.
+pub fn unfinished(target: &Path, lease: &Lease) -> PathBuf {
+    sibling(target, &format!("lease-{}.tmp", lease.number()))
+}
+
+/// Removes what interrupted writers under this lease and those before it have left in `dir`, which may have filled the disk.
+/// What a later lease writes is not touched: this process may be one that should be gone.
+///
+/// # Errors
+/// Names the path where storage failed.
+pub fn remove_unfinished(dir: &Path, lease: u32) -> Result<()> {
+    for name in names(dir)?.iter().filter(|name| lease_of(name).is_some_and(|of| of <= lease)) {
+        remove_dir(&dir.join(name))?;
+    }
+    Ok(())
+}
+
+/// The lease under which the folder of this name was being filled, if it is one that is not finished.
+fn lease_of(name: &str) -> Option<u32> {
+    name.strip_suffix(".tmp")?.rsplit_once(".lease-")?.1.parse().ok()
 }
 
 /// The path beside `path` with `.suffix` added to its name.
@@ -207,6 +235,8 @@ pub fn sibling(path: &Path, suffix: &str) -> PathBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::lease::Holder;
+    use rlhf_api::report::ExitCode;
 
     #[test]
     fn what_is_no_file_is_refused_at_once_by_what_it_is() {
@@ -238,16 +268,44 @@ mod tests {
     #[test]
     fn a_folder_is_replaced_whole_or_not_at_all() {
         let root = tempfile::tempdir().unwrap();
-        let target = root.path().join("model");
-        replace_dir(&target, |dir| write(&dir.join("a"), b"1")).unwrap();
-        let failed = replace_dir(&target, |dir| {
+        let (target, lease) = (root.path().join("model"), Lease::default());
+        replace_dir(&target, &lease, |dir| write(&dir.join("a"), b"1")).unwrap();
+        let failed = replace_dir(&target, &lease, |dir| {
             write(&dir.join("b"), b"2")?;
             Err(Error::bug("stopped halfway"))
         });
         assert_eq!(failed.unwrap_err().message, "stopped halfway");
-        assert!(!sibling(&target, "tmp").exists());
+        assert_eq!(names(root.path()).unwrap(), ["model"]);
         assert_eq!(fs::read(target.join("a")).unwrap(), b"1");
-        replace_dir(&target, |dir| write(&dir.join("b"), b"2")).unwrap();
+        replace_dir(&target, &lease, |dir| write(&dir.join("b"), b"2")).unwrap();
         assert!(!target.join("a").exists() && target.join("b").exists());
+    }
+
+    #[test]
+    fn who_has_lost_the_lease_moves_nothing_and_removes_only_its_own() {
+        let root = tempfile::tempdir().unwrap();
+        let (target, leases) = (root.path().join("model"), root.path().join("leases"));
+        let take = |attempt| Lease::take(&leases, Holder { job_uid: "u".into(), attempt }).unwrap();
+        let old = NewDir::create(&target, &take(1)).unwrap();
+        let lease = take(2);
+        let new = NewDir::create(&target, &lease).unwrap();
+        write(&old.path().join("a"), b"1").unwrap();
+        write(&new.path().join("b"), b"2").unwrap();
+        assert_eq!(old.publish().unwrap_err().exit, ExitCode::PeerLost);
+        assert!(!target.exists() && new.path().join("b").exists());
+        new.publish().unwrap();
+        assert!(target.join("b").exists());
+    }
+
+    #[test]
+    fn what_this_lease_and_earlier_ones_left_unfinished_is_removed() {
+        let root = tempfile::tempdir().unwrap();
+        let all = ["lease-2", "model", "model.lease-1.tmp", "model.lease-2.tmp", "model.lease-3.tmp", "x.tmp"];
+        all.iter().for_each(|name| make_dir(&root.path().join(name)).unwrap());
+        remove_unfinished(root.path(), 2).unwrap();
+        let mut left = names(root.path()).unwrap();
+        left.sort_unstable();
+        assert_eq!(left, ["lease-2", "model", "model.lease-3.tmp", "x.tmp"]);
+        remove_unfinished(&root.path().join("none"), 2).unwrap();
     }
 }

@@ -150,7 +150,11 @@ impl Run {
     pub fn done(&self) -> Result<Option<Done>> {
         let Some(begun) = self.begun()? else { return Ok(None) };
         let done: Option<Done> = read(&self.dir.join(DONE))?;
-        Ok(done.filter(|done| done.run == begun.id && self.model.join("config.json").exists()))
+        let Some(done) = done.filter(|done| done.run == begun.id) else { return Ok(None) };
+        // A volume that fails says nothing of the model: it may be there.
+        let config = self.model.join("config.json");
+        let there = config.try_exists().map_err(|e| Error::storage(&config, e))?;
+        Ok(there.then_some(done))
     }
 
     /// Says that the run `id` has left all that it leaves.
@@ -318,6 +322,16 @@ mod tests {
         assert_eq!((done.step, done.output), (20, output.clone()));
         run.unfinish().unwrap();
         assert!(run.done().unwrap().is_none());
+        // Where the volume fails, nobody knows, and the stage is not begun anew.
+        run.finish(id, 20, &output).unwrap();
+        std::fs::remove_dir_all(&model).unwrap();
+        std::os::unix::fs::symlink(&model, &model).unwrap();
+        let error = run.done().unwrap_err();
+        assert!(error.exit.code() == 74 && error.message.contains("config.json"), "{error}");
+        std::fs::remove_file(&model).unwrap();
+        files::make_dir(&model).unwrap();
+        std::fs::write(model.join("config.json"), "{}").unwrap();
+        assert!(run.done().unwrap().is_some());
         // What another run in the same folder left does not count.
         run.finish(RunId(7), 20, &output).unwrap();
         assert!(run.done().unwrap().is_none());

@@ -5,6 +5,7 @@
 
 use rlhf_api::stage::{Recompute, Strategy};
 use rlhf_trainer::engine::{Backbone, Group, HEAD_SLICE_BYTES, Model, Placement, ScalarInit, SegmentValues};
+use rlhf_trainer::lease::Lease;
 use rlhf_trainer::model::{
     Adapters, Batch, HeadKind, ModelWriter, Param, SHARD_BYTES, Scores, Segment, Source, read_adapters, write_adapters,
 };
@@ -332,7 +333,7 @@ fn logits_of_a_trained_model_equal_those_of_its_own_code() {
 
 /// Writes a model, adapters merged, in files of at most so many bytes.
 fn export(dir: &Path, source: &Source, model: &Model, shard_bytes: u64) {
-    let mut writer = ModelWriter::create(dir, source, model.head_kind(), shard_bytes).unwrap();
+    let mut writer = ModelWriter::create(dir, source, model.head_kind(), shard_bytes, &Lease::default()).unwrap();
     model.parameters(source, |part| writer.write(part.segment, &part.values)).unwrap();
     writer.finish(Scores::default(), |_| Ok(())).unwrap();
 }
@@ -499,7 +500,7 @@ fn written_adapters_are_those_that_were_read() {
             Ok(())
         };
         model.parameters(&source, &mut take).unwrap();
-        write_adapters(&ours, &adapters, &source, "base", None).unwrap();
+        write_adapters(&ours, &adapters, &source, "base", None, &Lease::default()).unwrap();
         compare_with_peft(name, "adapter", &adapted(name, &ours).1);
         let read = |dir: &Path| std::fs::read(dir.join("adapter_model.safetensors")).unwrap();
         let (ours, theirs) = (read(&ours), read(&theirs));

@@ -5,7 +5,7 @@
 
 mod common;
 
-use common::{Launch, Pod, Volume, finished, ppo, relative_gap, reward, rewound, sft, wait_until};
+use common::{Launch, Pod, Volume, finished, free_port, ppo, relative_gap, reward, rewound, sft, wait_until};
 use serde_json::json;
 use std::fs;
 use std::process::Command;
@@ -121,6 +121,23 @@ fn a_stage_that_is_done_ends_at_once_with_what_it_said() {
     assert!(volume.path("jobs/j/sft/model/model.safetensors").exists());
 }
 
+/// A file server may show one pod what another does not see yet.
+#[test]
+fn that_a_stage_is_done_is_what_the_first_rank_sees() {
+    let launch = sft();
+    let (seen, unseen) = (finished("gpt2", &launch), Volume::new("gpt2"));
+    let port = free_port();
+    let pods = [(0, &seen), (1, &unseen)].map(|(node, volume)| {
+        let pod = Pod { strict: true, ..Pod::of_gang(node, 2, port) };
+        volume.start_as(&launch.clone().attempt(2), &pod)
+    });
+    for pod in pods {
+        let end = pod.wait();
+        end.expect(0, "Done", &[]);
+        assert!(end.log.contains("the stage is done already") && end.message["step"] == 20, "{}", end.log);
+    }
+}
+
 #[test]
 fn checkpoints_that_are_not_to_stay_go_once_the_output_is_whole() {
     let mut launch = sft().processes(2);
@@ -129,8 +146,14 @@ fn checkpoints_that_are_not_to_stay_go_once_the_output_is_whole() {
     let end = volume.succeed(&launch);
     assert_eq!((end.checkpoint(), volume.path("jobs/j/sft/checkpoints").exists()), (None, false));
     assert!(volume.path("jobs/j/sft/model/model.safetensors").exists());
-    let end = volume.succeed(&launch.attempt(2));
-    assert!(end.log.contains("the stage is done already"), "{}", end.log);
+    // Nor do those that the attempt had no time to remove; and the stage is done where they cannot be.
+    let left = volume.path("jobs/j/sft/checkpoints");
+    fs::create_dir_all(left.join("step-20")).unwrap();
+    let end = volume.succeed(&launch.clone().attempt(2));
+    assert!(end.log.contains("the stage is done already") && !left.exists(), "{}", end.log);
+    fs::write(&left, "no folder").unwrap();
+    let end = volume.succeed(&launch.attempt(3));
+    assert!(end.log.contains("checkpoints that nobody needs any more are left"), "{}", end.log);
 }
 
 #[test]

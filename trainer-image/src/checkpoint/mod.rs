@@ -186,8 +186,7 @@ impl Checkpoints {
     pub fn write(self, group: &Group, kept: Kept, told: impl FnOnce(Checkpoint) + Send + 'static) -> Result<Saving> {
         let Kept { lent, manifest } = kept;
         let step = manifest.step;
-        // The lease is in the name, so that a rank of an older attempt that is not gone yet writes elsewhere.
-        let temporary = files::sibling(&self.path(step), &format!("lease-{}.tmp", self.lease.number()));
+        let temporary = files::unfinished(&self.path(step), &self.lease);
         if group.is_first() {
             self.remove_unfinished()?;
             files::make_dir(&temporary)?;
@@ -268,12 +267,9 @@ impl Checkpoints {
         damaged.into_iter().try_for_each(|(_, name)| files::remove_dir(&self.dir.join(name)))
     }
 
-    /// Removes what interrupted saves of this attempt and of those before it have left (by their leases), which may have filled the disk.
+    /// Removes what interrupted saves of this attempt and of those before it have left.
     fn remove_unfinished(&self) -> Result<()> {
-        for name in self.names()?.iter().filter(|n| lease_of(n).is_some_and(|lease| lease <= self.lease.number())) {
-            files::remove_dir(&self.dir.join(name))?;
-        }
-        Ok(())
+        files::remove_unfinished(&self.dir, self.lease.number())
     }
 
     /// What lies in the checkpoints' folder.
@@ -371,12 +367,6 @@ impl Checkpoints {
     }
 }
 
-/// The lease of who was writing the folder of this name, if it is one of an unfinished checkpoint. Those of a later lease are
-/// not touched: this process may be one that should be gone.
-fn lease_of(name: &str) -> Option<u32> {
-    name.strip_suffix(".tmp")?.rsplit_once("lease-")?.1.parse().ok()
-}
-
 /// What a failed save leaves would take the room that the next attempt needs. The save's own error is the one to tell.
 fn remove_failed(removed: Result<()>) {
     if let Err(error) = removed {
@@ -400,10 +390,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_unfinished_checkpoint_tells_the_lease_under_which_it_was_written() {
-        let path = files::sibling(Path::new("checkpoints/step-20"), "lease-3.tmp");
-        assert_eq!(lease_of(path.file_name().unwrap().to_str().unwrap()), Some(3));
-        assert_eq!(["step-20", "step-20.damaged", "step-20.old", "x.tmp"].map(lease_of), [None; 4]);
+    fn a_checkpoint_that_was_set_aside_tells_its_step() {
         assert_eq!(["step-20.damaged", "step-20", "step-20.old"].map(damaged_step), [Some(20), None, None]);
     }
 }

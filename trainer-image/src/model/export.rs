@@ -9,6 +9,7 @@ use super::weights::Weights;
 use super::{HeadKind, ModelSpec, Param, Segment};
 use crate::error::{Error, Result};
 use crate::files::{self, NewDir};
+use crate::lease::Lease;
 use safetensors::tensor::{Dtype, View};
 use serde_json::{Value, json};
 use std::borrow::Cow;
@@ -74,15 +75,15 @@ pub struct ModelWriter<'a> {
 
 impl<'a> ModelWriter<'a> {
     /// Begins writing a model that was trained from `source` beside nothing else into `dir`, in files of at most `shard_bytes`
-    /// and in the number format of `source`.
+    /// and in the number format of `source`; it takes its place if `lease` holds then.
     ///
     /// Of a scalar head only the weight is written, as `transformers` has no bias there: a reward model's bias is part of its
     /// normalisation.
     ///
     /// # Errors
     /// Names the path where storage failed.
-    pub fn create(dir: &Path, source: &'a Source, head: HeadKind, shard_bytes: u64) -> Result<Self> {
-        let dir = NewDir::create(dir)?;
+    pub fn create(dir: &Path, source: &'a Source, head: HeadKind, shard_bytes: u64, lease: &Lease) -> Result<Self> {
+        let dir = NewDir::create(dir, lease)?;
         let segments = source.spec.segments().into_iter();
         let tensors: Vec<_> = segments
             .flat_map(|segment| stored(source.family, &source.spec, segment, head))
@@ -110,7 +111,7 @@ impl<'a> ModelWriter<'a> {
     /// is to say of a scalar head.
     ///
     /// # Errors
-    /// Names the path where storage failed.
+    /// Names the path where storage failed, or the lease was lost.
     pub fn finish(self, about: Scores, extra: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
         self.weights.finish()?;
         let config = exported_config(self.source, self.head, about);

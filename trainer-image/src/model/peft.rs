@@ -11,6 +11,7 @@ use super::hf::{self, Location, Source};
 use super::{HeadKind, ModelSpec, Param, Segment};
 use crate::error::{Error, Result};
 use crate::files;
+use crate::lease::Lease;
 use rlhf_api::stage::{Linear, Lora};
 use serde_json::{Map, Value, json};
 use std::collections::{BTreeSet, HashMap};
@@ -163,16 +164,17 @@ fn missing(dir: &Path, name: &str) -> Error {
 }
 
 /// Writes adapters into `dir`, replacing what was there. `base` is what they adapt, and `scalar_head` the parameters of the
-/// head that was trained with them, where one was.
+/// head that was trained with them, where one was. They take their place if `lease` holds then.
 ///
 /// # Errors
-/// Names the path where storage failed.
+/// Names the path where storage failed, or the lease was lost.
 pub fn write_adapters(
     dir: &Path,
     adapters: &Adapters,
     source: &Source,
     base: &str,
     scalar_head: Option<&[Tensor]>,
+    lease: &Lease,
 ) -> Result<()> {
     let mut outgoing = scalar_head.map_or(Ok(vec![]), |values| trained_head(source, values))?;
     let saved: BTreeSet<String> =
@@ -184,7 +186,7 @@ pub fn write_adapters(
         }
     }
     let config = config(adapters, source, base, &saved);
-    files::replace_dir(dir, |temporary| {
+    files::replace_dir(dir, lease, |temporary| {
         let weights = temporary.join(WEIGHTS);
         let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
         safetensors::serialize_to_file(outgoing, Some(metadata), &weights).map_err(|e| Error::storage(&weights, e))?;

@@ -2,6 +2,7 @@ use super::families::Family;
 use super::fixture::*;
 use super::*;
 use crate::error::Error;
+use crate::lease::Lease;
 use safetensors::SafeTensors;
 use safetensors::tensor::Dtype;
 use serde_json::{Value, json};
@@ -108,7 +109,7 @@ fn a_folder_that_holds_no_model_says_what_it_holds() {
 fn export(from: &Path, head: HeadKind, about: Scores) -> TempDir {
     let source = Source::open(from).unwrap();
     let to = tempfile::tempdir().unwrap();
-    let mut writer = ModelWriter::create(&to.path().join("m"), &source, head, SHARD_BYTES).unwrap();
+    let mut writer = ModelWriter::create(&to.path().join("m"), &source, head, SHARD_BYTES, &Lease::default()).unwrap();
     for segment in source.spec.segments() {
         let values = source.segment(segment, head).unwrap();
         let shape = |i: usize| source.spec.params(segment, head)[i].shape.clone();

@@ -20,7 +20,7 @@ use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Instant;
 use tch::Device;
@@ -106,44 +106,43 @@ impl Context {
     pub fn begin(&self) -> Result<Option<Output>> {
         let run = self.run();
         let holder = Holder { job_uid: self.config.job.uid.clone(), attempt: self.environment.attempt };
-        let mut found = None;
+        let (mut found, obsolete) = (None, self.obsolete());
         self.group.while_first(|| {
-            found = match run.done()? {
-                Some(done) => Some(Begun::Done(done)),
-                None => {
-                    let lease = Lease::take(run.dir(), holder.clone())?;
-                    let id = run.begin()?;
-                    run.unfinish()?;
-                    Some(Begun::Goes(id, lease))
-                }
-            };
+            found = Some(find(&run, holder.clone(), obsolete.as_deref())?);
             Ok(())
         })?;
         let told = match &found {
             Some(Begun::Goes(id, lease)) => [i64::from(lease.number()), (*id).into()],
-            _ => [0, 0],
+            Some(Begun::Done(done)) => [0, done.step.cast_signed()],
+            None => [0, 0],
         };
         let [number, id] = [self.group.from_first(told[0])?, self.group.from_first(told[1])?];
         let lease = match found {
-            Some(Begun::Done(done)) => return Ok(Some(self.already(done))),
+            Some(Begun::Done(done)) => return Ok(Some(self.already(done.step, done.output))),
             Some(Begun::Goes(_, lease)) => lease,
-            None if number == 0 => return Ok(run.done()?.map(|done| self.already(done))),
+            // As rank 0 says, whose word on the figures is the stage's: this rank may see the volume as it was.
+            None if number == 0 => {
+                let output = Output { path: self.config.paths.output.clone(), metrics: BTreeMap::new() };
+                return Ok(Some(self.already(id.cast_unsigned(), output)));
+            }
             None => Lease::of_first(run.dir(), holder, u32::try_from(number).unwrap_or_default()),
         };
         let _ = self.begun.set((id.into(), lease));
         Ok(None)
     }
 
+    /// The folder of checkpoints that nobody needs once the stage is done, where they are not to stay.
+    fn obsolete(&self) -> Option<PathBuf> {
+        let running = self.config.keep_checkpoints == KeepCheckpoints::Running;
+        running.then(|| self.path(&self.config.paths.checkpoints))
+    }
+
     /// Tells of a stage that an attempt before has brought to its end.
-    fn already(&self, done: Done) -> Output {
-        tracing::info!(
-            step = done.step,
-            path = done.output.path,
-            "the stage is done already: its output is on the volume"
-        );
-        self.telemetry.set_total_steps(done.step);
-        self.telemetry.resume_at(done.step);
-        done.output
+    fn already(&self, step: u64, output: Output) -> Output {
+        tracing::info!(step, path = output.path, "the stage is done already: its output is on the volume");
+        self.telemetry.set_total_steps(step);
+        self.telemetry.resume_at(step);
+        output
     }
 
     /// Says that the stage has left all that it leaves, and removes the checkpoints that are not to stay. Every rank must call
@@ -153,15 +152,15 @@ impl Context {
     /// A later attempt has taken over, storage failed, or a peer was lost.
     pub fn complete(&self, output: &Output) -> Result<()> {
         let (run, (id, lease), step) = (self.run(), self.begun(), self.telemetry.progress().step);
-        let checkpoints = self.path(&self.config.paths.checkpoints);
-        let keeps = self.config.keep_checkpoints == KeepCheckpoints::Always;
+        let obsolete = self.obsolete();
         self.group.while_first(|| {
             lease.check()?;
             run.finish(id, step, output)?;
             // Only then: until then an attempt that starts goes on from them.
-            if keeps { Ok(()) } else { files::remove_dir(&checkpoints) }
+            remove_obsolete(obsolete.as_deref());
+            Ok(())
         })?;
-        if !keeps {
+        if obsolete.is_some() {
             self.telemetry.no_checkpoint();
         }
         Ok(())
@@ -532,6 +531,37 @@ impl Context {
             tracing::info!(path = self.config.paths.output, "wrote the {kind}");
         }
         Ok(Output { path: self.config.paths.output.clone(), metrics })
+    }
+}
+
+/// What rank 0 finds as a stage begins. One that is done has no need of the checkpoints in `obsolete`.
+fn find(run: &Run, holder: Holder, obsolete: Option<&Path>) -> Result<Begun> {
+    let done = match run.done()? {
+        Some(done) => done,
+        None => {
+            let lease = Lease::take(run.dir(), holder)?;
+            files::remove_unfinished(run.dir(), lease.number())?;
+            // The attempt that held it until now may have come to its end meanwhile.
+            match run.done()? {
+                Some(done) => done,
+                None => {
+                    let id = run.begin()?;
+                    run.unfinish()?;
+                    return Ok(Begun::Goes(id, lease));
+                }
+            }
+        }
+    };
+    // The attempt that ended the stage may not have come to it.
+    remove_obsolete(obsolete);
+    Ok(Begun::Done(done))
+}
+
+/// Removes checkpoints that nobody needs any more. They are room on the volume and nothing more, so the stage does not fail
+/// where they cannot be removed.
+fn remove_obsolete(checkpoints: Option<&Path>) {
+    if let Some(Err(error)) = checkpoints.map(files::remove_dir) {
+        tracing::warn!("checkpoints that nobody needs any more are left: {error}");
     }
 }
 

@@ -23,9 +23,10 @@ pub(super) fn write(
     let paths = &context.config.paths;
     let (path, base_model, head) = (context.path(&paths.output), context.path(&paths.base_model), model.head_kind());
     let beside = adapter_dir(&path);
+    let lease = context.lease();
     let mut writer = None;
     context.group.while_first(|| {
-        writer = Some(ModelWriter::create(&path, source, head, SHARD_BYTES)?);
+        writer = Some(ModelWriter::create(&path, source, head, SHARD_BYTES, &lease)?);
         Ok(())
     })?;
     let mut adapters = model.lora().map(|lora| Adapters { lora: lora.clone(), blocks: vec![] });
@@ -40,19 +41,19 @@ pub(super) fn write(
         }
         Ok(())
     })?;
-    let lease = context.lease();
     context.group.while_first(move || {
         let tokenizer = Tokenizer::load(&base_model)?;
         let writer = writer.ok_or_else(|| Error::bug("a model is finished before it is begun"))?;
         let pad = (head == HeadKind::Scalar).then(|| tokenizer.pad_that_ends_nothing()).flatten();
         let about = Scores { normalisation: score, pad };
-        lease.check()?;
         writer.finish(about, |dir| tokenizer.copy_files(dir, pad))?;
         lease.check()?;
         // Only then, so that no adapters lie beside a model that is not theirs.
         match adapters {
             None => files::remove_dir(&beside),
-            Some(adapters) => write_adapters(&beside, &adapters, source, &paths.start_model, trained_head.as_deref()),
+            Some(adapters) => {
+                write_adapters(&beside, &adapters, source, &paths.start_model, trained_head.as_deref(), &lease)
+            }
         }
     })
 }
