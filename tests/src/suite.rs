@@ -24,7 +24,7 @@ use tokio::sync::Mutex;
 use tokio::task::LocalSet;
 
 /// Tests at a time. More than cores, since most of a test's time is the cluster's: pods are placed, start and end.
-const WIDTH: usize = 8;
+const WIDTH: usize = 5;
 static TURNS: Turns = Turns::new(WIDTH);
 static GROUND: Mutex<Ground> = Mutex::const_new(Ground::Unknown);
 

@@ -276,7 +276,8 @@ mod tests {
         for change in same {
             assert_eq!(run(change).begin().unwrap(), id);
         }
-        let other: [(fn(&mut Value), &[&str]); 3] = [
+        type Change = (fn(&mut Value), &'static [&'static str]);
+        let other: [Change; 3] = [
             (
                 |c| c["kind"]["sft"]["optimizer"]["learningRate"] = json!(0.01),
                 &["kind.sft.optimizer.learningRate was 0.001 and is 0.01"],

@@ -501,7 +501,7 @@ fn a_stop_in_the_export_lets_the_model_become_whole() {
     let pipe = volume.path("models/base/merges.txt");
     assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
     let running = volume.start(&sft().processes(2));
-    let unfinished = volume.path("jobs/j/sft/model.tmp/config.json");
+    let unfinished = volume.path("jobs/j/sft/model.lease-1.tmp/config.json");
     wait_until("the export", || unfinished.exists());
     running.signal(Signal::TERM);
     wait_until("the signal to arrive", || running.log().matches("asked to stop: what is").count() == 2);

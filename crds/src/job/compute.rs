@@ -168,8 +168,8 @@ fn resources_over(own: &ResourceRequirements, job: &ResourceRequirements) -> Res
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Prepare {
-    /// Requests and limits of its container. Limits are by default those of `compute`; requests a quarter of a CPU and
-    /// 256Mi of memory, or what the limits are where that is less.
+    /// Requests and limits of its container. Limits are by default those of `compute`; requests a tenth of a CPU and
+    /// 128Mi of memory, or what the limits are where that is less.
     #[serde(default)]
     #[schemars(schema_with = "resources_schema")]
     pub resources: ResourceRequirements,

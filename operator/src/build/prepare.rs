@@ -5,8 +5,9 @@ use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use rlhf_api::job::{Compute, PodTemplate, RLHFJob};
 use std::collections::BTreeMap;
 
-/// What prepare asks for: it streams files and keeps no tensors.
-const REQUESTS: [(&str, &str); 2] = [("cpu", "250m"), ("memory", "256Mi")];
+/// What prepare asks for: it streams files and keeps no tensors. Little enough for the limits that namespaces commonly give to
+/// containers that name none.
+const REQUESTS: [(&str, &str); 2] = [("cpu", "100m"), ("memory", "128Mi")];
 /// The resources that every node has. Others are those of devices.
 const OF_EVERY_NODE: [&str; 3] = ["cpu", "memory", "ephemeral-storage"];
 /// Nothing has to be saved.
@@ -95,13 +96,13 @@ mod tests {
 
     #[test]
     fn limits_are_those_of_the_stages_and_requests_no_more_than_these() {
-        let limits = json!({"cpu": "0.1", "memory": "64Gi", "rdma/hca": "1"});
+        let limits = json!({"cpu": "50m", "memory": "64Gi", "rdma/hca": "1"});
         let (requests, limits) = sides(with(json!({}), json!({"resources": {"limits": limits}})));
-        assert_eq!(requests, json!({"cpu": "0.1", "memory": "256Mi"}));
-        assert_eq!(limits, json!({"cpu": "0.1", "memory": "64Gi"}));
+        assert_eq!(requests, json!({"cpu": "50m", "memory": "128Mi"}));
+        assert_eq!(limits, json!({"cpu": "50m", "memory": "64Gi"}));
         let own = json!({"resources": {"requests": {"cpu": "2"}, "limits": {"memory": "1Gi"}}});
         let (requests, limits) = sides(with(own, json!({"resources": {"limits": {"memory": "64Gi"}}})));
-        assert_eq!((requests, limits), (json!({"cpu": "2", "memory": "256Mi"}), json!({"memory": "1Gi"})));
+        assert_eq!((requests, limits), (json!({"cpu": "2", "memory": "128Mi"}), json!({"memory": "1Gi"})));
         assert_eq!(sides(with(json!({}), json!({}))).1, Value::Null);
     }
 

@@ -47,6 +47,7 @@ pub fn dataset_bytes(tokens: u64, sequences: u64) -> f64 {
 
 /// A kind of stage, with what only it has.
 #[derive(Clone, Debug, PartialEq)]
+#[expect(clippy::large_enum_variant, reason = "one is made for a plan, and nobody keeps many")]
 pub enum Stage {
     /// Supervised fine-tuning of a language model.
     Sft,
