@@ -2,7 +2,7 @@
 //!
 //! A decision is pure and takes a millisecond. Should one not end, on what a job or its pods say, its thread cannot be
 //! stopped; so it is left alone, the job is not decided on again before it has ended and a wait is over that doubles each
-//! time, and a namespace has no more than [`MOST_OVERDUE`] such threads. Nothing else waits for it.
+//! time, and a namespace has no more than `MOST_OVERDUE` such threads. Nothing else waits for it.
 
 use crate::decide::Decision;
 use kube::ResourceExt;

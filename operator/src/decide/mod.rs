@@ -9,8 +9,8 @@
 //! - attempts and counters never fall, and a terminal job stays as it is;
 //! - the same input gives the same output, so a pass that changes nothing writes nothing.
 //!
-//! It goes in two steps and a fold: of each stage [`facts`] makes one of a few cases out of what was seen, [`transition`]
-//! draws from the case and the stage's phase what follows and when to look again, and [`status`] sums the stages up.
+//! It goes in two steps and a fold: of each stage `facts` makes one of a few cases out of what was seen, `transition`
+//! draws from the case and the stage's phase what follows and when to look again, and `status` sums the stages up.
 //!
 //! The attempt number as a fence is JobSet's idea (`failurePolicy`, restart attempts).
 

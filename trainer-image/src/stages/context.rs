@@ -352,7 +352,7 @@ impl Context {
 
     /// Keeps what `step` whole steps have made while the next step changes the models piece by piece, so that
     /// [`Context::save_kept_if_stopped`] can save it. `None` where there is nothing to save that is not saved, or being saved,
-    /// anyhow; [`Edge::NoRoom`] where host memory has no room for the copies. Every rank must call it.
+    /// anyhow; `Edge::NoRoom` where host memory has no room for the copies. Every rank must call it.
     ///
     /// # Errors
     /// Where libtorch failed or a peer was lost.
