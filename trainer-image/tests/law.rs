@@ -86,9 +86,11 @@ impl Setting {
 }
 
 fn close(what: &str, actual: &[f64], expected: &[f64]) {
+    // A norm sums the rounding of every gradient, at parameters that themselves differ by the tolerance; a wrong scale is far off.
+    let tolerance = if what.ends_with("gradNorm") { 10.0 * TOLERANCE } else { TOLERANCE };
     assert_eq!(actual.len(), expected.len(), "{what}");
     for (step, (a, e)) in actual.iter().zip(expected).enumerate() {
-        assert!((a - e).abs() <= TOLERANCE * e.abs().max(1.0), "{what}, step {}: {a}, expected {e}", step + 1);
+        assert!((a - e).abs() <= tolerance * e.abs().max(1.0), "{what}, step {}: {a}, expected {e}", step + 1);
     }
 }
 
