@@ -78,6 +78,7 @@ stage_trainer() {
         cp -l "$CACHE/libtorch/$lib" "$1/libtorch/$lib"
     done
     binary rlhf-trainer "$1"
+    cp /usr/bin/tini-static "$1/tini"
     cp "$ROOT/trainer-image/Dockerfile" "$1/"
 }
 
@@ -89,6 +90,7 @@ stage_trainer-cuda() {
     mkdir "$1/libtorch"
     cp -rl "$CACHE"/libtorch-cuda/{torch,nvidia} "$1/libtorch/"
     binary rlhf-trainer "$1"
+    cp /usr/bin/tini-static "$1/tini"
     cp "$ROOT/trainer-image/Dockerfile" "$1/"
 }
 

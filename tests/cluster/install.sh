@@ -11,7 +11,7 @@ PACKAGES=(
     # the cluster
     etcd-server containerd runc containernetworking-plugins iptables ipset nftables conntrack iproute2 procps openssl curl
     # images
-    buildah debootstrap
+    buildah debootstrap tini
     # tests and checks
     prometheus shellcheck python3-yaml lua5.4
 )

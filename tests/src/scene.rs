@@ -21,7 +21,7 @@ use rlhf_api::names;
 use rustix::process::{Pid, Signal, kill_process};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::fmt::Debug;
 use std::fs;
 use std::rc::Rc;
@@ -350,16 +350,21 @@ impl Scene {
         self.api::<Pod>().logs(&name, &LogParams::default()).await.unwrap_or_else(|e| panic!("log of {name}: {e}"))
     }
 
-    /// The step from which an attempt went on, as its rank 0 logged it.
+    /// The step from which an attempt went on, once its rank 0 has logged it.
     pub async fn resumed_at(&self, job: &RLHFJob, of: &str, attempt: u32) -> u64 {
-        let pods = self.pods(job, of, attempt).await;
-        let log = self.log(pods.first().expect("the attempt has a pod")).await;
-        let line = log
-            .lines()
-            .find(|l| l.contains(" resumed "))
-            .unwrap_or_else(|| panic!("attempt {attempt} did not resume:\n{log}"));
-        let step = line.split_whitespace().find_map(|word| word.strip_prefix("step="));
-        step.and_then(|s| s.parse().ok()).unwrap_or_else(|| panic!("no step in: {line}"))
+        let step_in = |line: &str| {
+            let step = line.split_whitespace().find_map(|word| word.strip_prefix("step="));
+            step.and_then(|s| s.parse().ok()).unwrap_or_else(|| panic!("no step in: {line}"))
+        };
+        let found = Cell::new(None);
+        eventually(&format!("resumption by attempt {attempt} at {of}"), async || {
+            let pods = self.pods(job, of, attempt).await;
+            let log = self.log(pods.first().expect("the attempt has a pod")).await;
+            found.set(log.lines().find(|l| l.contains(" resumed ")).map(step_in));
+            found.get().is_some()
+        })
+        .await;
+        found.get().expect("it is there")
     }
 
     /// The events about a job, sorted.

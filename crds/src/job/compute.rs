@@ -243,8 +243,12 @@ pub(super) fn resources_schema(_: &mut SchemaGenerator) -> Schema {
                     "type": "object",
                     "required": ["name"],
                     "properties": {
-                        "name": {"type": "string", "minLength": 1, "maxLength": 63},
-                        "request": {"type": "string", "maxLength": 63},
+                        "name": {"type": "string", "minLength": 1, "maxLength": 63, "description": "The name of the claim."},
+                        "request": {
+                            "type": "string",
+                            "maxLength": 63,
+                            "description": "Which of the claim's requests; by default all of them.",
+                        },
                     },
                 },
             },

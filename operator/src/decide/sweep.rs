@@ -33,10 +33,16 @@ impl Pass<'_> {
     fn has_part(&self, slot: &StageStatus, job: &JobView) -> bool {
         let live = matches!(slot.phase, StagePhase::Starting | StagePhase::Running);
         let stopped = self.job.spec.suspend && job.state == JobState::Active;
-        let current = job.attempt == slot.attempt && (live || job.finished()) && !stopped;
+        let current = job.attempt == slot.attempt && (live || job.finished() || self.ends_itself(slot, job)) && !stopped;
         // Its log says what the next attempt is to do better.
         let log_of_last = job.attempt + 1 == slot.attempt && job.state == JobState::Failed;
         current || (log_of_last && slot.phase != StagePhase::Succeeded)
+    }
+
+    /// Whether Kubernetes is about to call a Job over: nothing of the stage's pods runs on, such as a sidecar.
+    fn ends_itself(&self, slot: &StageStatus, job: &JobView) -> bool {
+        let mut pods = self.view(&slot.name).pods.iter().filter(|p| p.attempt == job.attempt).peekable();
+        slot.phase == StagePhase::Succeeded && pods.peek().is_some() && pods.all(|p| p.ended().is_some() && !p.lives_on)
     }
 
     /// Gives up pods whose kubelets do not carry out their deletion, where it is known that they cannot run on, or the job

@@ -17,7 +17,7 @@ const STAGES: [&str; 3] = ["sft", "reward", "ppo"];
 /// Each stage runs some ten seconds: Prometheus looks for new pods every five.
 const SFT_STEPS: u64 = 45;
 const REWARD_STEPS: u64 = 150;
-const PPO_ITERATIONS: u64 = 8;
+const PPO_ITERATIONS: u64 = 16;
 /// Children and events of one attempt, and the states that it goes through; above it something writes without need.
 const MOST_WRITES: usize = 10;
 /// How often progress is written at most.

@@ -77,11 +77,14 @@ fn a_gang_that_does_not_fit_waits_until_its_time_is_over() {
 #[test]
 fn waiting_for_room_is_no_failure_unless_the_job_says_how_long() {
     on_the_cluster(async |scene| {
-        let mut manifest = example().only(&["sft"]).set("/spec/compute/resources", json!({"requests": {"cpu": "900"}}));
-        // Less than the wait takes: it bounds only what has nodes.
-        manifest.0["spec"]["failurePolicy"] = json!({"maxRestarts": 0, "startupDeadlineSeconds": 1});
-        scene.apply(manifest).await;
+        scene.apply(example().only(&["sft"]).set("/spec/compute/resources", json!({"requests": {"cpu": "900"}}))).await;
+        scene.await_stage(NAME, "sft", StagePhase::Starting).await;
         scene.await_reason(NAME, "Waiting", "Unschedulable").await;
+        // Less than it has waited: it bounds only what has nodes.
+        scene.patch(NAME, json!({"spec": {"failurePolicy": {"maxRestarts": 0, "startupDeadlineSeconds": 1}}})).await;
+        let read = |j: &RLHFJob| j.status.as_ref().and_then(|s| s.observed_generation) == j.metadata.generation;
+        let job = scene.await_job(NAME, "a look at the new policy", read).await;
+        assert_eq!(stage(&job, "sft").phase, StagePhase::Starting);
         let policy = json!({"maxRestarts": 0, "startupDeadlineSeconds": 1, "pendingTimeoutSeconds": 1});
         scene.patch(NAME, json!({"spec": {"failurePolicy": policy}})).await;
         let failed = scene.await_phase(NAME, Phase::Failed).await;

@@ -85,7 +85,7 @@ fn a_queued_job_takes_quota_only_while_a_stage_of_it_runs() {
         queue.priority("rlhf-low", 10).await;
         let job = scene.apply(queued()).await;
         let waiting = await_queued(scene, "prepare", &["insufficient"]).await;
-        assert_eq!(waiting.status.as_ref().map(|s| (s.phase, s.active_since)), Some((Phase::Preparing, None)));
+        assert_eq!(waiting.status.as_ref().map(|s| (s.phase, s.active_since)), Some((Phase::Waiting, None)));
         assert!(scene.pods(&job, "prepare", 1).await.is_empty(), "a job in a queue has no pods");
 
         queue.allow([1, 0]).await;

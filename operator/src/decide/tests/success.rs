@@ -3,7 +3,7 @@
 use super::*;
 
 /// A stage whose trainers ended well, with its pods in this state for Kubernetes.
-fn trainers_done(state: JobState, spoiled: bool) -> Case {
+fn trainers_done(state: JobState, spoiled: bool, lives_on: bool) -> Case {
     let mut case = Case::running();
     let end = End {
         code: Some(0),
@@ -12,19 +12,26 @@ fn trainers_done(state: JobState, spoiled: bool) -> Case {
         ..End::default()
     };
     case.see("tune", 1, state, &[PodState::Ended(Box::new(end.clone())), PodState::Ended(Box::new(end))]);
+    case.view("tune").pods[1].lives_on = lives_on;
     case.pass();
     case
 }
 
 #[test]
 fn case_44_a_stage_has_succeeded_once_every_trainer_has_whatever_else_is_in_its_pods() {
-    for (state, spoiled) in [(JobState::Active, false), (JobState::Failing, true), (JobState::Failed, true)] {
-        let mut case = trainers_done(state.clone(), spoiled);
+    for (state, spoiled, lives_on) in [
+        (JobState::Active, false, true),
+        (JobState::Active, false, false),
+        (JobState::Failing, true, true),
+        (JobState::Failing, true, false),
+        (JobState::Failed, true, false),
+    ] {
+        let mut case = trainers_done(state.clone(), spoiled, lives_on);
         let slot = case.slot("tune");
         assert_eq!((slot.phase, slot.disruptions), (StagePhase::Succeeded, 0), "{state:?}");
         assert!(slot.output.is_some() && slot.completion_time == Some(at(0)));
-        let deleted = if state == JobState::Failed { vec![] } else { names(["tune-1"]) };
-        assert_eq!(case.deleted(), deleted, "what lives on is removed, once the output is stored");
+        let deleted = if lives_on { names(["tune-1"]) } else { vec![] };
+        assert_eq!(case.deleted(), deleted, "what lives on is removed, once the output is stored; the rest ends itself");
         case.observed.stages.remove("tune");
         case.assert_quiet();
     }
