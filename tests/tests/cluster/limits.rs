@@ -82,7 +82,7 @@ fn waiting_for_room_is_no_failure_unless_the_job_says_how_long() {
         scene.await_reason(NAME, "Waiting", "Unschedulable").await;
         // Less than it has waited: it bounds only what has nodes.
         scene.patch(NAME, json!({"spec": {"failurePolicy": {"maxRestarts": 0, "startupDeadlineSeconds": 1}}})).await;
-        let read = |j: &RLHFJob| j.status.as_ref().and_then(|s| s.observed_generation) == j.metadata.generation;
+        let read = |j: &RLHFJob| j.status.as_ref().map(|s| s.observed_generation) == j.metadata.generation;
         let job = scene.await_job(NAME, "a look at the new policy", read).await;
         assert_eq!(stage(&job, "sft").phase, StagePhase::Starting);
         let policy = json!({"maxRestarts": 0, "startupDeadlineSeconds": 1, "pendingTimeoutSeconds": 1});

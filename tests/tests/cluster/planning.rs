@@ -1,9 +1,9 @@
 //! Strategies that are left to the operator.
 
 use e2e::manifest::{Manifest, NAME, endless};
-use e2e::{eventually, on_the_cluster, stage, starve_worker};
+use e2e::{on_the_cluster, stage, starve_worker};
 use k8s_openapi::api::core::v1::{Node, Pod};
-use kube::api::{DeleteParams, ListParams, Patch, PatchParams};
+use kube::api::{ListParams, Patch, PatchParams};
 use kube::{Api, ResourceExt};
 use rlhf_api::job::{Phase, PlanSource, RLHFJob, StagePhase};
 use rlhf_api::stage::Strategy;

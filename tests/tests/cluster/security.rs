@@ -116,7 +116,7 @@ async fn the_policy_selects_exactly_the_jobs_pods(scene: &Scene, job: &RLHFJob) 
     let kinds: Vec<String> = operators_writes(scene).iter().map(|w| w.kind()).collect();
     let position =
         |kind: &str| kinds.iter().position(|k| k == kind).unwrap_or_else(|| panic!("no {kind} in {kinds:?}"));
-    assert!(position("create networkpolicies") < position("create jobs"), "{kinds:?}");
+    assert!(position("patch networkpolicies") < position("create jobs"), "{kinds:?}");
 }
 
 async fn the_peer_is_the_operator(scene: &Scene, peer: &NetworkPolicyPeer) {

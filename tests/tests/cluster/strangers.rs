@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 /// Puts a second container into the pods of the scene's stages, as a service mesh does.
 async fn inject(scene: &Scene, container: &Value) {
     let name = &scene.namespace;
-    let expression = format!("Object{{spec: Object.spec{{containers: [{}]}}}}", cel(container));
+    let expression = format!("[JSONPatch{{op: 'add', path: '/spec/containers/-', value: {}}}]", cel(container));
     let policy = json!({
         "apiVersion": "admissionregistration.k8s.io/v1", "kind": "MutatingAdmissionPolicy", "metadata": {"name": name},
         "spec": {
@@ -23,7 +23,7 @@ async fn inject(scene: &Scene, container: &Value) {
                 "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": name}},
                 "objectSelector": {"matchExpressions": [{"key": names::LABEL_STAGE, "operator": "NotIn", "values": [names::PREPARE]}, {"key": names::LABEL_STAGE, "operator": "Exists"}]},
                 "resourceRules": [{"apiGroups": [""], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["pods"]}]},
-            "mutations": [{"patchType": "ApplyConfiguration", "applyConfiguration": {"expression": expression}}]},
+            "mutations": [{"patchType": "JSONPatch", "jsonPatch": {"expression": expression}}]},
     });
     let binding = json!({
         "apiVersion": "admissionregistration.k8s.io/v1", "kind": "MutatingAdmissionPolicyBinding", "metadata": {"name": name},
