@@ -33,7 +33,8 @@ impl Pass<'_> {
     fn has_part(&self, slot: &StageStatus, job: &JobView) -> bool {
         let live = matches!(slot.phase, StagePhase::Starting | StagePhase::Running);
         let stopped = self.job.spec.suspend && job.state == JobState::Active;
-        let current = job.attempt == slot.attempt && (live || job.finished() || self.ends_itself(slot, job)) && !stopped;
+        let current =
+            job.attempt == slot.attempt && (live || job.finished() || self.ends_itself(slot, job)) && !stopped;
         // Its log says what the next attempt is to do better.
         let log_of_last = job.attempt + 1 == slot.attempt && job.state == JobState::Failed;
         current || (log_of_last && slot.phase != StagePhase::Succeeded)

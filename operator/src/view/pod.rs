@@ -117,12 +117,17 @@ impl PodView {
             deleting_for: SignedDuration::ZERO,
             disruption: disruption(pod, &state),
             evicted: evicted(pod),
-            lives_on: matches!(state, PodState::Ended(_))
-                && meta.deletion_timestamp.is_none()
-                && status.and_then(|s| s.phase.as_deref()) == Some("Running"),
+            lives_on: matches!(state, PodState::Ended(_)) && meta.deletion_timestamp.is_none() && has_company(pod),
             state,
         })
     }
+}
+
+/// Whether a container beside the trainer has not ended. The pod's phase does not say it: a kubelet leaves it at `Running` for a
+/// while after the last container has ended. Sidecars of Kubernetes' own kind, which are init containers, it ends itself.
+fn has_company(pod: &Pod) -> bool {
+    let mut all = pod.status.iter().flat_map(|s| s.container_statuses.iter().flatten());
+    all.any(|c| c.name != CONTAINER && c.state.as_ref().is_none_or(|s| s.terminated.is_none()))
 }
 
 fn condition<'a>(pod: &'a Pod, kind: &str, value: &str) -> Option<&'a PodCondition> {

@@ -55,6 +55,21 @@ fn a_message_that_is_no_document_is_kept_as_text() {
 }
 
 #[test]
+fn a_pod_lives_on_while_a_container_beside_its_trainer_does_whatever_its_phase() {
+    let with = |others: Value| {
+        let mut status = terminated(0, "Completed", "");
+        status["phase"] = json!("Running");
+        status["containerStatuses"].as_array_mut().unwrap().extend(others.as_array().unwrap().clone());
+        pod(status).lives_on
+    };
+    let sidecar = |state: Value| json!([{"name": "proxy", "ready": true, "restartCount": 0, "image": "i", "imageID": "", "state": state}]);
+    assert!(!with(json!([])), "its kubelet is about to call it succeeded");
+    assert!(with(sidecar(json!({"running": {}}))));
+    assert!(with(sidecar(json!({"waiting": {"reason": "CrashLoopBackOff"}}))));
+    assert!(!with(sidecar(json!({"terminated": {"exitCode": 0}}))));
+}
+
+#[test]
 fn a_container_killed_for_memory_is_told_by_its_reason_unless_it_ended_well() {
     assert!(pod(terminated(137, "OOMKilled", "")).ended().unwrap().oom_killed);
     assert!(!pod(terminated(0, "OOMKilled", "")).ended().unwrap().oom_killed);

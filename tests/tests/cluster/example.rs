@@ -17,7 +17,7 @@ const STAGES: [&str; 3] = ["sft", "reward", "ppo"];
 /// Each stage runs some ten seconds: Prometheus looks for new pods every five.
 const SFT_STEPS: u64 = 45;
 const REWARD_STEPS: u64 = 150;
-const PPO_ITERATIONS: u64 = 16;
+const PPO_ITERATIONS: u64 = 30;
 /// Children and events of one attempt, and the states that it goes through; above it something writes without need.
 const MOST_WRITES: usize = 10;
 /// How often progress is written at most.
@@ -32,7 +32,8 @@ fn the_example_succeeds_as_people_and_prometheus_see_it() {
             .stage("sft", "sft/epochs", json!(10))
             .stage("sft", "sft/maxSteps", json!(SFT_STEPS))
             .stage("reward", "rewardModel/epochs", json!(10))
-            .stage("reward", "rewardModel/maxSteps", json!(REWARD_STEPS));
+            .stage("reward", "rewardModel/maxSteps", json!(REWARD_STEPS))
+            .stage("ppo", "ppo/iterations", json!(PPO_ITERATIONS));
         let dashboard = Dashboard::watch(&scene.namespace);
         let history = scene.follow(NAME);
         scene.apply(manifest.clone()).await;

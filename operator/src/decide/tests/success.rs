@@ -31,7 +31,11 @@ fn case_44_a_stage_has_succeeded_once_every_trainer_has_whatever_else_is_in_its_
         assert_eq!((slot.phase, slot.disruptions), (StagePhase::Succeeded, 0), "{state:?}");
         assert!(slot.output.is_some() && slot.completion_time == Some(at(0)));
         let deleted = if lives_on { names(["tune-1"]) } else { vec![] };
-        assert_eq!(case.deleted(), deleted, "what lives on is removed, once the output is stored; the rest ends itself");
+        assert_eq!(
+            case.deleted(),
+            deleted,
+            "what lives on is removed, once the output is stored; the rest ends itself"
+        );
         case.observed.stages.remove("tune");
         case.assert_quiet();
     }

@@ -320,14 +320,18 @@ impl Api {
             Ending::Code(0) if told => end(pod, "Failed", Some((143, "Error", None)), now),
             Ending::Code(0) => end(pod, "Succeeded", Some((0, "Completed", Some(word))), now),
             Ending::Code(code) => end(pod, "Failed", Some((code, "Error", None)), now),
-            Ending::SidecarLives(0) => end(pod, "Running", Some((0, "Completed", Some(word))), now),
-            Ending::SidecarLives(code) => end(pod, "Running", Some((code, "Error", None)), now),
+            Ending::SidecarLives(code) => {
+                let (reason, word) = if code == 0 { ("Completed", Some(word)) } else { ("Error", None) };
+                end(pod, "Running", Some((code, reason, word)), now);
+                let state = ContainerState { running: Some(ContainerStateRunning::default()), ..Default::default() };
+                beside(pod, state);
+            }
             Ending::SidecarFails => {
                 end(pod, "Failed", Some((0, "Completed", Some(word))), now);
-                let state =
-                    ContainerState { terminated: Some(terminated(1, "Error", None, now)), ..Default::default() };
-                let sidecar = ContainerStatus { name: "sidecar".into(), state: Some(state), ..Default::default() };
-                pod.status.as_mut().unwrap().container_statuses.as_mut().unwrap().push(sidecar);
+                beside(
+                    pod,
+                    ContainerState { terminated: Some(terminated(1, "Error", None, now)), ..Default::default() },
+                );
             }
             Ending::Evicted => reason(pod, "Evicted", false),
             Ending::Disrupted => reason(pod, "Evicted", true),
@@ -415,6 +419,12 @@ fn end(pod: &mut Pod, phase: &str, ended: Option<(i32, &str, Option<&str>)>, now
     status.phase = Some(phase.into());
     status.container_statuses =
         Some(vec![ContainerStatus { name: CONTAINER.into(), state: Some(state), ..Default::default() }]);
+}
+
+/// A container beside the trainer's is in this state.
+fn beside(pod: &mut Pod, state: ContainerState) {
+    let sidecar = ContainerStatus { name: "sidecar".into(), state: Some(state), ..Default::default() };
+    pod.status.get_or_insert_default().container_statuses.get_or_insert_default().push(sidecar);
 }
 
 /// The kubelet, or who stands for it, fails the pod as a whole.
