@@ -53,6 +53,8 @@ class Kinds(unittest.TestCase):
             crd = render({"crds": {"enabled": True, "keep": keep}}).one("CustomResourceDefinition")
             policy = crd["metadata"].get("annotations", {}).get("helm.sh/resource-policy")
             self.assertEqual(policy, "keep" if keep else None)
+            key = render({"crds": {"enabled": False, "keep": keep}}).one("Secret")
+            self.assertEqual(key["metadata"].get("annotations", {}).get("helm.sh/resource-policy"), policy)
             self.assertEqual(crd["metadata"]["name"], "rlhfjobs.rlhf.dev")
 
 

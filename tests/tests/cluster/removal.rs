@@ -1,7 +1,7 @@
 //! What is deleted leaves nothing.
 
 use e2e::manifest::{NAME, endless, waits};
-use e2e::{Uninstalled, eventually, labelled, on_the_cluster, on_the_cluster_alone, stage, uid};
+use e2e::{RELEASE, Uninstalled, eventually, labelled, on_the_cluster, on_the_cluster_alone, stage, uid};
 use kube::ResourceExt;
 use kube::api::DeleteParams;
 use rlhf_api::job::{RLHFJob, StagePhase};
@@ -32,7 +32,8 @@ fn an_uninstalled_chart_leaves_the_definition_only_where_kept() {
         eventually("the prepare pod", async || labelled(&children).await.iter().any(|c| c.starts_with("pod/"))).await;
 
         let Uninstalled { labelled: left, records } = scene.operator.uninstall_and_look().await;
-        assert_eq!(left, ["customresourcedefinition.apiextensions.k8s.io/rlhfjobs.rlhf.dev"]);
+        let key = format!("secret/{RELEASE}-key");
+        assert_eq!(left, [&key, "customresourcedefinition.apiextensions.k8s.io/rlhfjobs.rlhf.dev"]);
         assert_eq!(records, "");
         assert_eq!(scene.job(NAME).await.uid(), job.uid(), "a kept definition keeps its jobs");
 
