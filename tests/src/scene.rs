@@ -165,6 +165,11 @@ impl Scene {
             Err(kube::Error::Api(status)) if status.code == 404 => {} // the definition is gone, and so are the jobs
             deleted => drop(deleted.unwrap_or_else(|e| panic!("the RLHFJobs of {}: {e}", self.namespace))),
         }
+        let jobs = self.api::<Job>();
+        let left = jobs.list(&all).await.unwrap_or_else(|e| panic!("the Jobs of {}: {e}", self.namespace));
+        for of_test in left.iter().filter(|j| j.owner_references().is_empty()) {
+            delete(&jobs, &of_test.name_any()).await;
+        }
         let pods = self.api::<Pod>();
         let left = pods.list(&all).await.unwrap_or_else(|e| panic!("the pods of {}: {e}", self.namespace));
         for of_test in left.iter().filter(|p| p.owner_references().is_empty()) {
@@ -393,7 +398,7 @@ impl Scene {
 }
 
 async fn delete<K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned>(api: &Api<K>, name: &str) {
-    match api.delete(name, &DeleteParams::default()).await {
+    match api.delete(name, &DeleteParams::background()).await {
         Err(kube::Error::Api(status)) if status.is_not_found() => {}
         Err(error) => panic!("{name}: {error}"),
         Ok(_) => {}

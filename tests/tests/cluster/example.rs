@@ -38,7 +38,9 @@ fn the_example_succeeds_as_people_and_prometheus_see_it() {
         let history = scene.follow(NAME);
         scene.apply(manifest.clone()).await;
         let ppo_reports = |j: &RLHFJob| stage(j, "ppo").progress.is_some_and(|p| p.step > 0);
-        scene.await_job(NAME, "progress of ppo", ppo_reports).await;
+        let running = scene.await_job(NAME, "progress of ppo", ppo_reports).await;
+        let figures = stage(&running, "ppo").progress.expect("ppo reports").metrics;
+        assert!(["reward", "kl", "tokensPerSecond"].iter().all(|f| figures.contains_key(*f)), "{figures:?}");
         columns_of_a_running_job(&scene.namespace).await;
         let succeeded = |j: &RLHFJob| j.status.as_ref().is_some_and(|s| s.phase == Phase::Succeeded);
         let job = scene.await_job(NAME, "success", succeeded).await;
@@ -118,9 +120,7 @@ fn status_is_complete(job: &RLHFJob) {
     let ppo = stage(job, "ppo");
     let progress = ppo.progress.expect("ppo ran long enough to be asked");
     assert_eq!((progress.step, progress.total_steps), (PPO_ITERATIONS, PPO_ITERATIONS));
-    for figure in ["reward", "kl", "tokensPerSecond"] {
-        assert!(progress.metrics.contains_key(figure), "{:?}", progress.metrics);
-    }
+    assert_eq!(Some(progress.metrics), ppo.output.map(|output| output.metrics), "all figures are of the last step");
     assert!(ppo.checkpoint.is_some_and(|c| c.step == PPO_ITERATIONS));
 }
 
