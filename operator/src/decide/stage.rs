@@ -8,6 +8,7 @@ use crate::classify::{Reason, bounded};
 use crate::view::StageView;
 use jiff::SignedDuration;
 use memory_plan::Named;
+use rlhf_api::config::KeepCheckpoints;
 use rlhf_api::job::{AttemptRecord, Failure, MAX_ATTEMPTS, StagePhase, StageStatus};
 use rlhf_api::names;
 use rlhf_api::report::{Checkpoint, ExitCode, Output, Verdict};
@@ -91,6 +92,7 @@ impl Pass<'_> {
         let node = first.and_then(|p| p.node.clone());
         self.note_attempt(slot, ExitCode::Done.reason(), node);
         hold(slot);
+        self.forget_checkpoint(slot);
         (slot.phase, slot.completion_time) = (StagePhase::Succeeded, Some(self.now));
         self.decision.outcomes.push(Outcome::Succeeded);
         self.tell(
@@ -98,6 +100,16 @@ impl Pass<'_> {
             format!("{} succeeded (attempt {})", slot.name, slot.attempt),
             self.about(slot),
         );
+    }
+
+    /// Names no checkpoint that the trainer has removed after its success.
+    fn forget_checkpoint(&self, slot: &mut StageStatus) {
+        if self.job.spec.storage.keep_checkpoints == KeepCheckpoints::Running {
+            slot.checkpoint = None;
+            if let Some(progress) = &mut slot.progress {
+                progress.checkpoint = None;
+            }
+        }
     }
 
     /// Where the trainer wrote the model, for an attempt whose first pod was deleted before its last word was read.

@@ -120,8 +120,8 @@ fn status_is_complete(job: &RLHFJob) {
     let ppo = stage(job, "ppo");
     let progress = ppo.progress.expect("ppo ran long enough to be asked");
     assert_eq!((progress.step, progress.total_steps), (PPO_ITERATIONS, PPO_ITERATIONS));
-    assert_eq!(Some(progress.metrics), ppo.output.map(|output| output.metrics), "all figures are of the last step");
-    assert!(ppo.checkpoint.is_some_and(|c| c.step == PPO_ITERATIONS));
+    assert!(progress.metrics.contains_key("evalReward"), "{:?}", progress.metrics);
+    assert_eq!(ppo.checkpoint, None, "none is kept after its success");
 }
 
 /// The namespace lets nothing else in, and what was let in holds no credentials of the API server.

@@ -1,6 +1,7 @@
 //! Success, and what containers beside the trainer and the Job controller make of it.
 
 use super::*;
+use rlhf_api::config::KeepCheckpoints;
 
 /// A stage whose trainers ended well, with its pods in this state for Kubernetes.
 fn trainers_done(state: JobState, spoiled: bool, lives_on: bool) -> Case {
@@ -124,6 +125,22 @@ fn the_final_figures_are_those_of_one_and_the_same_step() {
     let record = case.slot("tune").attempts.last().unwrap();
     assert_eq!((record.number, record.reason.as_str(), record.step), (1, "Done", Some(200)));
     assert_eq!((record.start, record.end), (Some(at(0)), at(1)));
+}
+
+#[test]
+fn a_checkpoint_is_named_as_long_as_it_is_there() {
+    for (keep, named) in [(KeepCheckpoints::Running, None), (KeepCheckpoints::Always, Some(150))] {
+        let mut case = Case::running();
+        case.job.spec.storage.keep_checkpoints = keep;
+        let checkpoint = Some(Checkpoint { step: 150, path: "c/150".into() });
+        later(&mut case, 1, step(150, Some(1.13)).map(|p| Progress { checkpoint, ..p }), None);
+        assert_eq!(case.slot("tune").checkpoint.as_ref().map(|c| c.step), Some(150));
+        case.see("tune", 1, JobState::Complete, &[ended(0, None), ended(0, None)]);
+        case.pass();
+        let slot = case.slot("tune");
+        let last = slot.progress.clone().unwrap().checkpoint;
+        assert_eq!([slot.checkpoint.clone(), last].map(|c| c.map(|c| c.step)), [named, named], "{keep:?}");
+    }
 }
 
 #[test]
