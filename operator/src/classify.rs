@@ -158,6 +158,19 @@ pub fn vanished(attempt: u32, what: String, now: Timestamp) -> Failure {
     }
 }
 
+/// The end of an attempt whose pod ended well and left no word that can be used, where one is needed.
+pub fn wordless(attempt: u32, pod: &PodView, end: &End, now: Timestamp) -> Failure {
+    let name = &pod.name;
+    let why = match (&end.doubt, &end.word) {
+        (Some(doubt), _) => format!("is not believed: {doubt}"),
+        (None, Some(_)) => "tells nothing of models and data".to_owned(),
+        (None, None) => "is empty".to_owned(),
+    };
+    let message = format!("pod {name} ended well, but its last word, with which strategies are chosen, {why}");
+    let reason = Reason::UnexpectedExit.as_str().into();
+    Failure { message: bounded(message), reason, ..failure(attempt, pod, end, None, now) }
+}
+
 /// Whether the pod's deletion was asked for before anything had failed, and so was not the Job controller's
 /// tidying up. Times are whole seconds; a tie is read as a deletion by hand, which costs no restart.
 fn deleted_by_hand(pod: &PodView, first_end: Option<Timestamp>) -> bool {
@@ -227,7 +240,9 @@ fn signal(code: i32) -> Option<&'static str> {
 
 /// What was wrong, where: the trainer's own words where it left some.
 fn message(pod: &PodView, end: &End, reason: Reason) -> String {
-    let own = end.word.as_ref().map(|w| w.message.clone()).or_else(|| end.text.clone()).filter(|m| !m.is_empty());
+    let doubt = end.doubt.as_ref().map(|doubt| format!("; what it found cannot be believed: {doubt}")).unwrap_or_default();
+    let word = end.word.as_ref().map(|word| format!("{}{doubt}", word.message));
+    let own = word.or_else(|| end.text.clone()).filter(|m| !m.is_empty());
     let text = match (reason, &pod.disruption) {
         (Reason::Disrupted | Reason::NodeLost, Some(why)) => format!("pod {} was disrupted: {why}", pod.name),
         (Reason::PodDeleted, _) => format!("pod {} was deleted", pod.name),

@@ -4,7 +4,7 @@
 use super::facts::Facts;
 use super::transition::{Heard, Transition, next};
 use super::{Defeat, Event, Outcome, Pass};
-use crate::classify::{Reason, bounded};
+use crate::classify::{Reason, bounded, vanished, wordless};
 use crate::view::StageView;
 use jiff::SignedDuration;
 use memory_plan::Named;
@@ -68,14 +68,29 @@ impl Pass<'_> {
         }
     }
 
-    /// Whether strategies are to be chosen by what the attempt found out, and it is not known.
-    pub(super) fn lacks_word(&self, slot: &StageStatus) -> bool {
-        slot.name == names::PREPARE && self.has_auto() && self.prepared(slot.attempt).is_none()
+    /// The end of an attempt that went well, but for what it found out, by which strategies are to be chosen. A word that went
+    /// with its pod is nobody's fault. One that is there and cannot be used is the trainer's own doing, and so may be the next.
+    pub(super) fn lacks_word(&self, slot: &StageStatus) -> Option<Failure> {
+        if slot.name != names::PREPARE || !self.has_auto() || self.prepared(slot.attempt).is_some() {
+            return None;
+        }
+        let attempt = slot.attempt;
+        let ended = self.view(&slot.name).pods_of(attempt).find_map(|pod| Some((pod, pod.ended()?)));
+        Some(match ended {
+            Some((pod, end)) => wordless(attempt, pod, end, self.now),
+            None => {
+                let what = format!("attempt {attempt}: its last word, with which strategies are chosen, was lost");
+                vanished(attempt, what, self.now)
+            }
+        })
     }
 
     fn succeed(&mut self, slot: &mut StageStatus) {
         let first = self.view(&slot.name).pods_of(slot.attempt).find(|p| p.index == 0);
-        let word = first.and_then(|p| p.ended()?.word.clone());
+        let end = first.and_then(|p| p.ended());
+        let doubt = end.and_then(|end| end.doubt.as_ref());
+        let doubt = doubt.map(|doubt| format!("; its last word is not believed: {doubt}")).unwrap_or_default();
+        let word = end.and_then(|end| end.word.clone());
         let (output, step) = word.map_or((None, None), |w| (w.output, w.step));
         if let (Some(progress), Some(step)) = (&mut slot.progress, step) {
             // Figures of an earlier step are not the ones at the end.
@@ -97,7 +112,7 @@ impl Pass<'_> {
         self.decision.outcomes.push(Outcome::Succeeded);
         self.tell(
             Event::StageSucceeded,
-            format!("{} succeeded (attempt {})", slot.name, slot.attempt),
+            format!("{} succeeded (attempt {}){doubt}", slot.name, slot.attempt),
             self.about(slot),
         );
     }

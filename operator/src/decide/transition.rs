@@ -93,10 +93,7 @@ pub(super) fn next(pass: &Pass<'_>, slot: &StageStatus, facts: Facts) -> Next {
         (_, Facts::Failing(None) | Facts::Lingering) => now(Transition::Stay),
         (_, Facts::Failed(failure)) => now(Transition::End(failure)),
 
-        (_, Facts::Succeeded) if pass.lacks_word(slot) => {
-            now(Transition::End(lost("its last word, with which strategies are chosen, was lost")))
-        }
-        (_, Facts::Succeeded) => now(Transition::Succeed),
+        (_, Facts::Succeeded) => now(pass.lacks_word(slot).map_or(Transition::Succeed, Transition::End)),
     }
 }
 

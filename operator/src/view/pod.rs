@@ -74,6 +74,8 @@ pub struct End {
     pub spoiled_by: Option<String>,
     /// Its last word, if it is one of the contract's documents.
     pub word: Option<TerminationMessage>,
+    /// Why that word, or a part of it, is not believed; it may be the word of another program.
+    pub doubt: Option<String>,
     /// What there is in place of such a document: the container's or the pod's own message.
     pub text: Option<String>,
     /// When it ended.
@@ -188,7 +190,7 @@ fn state(pod: &Pod) -> PodState {
 const GONE: i32 = 255;
 
 fn end(pod: &Pod, ended: &ContainerStateTerminated) -> End {
-    let word = ended.message.as_deref().and_then(word);
+    let (word, doubt) = ended.message.as_deref().filter(|said| !said.is_empty()).map(word).unwrap_or_default();
     let unknown = matches!(ended.reason.as_deref(), Some("Unknown" | "ContainerStatusUnknown"));
     End {
         code: Some(ended.exit_code),
@@ -197,17 +199,17 @@ fn end(pod: &Pod, ended: &ContainerStateTerminated) -> End {
         spoiled_by: (ended.exit_code == 0).then(|| spoiler(pod)).flatten(),
         text: if word.is_some() { None } else { text(ended) },
         word,
+        doubt,
         at: ended.finished_at.as_ref().map(|t| t.0),
     }
 }
 
-/// A pod's last word. What it says of models that no machine has is left out, and told.
-fn word(text: &str) -> Option<TerminationMessage> {
-    let (mut word, doubt) = TerminationMessage::parse(text.as_bytes()).ok()?;
-    if let Some(doubt) = doubt {
-        word.message = format!("{}; what it found cannot be believed: {doubt}", word.message);
+/// A pod's last word, and why it, or a part of it that is left out, is not believed.
+fn word(text: &str) -> (Option<TerminationMessage>, Option<String>) {
+    match TerminationMessage::parse(text.as_bytes()) {
+        Ok((word, doubt)) => (Some(word), doubt.map(|doubt| doubt.to_string())),
+        Err(error) => (None, Some(error.to_string())),
     }
-    Some(word)
 }
 
 /// The other container whose end has failed the pod.

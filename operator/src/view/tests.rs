@@ -50,6 +50,9 @@ fn a_message_that_is_no_document_is_kept_as_text() {
     let view = pod(terminated(1, "Error", "no such file"));
     assert_eq!(view.ended().unwrap().text.as_deref(), Some("no such file"));
     assert_eq!(view.ended().unwrap().word, None);
+    let doubt = |view: &PodView| view.ended().unwrap().doubt.clone();
+    assert!(doubt(&view).unwrap().starts_with("it is no document of the contract"));
+    assert_eq!(doubt(&pod(terminated(0, "Completed", ""))), None, "one that left no word is not doubted");
     assert_eq!(pod(terminated(1, "Error", "")).ended().unwrap().text, None, "`Error` says nothing");
     assert_eq!(pod(terminated(128, "StartError", "")).ended().unwrap().text.as_deref(), Some("StartError"));
 }

@@ -300,3 +300,43 @@ fn prepare_runs_again_where_its_last_word_is_needed_and_lost() {
     assert_eq!((case.slot("prepare").phase, case.slot("tune").plan), (StagePhase::Succeeded, None));
     assert_eq!(case.made(), ["tune-1", "judge-1"]);
 }
+
+/// A pod that ended well, by what its kubelet tells of the last word.
+fn ended_well(word: &str) -> PodState {
+    let said = json!({"metadata": {"name": "p", "uid": "p", "labels": {api_names::LABEL_STAGE: "prepare", api_names::LABEL_ATTEMPT: "1"},
+        "annotations": {view::INDEX_KEY: "0"}}, "status": {"phase": "Succeeded", "containerStatuses": [{
+        "name": view::CONTAINER, "ready": false, "restartCount": 0, "image": "i", "imageID": "",
+        "state": {"terminated": {"exitCode": 0, "reason": "Completed", "message": word}}}]}});
+    PodView::parse(&serde_json::from_value(said).unwrap()).unwrap().state
+}
+
+#[test]
+fn a_word_of_prepare_that_cannot_be_used_is_an_unexpected_exit_and_told() {
+    let mut doubted = serde_json::to_value(word_of_prepare(64)).unwrap();
+    doubted["prepared"]["models"][0]["layers"] = json!(0);
+    let mut untold = word_of_prepare(64);
+    untold.prepared = None;
+    for (word, why) in [
+        ("Segmentation fault in a plugin".to_owned(), "is not believed: it is no document of the contract"),
+        (doubted.to_string(), "is not believed: layers is 0, and must be from 1"),
+        (untold.to_bounded_json(), "tells nothing of models and data"),
+        (String::new(), "is empty"),
+    ] {
+        let mut case = on(gpus("80Gi"), all_auto());
+        case.job.spec.failure_policy.max_restarts = 1;
+        case.pass();
+        case.see("prepare", 1, JobState::Complete, &[ended_well(&word)]);
+        case.pass();
+        let slot = case.slot("prepare");
+        assert_eq!((slot.phase, slot.restarts.total, slot.disruptions), (StagePhase::Pending, 1, 0), "{word}");
+        let failure = slot.last_failure.clone().unwrap();
+        assert_eq!((failure.reason.as_str(), failure.code), ("UnexpectedExit", Some(0)));
+        assert!(failure.message.contains(why), "{}", failure.message);
+        case.now = at(20);
+        case.pass();
+        case.see("prepare", 2, JobState::Complete, &[ended_well(&word)]);
+        case.pass();
+        assert_eq!(case.condition("Failed"), Some(("True", "RestartsExhausted")));
+        assert!(case.status().message.as_deref().unwrap().contains(why));
+    }
+}

@@ -98,6 +98,19 @@ fn a_stage_succeeds_with_what_rank_0_said_last() {
 }
 
 #[test]
+fn a_last_word_that_is_not_believed_does_not_undo_a_trainers_success_but_is_told() {
+    let mut case = Case::running();
+    let doubt = Some("it is no document of the contract".to_owned());
+    let end = End { code: Some(0), doubt, at: Some(at(5)), ..End::default() };
+    case.see("tune", 1, JobState::Complete, &[PodState::Ended(Box::new(end)), ended(0, None)]);
+    case.pass();
+    assert_eq!((case.slot("tune").phase, case.slot("tune").restarts.total), (StagePhase::Succeeded, 0));
+    let told = &case.last.notices[0];
+    assert_eq!(told.event, Event::StageSucceeded);
+    assert!(told.note.ends_with("its last word is not believed: it is no document of the contract"), "{}", told.note);
+}
+
+#[test]
 fn case_25_a_job_whose_stages_all_succeed_has_succeeded_for_good() {
     let mut case = Case::running();
     for stage in ["tune", "judge", "act"] {

@@ -36,6 +36,8 @@ pub(super) struct Api {
 pub(super) enum Ending {
     /// With a code, alone in its pod.
     Code(i32),
+    /// With 0, and a last word that is no document of the contract.
+    Muddled,
     /// With a code, and a container beside it goes on.
     SidecarLives(i32),
     /// With 0, and a container beside it has ended badly.
@@ -319,6 +321,8 @@ impl Api {
         match ending {
             Ending::Code(0) if told => end(pod, "Failed", Some((143, "Error", None)), now),
             Ending::Code(0) => end(pod, "Succeeded", Some((0, "Completed", Some(word))), now),
+            Ending::Muddled if told => end(pod, "Failed", Some((143, "Error", None)), now),
+            Ending::Muddled => end(pod, "Succeeded", Some((0, "Completed", Some("no document"))), now),
             Ending::Code(code) => end(pod, "Failed", Some((code, "Error", None)), now),
             Ending::SidecarLives(code) => {
                 let (reason, word) = if code == 0 { ("Completed", Some(word)) } else { ("Error", None) };

@@ -90,7 +90,7 @@ fn ending() -> impl Strategy<Value = Ending> {
     prop_oneof![
         6 => code(0), 2 => code(75), 2 => code(143), 2 => code(137), 1 => code(1), 1 => code(70), 1 => code(65),
         1 => code(71), 2 => prop_oneof![Just(0), Just(1), Just(71), Just(75)].prop_map(Ending::SidecarLives),
-        1 => Just(Ending::SidecarFails), 1 => Just(Ending::Evicted),
+        1 => Just(Ending::Muddled), 1 => Just(Ending::SidecarFails), 1 => Just(Ending::Evicted),
         1 => Just(Ending::Disrupted), 1 => Just(Ending::Refused), 1 => Just(Ending::Lost),
     ]
 }
