@@ -19,3 +19,4 @@ pub mod names;
 pub mod reference;
 pub mod report;
 pub mod stage;
+mod unknown;

@@ -396,13 +396,6 @@ impl Default for Advantage {
     }
 }
 
-impl Advantage {
-    /// The settings of generalised advantage estimation, which is the default.
-    pub fn gae(&self) -> Gae {
-        self.gae.unwrap_or_default()
-    }
-}
-
 /// Generalised advantage estimation (Schulman 2016).
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]

@@ -10,6 +10,7 @@ use crate::error::{Error, Result};
 use crate::files;
 use crate::model::ModelSpec;
 use crate::run::Run;
+use crate::stages::refuse_unknown;
 use crate::telemetry::Telemetry;
 use crate::tokenizer::Tokenizer;
 use models::Models;
@@ -79,6 +80,7 @@ pub fn run(config: &PrepareConfig, volume: &Path, telemetry: &Telemetry) -> Resu
     let first = config.stages.first().ok_or_else(|| Error::config("the job has no stages; write one or more"))?;
     let mut parts = Parts::new(telemetry, config.models.len().max(1) + config.stages.len());
     for stage in &config.stages {
+        refuse_unknown(&stage.kind).map_err(|e| e.context(format!("stage '{}'", stage.stage)))?;
         Run::new(stage, volume).check()?;
         output_dirs(stage, volume).iter().try_for_each(|dir| check_writable(dir))?;
     }

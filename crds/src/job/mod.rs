@@ -220,6 +220,17 @@ impl Stage {
         }
     }
 
+    /// What is not known here of a stage, in words. Several kinds are known, and wrong.
+    fn unknown(&self) -> Option<String> {
+        match self.kind() {
+            Some(kind) => kind.unknown().map(|field| format!("spec.stages[{}].{field} says something", self.name)),
+            None if self.sft.is_none() && self.reward_model.is_none() && self.ppo.is_none() => {
+                Some(format!("stage {} is of a kind", self.name))
+            }
+            None => None,
+        }
+    }
+
     /// The names of the stages that have to be done before this one, each once.
     pub fn needs(&self) -> Vec<String> {
         let kind = self.kind();
@@ -235,6 +246,14 @@ impl Stage {
 }
 
 impl RLHFJob {
+    /// The first place of the spec where a newer definition says something that is not known here, in words.
+    pub fn unknown(&self) -> Option<String> {
+        let Some(field) = self.spec.model.unknown("spec.model") else {
+            return self.spec.stages.iter().find_map(Stage::unknown);
+        };
+        Some(format!("{field} says something"))
+    }
+
     /// Where a stage runs: what it says itself over what is said for every stage.
     pub fn compute(&self, stage: &Stage) -> Compute {
         stage.compute.as_ref().map_or_else(|| self.spec.compute.clone(), |own| own.over(&self.spec.compute))

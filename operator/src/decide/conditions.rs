@@ -81,7 +81,7 @@ impl Pass<'_> {
         let stalled = stalled.as_deref().map(|message| (Reason::Stalled.as_str(), message));
         self.put(status, &ATTEMPT_STALLED, stalled);
         let unknown = self.obstacle.as_ref().filter(|o| o.reason == names::CONDITION_UNSUPPORTED);
-        self.put(status, &UNSUPPORTED, unknown.map(|o| ("UnknownKind", o.text.as_str())));
+        self.put(status, &UNSUPPORTED, unknown.map(|o| ("NotKnown", o.text.as_str())));
         let going_on = (phase != Phase::Suspended).then_some(("Progressing", "the job is not over"));
         self.put(status, &RECONCILING, going_on);
     }

@@ -35,7 +35,7 @@ pub use sweep::LOST_AFTER;
 use crate::build::{self, Children, Settings, Task};
 use crate::view::{self, JobView, StageView, Wait};
 use jiff::{SignedDuration, Timestamp};
-use rlhf_api::job::{RLHFJob, RLHFJobStatus, Stage, StageStatus};
+use rlhf_api::job::{RLHFJob, RLHFJobStatus, StageStatus};
 use rlhf_api::names;
 use std::collections::BTreeMap;
 
@@ -331,9 +331,8 @@ impl<'a> Pass<'a> {
 
     /// What the operator does not know it leaves alone: another version of it may. What is wrong ends a job that has not begun.
     fn check_spec(&mut self) {
-        let unknown = |s: &&Stage| s.sft.is_none() && s.reward_model.is_none() && s.ppo.is_none();
-        if let Some(stage) = self.job.spec.stages.iter().find(unknown) {
-            let text = format!("stage {} is of a kind that this version of the operator does not know", stage.name);
+        if let Some(what) = self.job.unknown() {
+            let text = format!("{what} that this version of the operator does not know");
             self.obstacle = Some(Wait::new(names::CONDITION_UNSUPPORTED, text));
         } else if let Err(error) = build::check(self.job, self.settings) {
             self.refuse_spec(&error);

@@ -263,7 +263,7 @@ impl Rounds<'_> {
         let prompts: Vec<Prompt> =
             self.rows(self.options.prompt_tokens).map(|tokens| Prompt { tokens, text: String::new() }).collect();
         // No token ends a response.
-        let mut run = Run::new(self.context, settings, vec![], models);
+        let mut run = Run::new(self.context, settings, vec![], models)?;
         let counted = self.count(|round| run.iterate(round, &prompts).map(drop))?;
         let (spec, new) = (&self.options.spec, u64::from(self.options.new_tokens));
         let (tokens, learning) = (self.tokens(), self.learning());

@@ -279,6 +279,18 @@ fn a_run_of_another_config_is_refused_before_any_device_is_taken() {
 }
 
 #[test]
+fn what_a_newer_operator_asks_for_is_refused_and_not_done_as_if_it_were_not_there() {
+    let volume = volume();
+    let with = |field: &str, value: Value| {
+        prepare(volume.path(), |stages| stages[2]["kind"]["ppo"][field] = value.clone()).unwrap_err()
+    };
+    let error = with("advantage", json!({"groupRelative": {}}));
+    check(&error, 64, &["stage 'ppo'", "ppo.advantage says something that this version of the trainer does not know"]);
+    let error = with("rewards", json!([{"name": "tests", "http": {"url": "https://x"}}]));
+    check(&error, 64, &["stage 'ppo'", "ppo.rewards[tests]"]);
+}
+
+#[test]
 fn a_token_without_an_embedding_is_refused_where_a_record_has_it() {
     let fewer = |tokens: usize| {
         let volume = volume();

@@ -11,9 +11,23 @@ pub(crate) mod supervised;
 
 pub use context::Context;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use rlhf_api::report::Output;
 use rlhf_api::stage::StageKind;
+
+/// Refuses what a newer operator asks for and this version does not know: it would be done as if nothing had been said.
+///
+/// # Errors
+/// Names the first such field.
+pub fn refuse_unknown(kind: &StageKind) -> Result<()> {
+    kind.unknown().map_or(Ok(()), |field| Err(unknown(&field)))
+}
+
+fn unknown(field: &str) -> Error {
+    Error::config(format!(
+        "{field} says something that this version of the trainer does not know; run the job with the trainer image of a newer one, or ask for what this one knows"
+    ))
+}
 
 /// Runs the stage to its end (or resumes it) and writes its model. One that an attempt before has brought to its end is done.
 ///
@@ -21,6 +35,7 @@ use rlhf_api::stage::StageKind;
 /// With the exit code that the operator acts on; [`rlhf_api::report::ExitCode::Terminated`] after a checkpoint where
 /// the process was asked to stop.
 pub fn run(context: Context) -> Result<Output> {
+    refuse_unknown(&context.config.kind)?;
     if let Some(output) = context.begin()? {
         return Ok(output);
     }

@@ -172,13 +172,44 @@ fn a_stage_of_a_kind_that_is_not_known_is_a_condition_and_starts_nothing() {
     let mut case = Case::new();
     case.job.spec.stages[2].ppo = None;
     case.pass();
-    assert_eq!(case.condition("Unsupported"), Some(("True", "UnknownKind")));
+    assert_eq!(case.condition("Unsupported"), Some(("True", "NotKnown")));
     assert_eq!((case.made().len(), case.status().phase), (0, Phase::Waiting));
     assert!(case.status().message.as_deref().unwrap().starts_with("stage act is of a kind"));
     case.assert_quiet();
     case.job.spec.stages = job().spec.stages;
     case.pass();
     assert_eq!((case.condition("Unsupported"), case.made()), (Some(("False", "Supported")), names(["prepare-1"])));
+}
+
+#[test]
+fn a_member_or_a_source_that_is_not_known_is_a_condition_that_names_it_and_starts_nothing() {
+    use serde_json::{Value, json};
+    type Change = fn(&mut Value);
+    let cases: [(Change, &str); 5] = [
+        (|s| s["stages"][2]["ppo"]["advantage"] = json!({"groupRelative": {}}), "spec.stages[act].ppo.advantage"),
+        (
+            |s| s["stages"][2]["ppo"]["rewards"][0] = json!({"name": "tests", "http": {"url": "https://x"}}),
+            "spec.stages[act].ppo.rewards[tests]",
+        ),
+        (|s| s["model"] = json!({"source": "hf://a/b"}), "spec.model.source"),
+        (|s| s["stages"][1]["rewardModel"]["start"] = json!({"hub": {}}), "spec.stages[judge].rewardModel.start"),
+        (
+            |s| s["stages"][0]["sft"]["dataset"]["source"] = json!("hf://datasets/a"),
+            "spec.stages[tune].sft.dataset.source",
+        ),
+    ];
+    for (change, field) in cases {
+        let mut case = Case::new();
+        let mut spec = serde_json::to_value(&case.job.spec).unwrap();
+        change(&mut spec);
+        case.job.spec = serde_json::from_value(spec).unwrap();
+        case.pass();
+        assert_eq!(case.condition("Unsupported"), Some(("True", "NotKnown")), "{field}");
+        let told = format!("{field} says something that this version of the operator does not know");
+        assert_eq!(case.status().message.as_deref(), Some(told.as_str()));
+        assert_eq!((case.made().len(), case.status().phase), (0, Phase::Waiting), "{field}");
+        case.assert_quiet();
+    }
 }
 
 #[test]

@@ -9,7 +9,7 @@ use crate::rollout::{Decoding, Request, generate};
 use crate::stages::math::{entropy, gae, kl_estimate, log_probabilities, token_rewards, whiten};
 use crate::telemetry::Phase;
 use rlhf_api::report::ExitCode;
-use rlhf_api::stage::Ppo;
+use rlhf_api::stage::{Gae, Ppo};
 use std::time::Instant;
 use tch::{Kind, Tensor};
 
@@ -65,10 +65,10 @@ pub(super) fn mean(experience: &[Experience], of: impl Fn(&Experience) -> f64) -
 }
 
 /// Rewards, advantages and returns of a scored rollout.
-pub(super) fn estimate_advantages(experience: &mut [Experience], settings: &Ppo, kl_coefficient: f64) {
+pub(super) fn estimate_advantages(experience: &mut [Experience], settings: &Ppo, by: Gae, kl_coefficient: f64) {
     for e in experience.iter_mut() {
         let rewards = token_rewards(e.score, &e.kl, kl_coefficient);
-        e.advantages = gae(&rewards, &e.values, settings.gamma, settings.advantage.gae().lambda);
+        e.advantages = gae(&rewards, &e.values, settings.gamma, by.lambda);
         e.returns = e.advantages.iter().zip(&e.values).map(|(a, v)| a + v).collect();
         e.value_errors = e.advantages.clone();
     }

@@ -22,7 +22,7 @@ use evaluate::HeldOut;
 use experience::Experience;
 pub(crate) use models::{Models, Scorer};
 use rlhf_api::report::{ExitCode, Output};
-use rlhf_api::stage::Ppo;
+use rlhf_api::stage::{Gae, Ppo};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -40,6 +40,8 @@ struct State {
 pub(crate) struct Run<'a> {
     context: &'a Context,
     settings: &'a Ppo,
+    /// How advantages are estimated.
+    advantage: Gae,
     /// The tokens that end a response.
     ends: Vec<i64>,
     models: Models,
@@ -56,7 +58,7 @@ pub(super) fn run(context: &Context, settings: &Ppo) -> Result<Output> {
     let mut source = Source::open(&context.path(&context.config.paths.start_model))?;
     source.spec.known_tokens = Some(tokenizer.vocab_size() as i64);
     let models = Models::load(context, settings, &source)?;
-    let mut run = Run::new(context, settings, tokenizer.ends(), models);
+    let mut run = Run::new(context, settings, tokenizer.ends(), models)?;
     let held_out = HeldOut { prompts: &prompts.eval, tokenizer: &tokenizer };
     let start = run.restore_or_evaluate(&held_out)?;
     for iteration in start..u64::from(settings.iterations) {
@@ -83,9 +85,13 @@ fn warn_of_cuts(settings: &Ppo) {
 
 impl<'a> Run<'a> {
     /// A run at its first iteration.
-    pub(crate) fn new(context: &'a Context, settings: &'a Ppo, ends: Vec<i64>, models: Models) -> Self {
+    ///
+    /// # Errors
+    /// How advantages are to be estimated is not known here.
+    pub(crate) fn new(context: &'a Context, settings: &'a Ppo, ends: Vec<i64>, models: Models) -> Result<Self> {
+        let advantage = settings.advantage.gae.ok_or_else(|| super::unknown("ppo.advantage"))?;
         let state = State { kl_coefficient: settings.kl.coefficient, before: BTreeMap::new() };
-        Self { context, settings, ends, models, state }
+        Ok(Self { context, settings, advantage, ends, models, state })
     }
 
     /// The iteration to go on with: that of the newest checkpoint, or 0 after an evaluation of the untrained actor.
@@ -141,7 +147,7 @@ impl<'a> Run<'a> {
                 _ => e,
             })?;
         // 3. Advantages over response tokens, whitened over the global batch.
-        experience::estimate_advantages(&mut experience, settings, self.state.kl_coefficient);
+        experience::estimate_advantages(&mut experience, settings, self.advantage, self.state.kl_coefficient);
         // 4. Several passes of clipped policy and value steps (learn.rs). A stop in them gives the iteration up and saves
         //    those before it, which are kept until then. Where there is no room to keep them, it waits for the iteration's
         //    end: then at least those fit into a checkpoint.
