@@ -95,6 +95,9 @@ async fn make_all(job: &RLHFJob, decision: &Decision, ctx: &Context) -> Result<b
 /// Keeps why a stage's children could not be made for the next pass, which tells it in status. Any other error is given
 /// back.
 fn hold(job: &RLHFJob, slot: &StageStatus, error: Error, ctx: &Context) -> Result<(), Error> {
+    if let Error::Leaving(_) = error {
+        return Err(Error::InTheWay { stage: slot.name.clone(), what: error.to_string() });
+    }
     if !matches!(error, Error::Foreign { .. } | Error::Refused { .. }) {
         return Err(error);
     }

@@ -240,7 +240,8 @@ fn signal(code: i32) -> Option<&'static str> {
 
 /// What was wrong, where: the trainer's own words where it left some.
 fn message(pod: &PodView, end: &End, reason: Reason) -> String {
-    let doubt = end.doubt.as_ref().map(|doubt| format!("; what it found cannot be believed: {doubt}")).unwrap_or_default();
+    let doubt =
+        end.doubt.as_ref().map(|doubt| format!("; what it found cannot be believed: {doubt}")).unwrap_or_default();
     let word = end.word.as_ref().map(|word| format!("{}{doubt}", word.message));
     let own = word.or_else(|| end.text.clone()).filter(|m| !m.is_empty());
     let text = match (reason, &pod.disruption) {

@@ -12,7 +12,7 @@ use crate::observe::{self, observe, still_holds};
 use futures::future::BoxFuture;
 use jiff::Timestamp;
 use kube::runtime::controller::Action;
-use kube::{Resource, ResourceExt};
+use kube::ResourceExt;
 use rlhf_api::job::RLHFJob;
 use rlhf_api::names;
 use std::sync::Arc;
@@ -32,6 +32,12 @@ pub enum Error {
     /// A write failed.
     #[error(transparent)]
     Apply(#[from] apply::Error),
+    /// The watches have not told what is in the namespace. No pass was begun, and none waits for another's turn meanwhile.
+    #[error(
+        "the Jobs and pods of namespace {0} have not been listed for {limit} seconds; may the operator list them?",
+        limit = PASS_LIMIT.as_secs()
+    )]
+    NotListed(String),
     /// The API server did not answer.
     #[error("the pass took longer than {} seconds", PASS_LIMIT.as_secs())]
     TimedOut,
@@ -47,8 +53,8 @@ impl Error {
     /// The value of the metric's label.
     fn reason(&self) -> Reason {
         match self {
-            Error::Observe(_) | Error::Images(_) => Reason::Observe,
-            Error::Apply(apply::Error::Stale) => Reason::Stale,
+            Error::Observe(_) | Error::Images(_) | Error::NotListed(_) => Reason::Observe,
+            Error::Apply(error) if error.is_conflict() => Reason::Stale,
             Error::Apply(_) => Reason::Apply,
             Error::TimedOut => Reason::TimedOut,
             Error::Undecided(_) => Reason::Undecided,
@@ -62,12 +68,23 @@ impl Error {
 /// A read or a write failed, or nothing could be decided.
 pub async fn reconcile(guarded: Arc<Guarded>, ctx: Arc<Context>) -> Result<Action, Error> {
     // Many wait here, each of which keeps no more than this.
-    let Some(_turn) = ctx.turns.take(guarded.meta().namespace.as_deref().unwrap_or_default()).await else {
-        return Ok(Action::await_change());
-    };
+    let namespace = guarded.namespace().unwrap_or_default();
+    if guarded.0.as_ref().is_ok_and(is_ours) {
+        tokio::select! {
+            listed = tokio::time::timeout(PASS_LIMIT, ctx.listed.wait(&namespace)) => {
+                listed.map_err(|_| Error::NotListed(namespace.clone()))?;
+            }
+            () = ctx.turns.closed() => return Ok(Action::await_change()),
+        }
+    }
+    let Some(_turn) = ctx.turns.take(&namespace).await else { return Ok(Action::await_change()) };
     let _measured = ctx.metrics.pass();
     let pass: BoxFuture<'static, _> = Box::pin(pass(guarded, ctx));
     tokio::time::timeout(PASS_LIMIT, pass).await.map_err(|_| Error::TimedOut)?
+}
+
+fn is_ours(job: &RLHFJob) -> bool {
+    job.spec.managed_by.as_ref().is_none_or(|by| by == names::MANAGED_BY)
 }
 
 async fn pass(guarded: Arc<Guarded>, ctx: Arc<Context>) -> Result<Action, Error> {
@@ -75,7 +92,7 @@ async fn pass(guarded: Arc<Guarded>, ctx: Arc<Context>) -> Result<Action, Error>
         Ok(job) => job,
         Err(invalid) => return tell_undecodable(&guarded, &invalid.error, &ctx).await,
     };
-    if job.spec.managed_by.as_ref().is_some_and(|by| by != names::MANAGED_BY) {
+    if !is_ours(job) {
         return Ok(Action::await_change());
     }
     let now = ctx.clock.now();
@@ -94,7 +111,7 @@ async fn pass(guarded: Arc<Guarded>, ctx: Arc<Context>) -> Result<Action, Error>
         Ok(true) => Ok(settled(job, &decision, &ctx)),
         // The next pass tells of it in status.
         Ok(false) => Ok(Action::requeue(Duration::ZERO)),
-        Err(Error::Apply(apply::Error::Stale)) => Ok(out_of_date(job, &decision, &ctx).await),
+        Err(Error::Apply(error)) if error.is_conflict() => Ok(out_of_date(job, &decision, &error, &ctx).await),
         Err(Error::Apply(apply::Error::Gone)) => Ok(Action::await_change()),
         Err(error) => Err(error),
     }
@@ -117,8 +134,8 @@ async fn decision(
 
 /// Writes what was decided, if it still holds.
 async fn write(job: &RLHFJob, decision: &Decision, ctx: &Context) -> Result<bool, Error> {
-    if decision.touches_children() && !still_holds(job, decision, ctx).await? {
-        return Err(apply::Error::Stale.into());
+    if decision.touches_children() {
+        still_holds(job, decision, ctx).await??;
     }
     if !ctx.leadership.holds() {
         // Another may lead by now. The process is about to end, and starts anew as a candidate.
@@ -145,20 +162,17 @@ fn settled(job: &RLHFJob, decision: &Decision, ctx: &Context) -> Action {
     }
 }
 
-/// When to look again after a decision that was out of date. What stays so is told: by the next pass, of a stage whose
-/// attempt is to be made; of all else by an event.
-async fn out_of_date(job: &RLHFJob, decision: &Decision, ctx: &Context) -> Action {
+/// When to look again after a decision that was out of date. What stays so is told: by the next pass, where something is in
+/// the way of an attempt; a conflict with another writer, which may come from anywhere, by an event.
+async fn out_of_date(job: &RLHFJob, decision: &Decision, error: &apply::Error, ctx: &Context) -> Action {
     ctx.metrics.failed(Reason::Stale);
     let (namespace, name) = (job.namespace().unwrap_or_default(), job.name_any());
     let (times, wait) = ctx.retries.stale(&namespace, &name);
-    tracing::debug!(job = name, namespace, times, "what was decided is out of date");
-    if times >= STALE_IS_TOLD {
-        let slots = decision.make.iter().filter_map(|children| decision.status.slot(&children.stage));
-        let message =
-            "no watch tells of a Job or pod of it that the API server still has; remove those that have no owner";
-        slots.for_each(|slot| ctx.retries.refused(job, slot, message.into(), false));
-    }
-    if times == STALE_IS_TOLD && decision.make.is_empty() {
+    tracing::debug!(job = name, namespace, times, %error, "what was decided is out of date");
+    if let apply::Error::InTheWay { stage, what } = error {
+        let slot = decision.status.slot(stage).filter(|_| times >= STALE_IS_TOLD);
+        slot.iter().for_each(|slot| ctx.retries.refused(job, slot, what.clone(), false));
+    } else if times == STALE_IS_TOLD {
         let note = format!(
             "{times} passes in a row have decided on what had changed meanwhile: who writes to the job or its Jobs?"
         );
@@ -192,7 +206,11 @@ fn not_told(source: kube::Error) -> Error {
 pub fn error_policy(guarded: Arc<Guarded>, error: &Error, ctx: Arc<Context>) -> Action {
     ctx.metrics.failed(error.reason());
     let (namespace, name) = (guarded.namespace().unwrap_or_default(), guarded.name_any());
-    let wait = ctx.retries.failed(&namespace, &name);
+    // What a wait ends in needs no other.
+    let wait = match error {
+        Error::NotListed(_) => Duration::from_secs(1),
+        _ => ctx.retries.failed(&namespace, &name),
+    };
     tracing::warn!(job = name, namespace, %error, retry_seconds = wait.as_secs(), "a pass failed");
     Action::requeue(wait)
 }
@@ -228,8 +246,66 @@ mod tests {
         let wanted = [1, 2, 4, 8, 16, 32, 64, 128, 256].map(|seconds| Action::requeue(Duration::from_secs(seconds)));
         assert_eq!(waits, wanted);
         assert!(!lines(&log).contains(&"POST jobs".to_owned()));
-        let trouble = &ctx.retries.troubles(&job())[0];
-        assert!(trouble.stage == "prepare" && !trouble.permanent && trouble.is_news, "{trouble:?}");
+        assert!(ctx.retries.troubles(&job()).is_empty(), "nothing refuses the job's objects");
+        let told: Vec<_> = lines(&log).into_iter().filter(|line| line == "POST events").collect();
+        assert_eq!(told.len(), 1, "it is told once");
+        assert_eq!(body(&log, "POST events")["reason"], "Conflict");
+    }
+
+    #[tokio::test]
+    async fn a_child_that_does_not_go_away_is_named_in_status() {
+        let leaving = json!({"metadata": {"name": "x", "deletionTimestamp": "2026-01-01T00:00:00Z"}});
+        let name = serde_json::to_value(&first_children().config_map).unwrap()["metadata"]["name"].clone();
+        let line: &'static str = Box::leak(format!("GET configmaps/{}", name.as_str().unwrap()).into_boxed_str());
+        let (ctx, log) = ready(vec![
+            ("GET rlhfjobs/demo", 200, json!({"metadata": {"name": "demo", "resourceVersion": "7"}})),
+            ("GET jobs", 200, json!({"metadata": {}, "items": []})),
+            ("GET pods", 200, json!({"metadata": {}, "items": []})),
+            (line, 200, leaving),
+        ]);
+        let mut job = job();
+        job.status = Some(decide(&job, &Observed::default(), &ctx.settings, Timestamp::now()).status);
+        for _ in 0..STALE_IS_TOLD {
+            reconcile(guarded(job.clone()), ctx.clone()).await.unwrap();
+        }
+        assert!(!lines(&log).contains(&"POST events".to_owned()), "it is no conflict with another writer");
+        log.lock().unwrap().clear();
+        reconcile(guarded(job.clone()), ctx.clone()).await.unwrap();
+        let told = body(&log, "PATCH rlhfjobs/demo/status").to_string();
+        assert!(told.contains("is being deleted and not gone yet"), "{told}");
+    }
+
+    /// What is to be made for the tests' job first.
+    fn first_children() -> crate::build::Children {
+        crate::apply::tests::first().1.make.remove(0)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_job_whose_namespace_is_not_listed_takes_nobodys_turn() {
+        let (ctx, log) = server(vec![]);
+        let scope = crate::scope::Scope::new(&["team".into(), "closed".into()], "");
+        let ctx = Context { listed: crate::listed::Listed::new(scope), turns: crate::turns::Turns::new(1), ..ctx };
+        [Watch::RlhfJobs, Watch::Jobs, Watch::Pods].into_iter().for_each(|watch| ctx.listed.done(Some("team"), watch));
+        let ctx = Arc::new(ctx);
+        let elsewhere = |namespace: &str| {
+            let mut job = job();
+            job.metadata.namespace = Some(namespace.into());
+            guarded(job)
+        };
+        let waits = tokio::spawn(reconcile(elsewhere("closed"), ctx.clone()));
+        tokio::task::yield_now().await;
+        let begun = tokio::time::Instant::now();
+        reconcile(elsewhere("team"), ctx.clone()).await.unwrap();
+        assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
+        assert!(lines(&log).contains(&"POST jobs".to_owned()));
+        let error = waits.await.unwrap().unwrap_err();
+        assert!(matches!(&error, Error::NotListed(namespace) if namespace == "closed"), "{error}");
+        assert_eq!(error_policy(elsewhere("closed"), &error, ctx.clone()), Action::requeue(Duration::from_secs(1)));
+        // Nor does it keep the process from its end.
+        let waits = tokio::spawn(reconcile(elsewhere("closed"), ctx.clone()));
+        tokio::task::yield_now().await;
+        ctx.turns.close();
+        assert_eq!(waits.await.unwrap().unwrap(), Action::await_change());
     }
 
     #[tokio::test]

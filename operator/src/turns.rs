@@ -3,7 +3,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 
 /// The places, and who waits for one. Clones share them.
 #[derive(Clone)]
@@ -16,7 +16,7 @@ struct State {
     held: HashMap<String, usize>,
     /// Namespaces in the order in which they are next, each with those that wait in it.
     waiting: VecDeque<(String, VecDeque<oneshot::Sender<Turn>>)>,
-    closed: bool,
+    closed: watch::Sender<bool>,
 }
 
 /// A place, until it is dropped.
@@ -29,7 +29,8 @@ impl Turns {
     /// So many places, of which a namespace holds three quarters at most.
     pub fn new(places: usize) -> Self {
         let most = (places - places.div_ceil(4)).max(1);
-        let state = State { free: places, most, held: HashMap::new(), waiting: VecDeque::new(), closed: false };
+        let closed = watch::Sender::new(false);
+        let state = State { free: places, most, held: HashMap::new(), waiting: VecDeque::new(), closed };
         Self(Arc::new(Mutex::new(state)))
     }
 
@@ -37,7 +38,7 @@ impl Turns {
     pub async fn take(&self, namespace: &str) -> Option<Turn> {
         let mine = {
             let mut state = self.lock();
-            if state.closed {
+            if *state.closed.borrow() {
                 return None;
             }
             state.enqueue(namespace)
@@ -49,8 +50,15 @@ impl Turns {
     /// Sends away all who wait, and all who come.
     pub fn close(&self) {
         let mut state = self.lock();
-        state.closed = true;
+        state.closed.send_replace(true);
         state.waiting.clear();
+    }
+
+    /// Waits until they are closed, for who waits for something else before it takes a place.
+    pub async fn closed(&self) {
+        let mut closed = self.lock().closed.subscribe();
+        // The sender lives in `self`, so the wait cannot fail.
+        _ = closed.wait_for(|closed| *closed).await;
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

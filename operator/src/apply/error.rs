@@ -8,6 +8,17 @@ pub enum Error {
     /// What was decided is out of date; the next pass decides anew.
     #[error("the job or a child of it changed meanwhile")]
     Stale,
+    /// Something that nobody has told of, or that does not go away, keeps a stage's attempt from being made.
+    #[error("{what}")]
+    InTheWay {
+        /// The stage.
+        stage: String,
+        /// What is there, and what to do about it.
+        what: String,
+    },
+    /// A child of this kind and name is on its way out.
+    #[error("{0} is being deleted and not gone yet; do its finalizers hang?")]
+    Leaving(String),
     /// The RLHFJob is gone.
     #[error("the job is gone")]
     Gone,
@@ -52,6 +63,11 @@ impl Error {
             kube::Error::Api(status) if is_refusal(&status) => Error::Refused { what, status },
             source => Error::Api { what, source },
         }
+    }
+
+    /// Whether the next pass may decide otherwise by itself, for something changes, or has.
+    pub fn is_conflict(&self) -> bool {
+        matches!(self, Error::Stale | Error::InTheWay { .. })
     }
 
     /// Whether the write cannot succeed for what the job says: the API server itself finds a field invalid. What a policy, a

@@ -108,7 +108,7 @@ impl Writer<'_> {
         let Self { job, child, .. } = *self;
         let there = self.look().await?;
         match (there, child.upgrade) {
-            (Some(there), _) if there.metadata.deletion_timestamp.is_some() => Err(Error::Stale),
+            (Some(there), _) if there.metadata.deletion_timestamp.is_some() => Err(Error::Leaving(child.title())),
             (Some(there), _) if !there.is_of(job) => Err(Error::Foreign { what: child.title(), owner: there.owner() }),
             (Some(there), Upgrade::Apply) if there.spec != child.body["spec"] => self.apply(there.metadata.uid).await,
             (Some(_), _) => Ok(()),

@@ -8,6 +8,7 @@ mod events;
 mod nodes;
 mod queue;
 
+use crate::apply;
 use crate::context::Context;
 use crate::decide::{Decision, Observed, ask};
 use crate::progress::Heard;
@@ -35,9 +36,8 @@ pub struct Error {
     source: kube::Error,
 }
 
-/// Everything that is known of a job's children.
+/// Everything that is known of a job's children, once the watches have [listed](crate::listed) them.
 pub async fn observe(job: &RLHFJob, ctx: &Context, now: Timestamp) -> Result<Observed, Error> {
-    ctx.listed.wait(&job.namespace().unwrap_or_default()).await;
     let status = job.status.clone().unwrap_or_default();
     let live: Vec<_> = ask::live(&status).collect();
     let mut stages = children(job, &live, ctx).await?;
@@ -121,9 +121,12 @@ async fn read_progress(job: &RLHFJob, live: &[&StageStatus], stages: &mut BTreeM
 ///
 /// What follows from the status needs no question: a new status is written under the version that was looked at before
 /// anything is touched, and of a stage that has had no attempt there is nothing.
-pub async fn still_holds(job: &RLHFJob, decision: &Decision, ctx: &Context) -> Result<bool, Error> {
+///
+/// # Errors
+/// A read failed. What keeps the decision from being written is told inside.
+pub async fn still_holds(job: &RLHFJob, decision: &Decision, ctx: &Context) -> Result<Result<(), apply::Error>, Error> {
     if job.status.as_ref() == Some(&decision.status) && !is_current(job, ctx).await? {
-        return Ok(false);
+        return Ok(Err(apply::Error::Stale));
     }
     for children in decision.make.iter().filter(|c| !c.first) {
         let attempt = children.job.labels().get(names::LABEL_ATTEMPT).and_then(|a| a.parse().ok()).unwrap_or_default();
@@ -132,11 +135,12 @@ pub async fn still_holds(job: &RLHFJob, decision: &Decision, ctx: &Context) -> R
         let jobs = jobs.iter().filter_map(JobView::parse).collect();
         let pods = pods.iter().filter_map(PodView::parse).collect();
         let seen = view::stages(job, jobs, pods);
-        if !seen.get(&children.stage).is_none_or(|view| view.is_clear_for(attempt)) {
-            return Ok(false);
+        if let Some(obstacle) = seen.get(&children.stage).and_then(|view| view.in_the_way(attempt)) {
+            let what = format!("{obstacle} is in the way, and no watch tells of it; remove it if it has no owner");
+            return Ok(Err(apply::Error::InTheWay { stage: children.stage.clone(), what }));
         }
     }
-    Ok(true)
+    Ok(Ok(()))
 }
 
 /// Whether the job is the one that was looked at.
