@@ -178,6 +178,9 @@ class Networks(unittest.TestCase):
         self.assertEqual(operator["podSelector"]["matchLabels"]["app.kubernetes.io/instance"], "op")
         [prometheus] = found["prometheus"]
         self.assertEqual(prometheus["podSelector"]["matchLabels"], {"app.kubernetes.io/name": "prometheus"})
+        self.assertEqual(found["dnsPorts"], [53, 5353])
+        [found] = policy({"trainer": {"networkPolicy": {"dnsPorts": [8053]}}})
+        self.assertEqual((found["dnsPorts"], found["egress"]), ([8053], "All"))
         self.assertEqual(policy({"trainer": {"networkPolicy": {"enabled": False}}}), [])
         self.assertEqual(len(policy({"trainer": None})), 1, "it is not lost with the rest")
 
@@ -192,9 +195,10 @@ class Networks(unittest.TestCase):
         self.assertEqual(trainers["to"][0]["namespaceSelector"], {})
         peer = {"ipBlock": {"cidr": "10.0.0.1/32"}}
         rule = {"to": [peer]}
-        values = {"enabled": True, "apiServer": [peer], "prometheus": [], "extraEgress": [rule], "extraIngress": [{"from": [peer]}]}
+        values = {"enabled": True, "dnsPorts": [8053], "apiServer": [peer], "prometheus": [], "extraEgress": [rule], "extraIngress": [{"from": [peer]}]}
         spec = render({"networkPolicy": values, "watchNamespaces": ["a", "b"]}).one("NetworkPolicy")["spec"]
         self.assertEqual(spec["ingress"], [{"from": [peer]}])
+        self.assertEqual(spec["egress"][0]["ports"], [{"port": 8053, "protocol": p} for p in ("UDP", "TCP")])
         self.assertEqual(spec["egress"][1]["to"], [peer])
         names = [t["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"] for t in spec["egress"][2]["to"]]
         self.assertEqual((names, spec["egress"][3]), (["a", "b"], rule))

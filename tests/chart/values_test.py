@@ -70,6 +70,8 @@ class Schema(unittest.TestCase):
             ({"watchNamespace": "a"}, "additional properties 'watchNamespace'"),
             ({"trainer": {"networkPolicy": {"egress": "None"}}}, "/trainer/networkPolicy/egress"),
             ({"trainer": {"networkPolicy": {"prometheus": [{"pods": "x"}]}}}, "/trainer/networkPolicy/prometheus/0"),
+            ({"trainer": {"networkPolicy": {"dnsPorts": ["dns"]}}}, "/trainer/networkPolicy/dnsPorts/0"),
+            ({"networkPolicy": {"dnsPorts": [0]}}, "/networkPolicy/dnsPorts/0"),
             ({"watchNamespaces": ["a b"]}, "/watchNamespaces/0"),
             ({"watchNamespaces": "a"}, "/watchNamespaces"),
             ({"class": "a,b"}, "/class"),
