@@ -163,6 +163,12 @@ pub struct StageStatus {
     /// Attempts that followed a disruption.
     #[serde(default)]
     pub disruptions: u32,
+    /// The last attempts in a row that made no step beyond `furthestStep`: each doubles the wait after a disruption.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub fruitless: u32,
+    /// The furthest step that an attempt which has ended had made.
+    #[serde(default, skip_serializing_if = "is_zero_step")]
+    pub furthest_step: u64,
     /// Attempts that ended by a bug (exit code 70), of which only the first is followed by another attempt.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub bugs: u32,

@@ -134,13 +134,19 @@ impl Pass<'_> {
 
     /// Keeps that the current attempt has ended, and how.
     pub(super) fn note_attempt(&self, slot: &mut StageStatus, reason: &str, node: Option<String>) {
+        let step = slot.progress.as_ref().map(|p| p.step);
+        if step.unwrap_or(0) > slot.furthest_step {
+            (slot.furthest_step, slot.fruitless) = (step.unwrap_or(0), 0);
+        } else {
+            slot.fruitless = slot.fruitless.saturating_add(1);
+        }
         let record = AttemptRecord {
             number: slot.attempt,
             start: slot.attempt_start,
             end: self.now,
             reason: reason.to_owned(),
             node,
-            step: slot.progress.as_ref().map(|p| p.step),
+            step,
             strategy: self.strategy_of(slot).filter(|_| slot.name != names::PREPARE),
         };
         slot.attempts.push(record);
@@ -247,19 +253,11 @@ pub(super) fn has_figures(slot: &StageStatus) -> bool {
 /// have not gone beyond those before them: one that did is followed at once.
 fn backoff(slot: &StageStatus, outcome: Outcome) -> SignedDuration {
     let times = match outcome {
-        Outcome::Disrupted => fruitless(&slot.attempts),
+        Outcome::Disrupted => slot.fruitless,
         _ => slot.restarts.since_progress.max(1),
     };
     let doubled = FIRST_BACKOFF.saturating_mul(1 << times.saturating_sub(1).min(16));
     if times == 0 { SignedDuration::ZERO } else { doubled.min(LONGEST_BACKOFF) }
-}
-
-/// The last attempts that made no step beyond those before them.
-fn fruitless(attempts: &[AttemptRecord]) -> u32 {
-    let step = |record: &AttemptRecord| record.step.unwrap_or(0);
-    let before = |i: usize| attempts.iter().take(i).map(step).max().unwrap_or(0);
-    let made_none = |i: &usize| attempts.get(*i).is_some_and(|record| step(record) <= before(*i));
-    (0..attempts.len()).rev().take_while(made_none).count() as u32
 }
 
 /// The newest checkpoint that the pods of an attempt spoke of when they ended.

@@ -43,9 +43,13 @@ fn disruptions_back_off_while_no_step_is_made_between_them() {
     let waits: Vec<_> = [7, 7, 7, 8, 8].map(|step| fails_at(&mut case, step, 143)).into();
     assert_eq!(waits, [0, 10, 20, 0, 10]);
     let mut never = Case::running();
-    let waits: Vec<_> = [0; 7].map(|step| fails_at(&mut never, step, 143)).into();
-    assert_eq!(waits, [10, 20, 40, 80, 160, 160, 160], "as far as the records go back");
+    let waits: Vec<_> = [0; 8].map(|step| fails_at(&mut never, step, 143)).into();
+    assert_eq!(waits, [10, 20, 40, 80, 160, 300, 300, 300], "however few attempts are kept");
     assert_eq!(never.slot("tune").restarts.total, 0);
+    // What an attempt reached whose record is long gone is no new ground, either.
+    let mut far = Case::running();
+    let waits: Vec<_> = [9, 7, 7, 7, 7, 7, 8, 10].map(|step| fails_at(&mut far, step, 143)).into();
+    assert_eq!(waits, [0, 10, 20, 40, 80, 160, 300, 0]);
 }
 
 #[test]
