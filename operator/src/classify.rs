@@ -312,6 +312,7 @@ mod tests {
             attempt: 1,
             index,
             node: Some(format!("node{index}")),
+            image_id: None,
             ip: None,
             created: at(0),
             deletion_requested: None,

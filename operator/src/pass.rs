@@ -6,7 +6,6 @@ use crate::context::Context;
 use crate::controller::Guarded;
 use crate::decide::{Decision, Observed, decide};
 use crate::deciding::Undecided;
-use crate::images;
 use crate::metrics::Reason;
 use crate::observe::{self, observe, still_holds};
 use futures::future::BoxFuture;
@@ -41,9 +40,6 @@ pub enum Error {
     /// The API server did not answer.
     #[error("the pass took longer than {} seconds", PASS_LIMIT.as_secs())]
     TimedOut,
-    /// The image of prepare's pod could not be read.
-    #[error("cannot read the pods of prepare: {0}")]
-    Images(#[source] kube::Error),
     /// It could not be decided what follows.
     #[error(transparent)]
     Undecided(#[from] Undecided),
@@ -53,7 +49,7 @@ impl Error {
     /// The value of the metric's label.
     fn reason(&self) -> Reason {
         match self {
-            Error::Observe(_) | Error::Images(_) | Error::NotListed(_) => Reason::Observe,
+            Error::Observe(_) | Error::NotListed(_) => Reason::Observe,
             Error::Apply(error) if error.is_conflict() => Reason::Stale,
             Error::Apply(_) => Reason::Apply,
             Error::TimedOut => Reason::TimedOut,
@@ -97,7 +93,7 @@ async fn pass(guarded: Arc<Guarded>, ctx: Arc<Context>) -> Result<Action, Error>
     }
     let now = ctx.clock.now();
     let observed = observe(job, &ctx, now).await?;
-    let mut decision = match decision(&guarded, job, observed, now, &ctx).await {
+    let decision = match decision(&guarded, job, observed, now, &ctx).await {
         Ok(decision) => decision,
         Err(Undecided::Waits(wait)) => return Ok(Action::requeue(wait)),
         Err(undecided) => {
@@ -106,7 +102,6 @@ async fn pass(guarded: Arc<Guarded>, ctx: Arc<Context>) -> Result<Action, Error>
             return Err(undecided.into());
         }
     };
-    images::pin(job, &mut decision.status, &ctx).await.map_err(Error::Images)?;
     match write(job, &decision, &ctx).await {
         Ok(true) => Ok(settled(job, &decision, &ctx)),
         // The next pass tells of it in status.

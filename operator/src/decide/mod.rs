@@ -35,7 +35,7 @@ pub use sweep::LOST_AFTER;
 use crate::build::{self, Children, Settings, Task};
 use crate::view::{self, JobView, StageView, Wait};
 use jiff::{SignedDuration, Timestamp};
-use rlhf_api::job::{RLHFJob, RLHFJobStatus, StageStatus};
+use rlhf_api::job::{Images, RLHFJob, RLHFJobStatus, StageStatus};
 use rlhf_api::names;
 use std::collections::BTreeMap;
 
@@ -319,6 +319,7 @@ impl<'a> Pass<'a> {
             self.settle(slot);
         }
         self.note_prepared(status);
+        self.pin_images(status);
         self.limit_active_time(status);
         if self.may_start() {
             self.plan_stages(before, status);
@@ -348,6 +349,15 @@ impl<'a> Pass<'a> {
         } else {
             self.defeat = Some(Defeat { reason, message });
         }
+    }
+
+    /// Keeps by which digest the image was found that the job was started with. A tag may be moved, and a job's pods are all
+    /// of one image.
+    fn pin_images(&self, status: &mut RLHFJobStatus) {
+        let Some(slot) = status.prepare.as_ref().filter(|slot| slot.attempt > 0) else { return };
+        let pods = self.view(&slot.name).pods_of(slot.attempt);
+        let started = || Images { trainer: self.settings.trainer_image.clone() };
+        crate::images::pin(status.images.get_or_insert_with(started), pods);
     }
 
     fn may_start(&self) -> bool {

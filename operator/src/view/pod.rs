@@ -29,6 +29,8 @@ pub struct PodView {
     pub index: u32,
     /// The node on which it was placed.
     pub node: Option<String>,
+    /// Of prepare's pod: the image that its kubelet has found for it, by which all the job's pods are made.
+    pub image_id: Option<String>,
     /// Its address.
     pub ip: Option<String>,
     /// When it was made, by the API server's clock.
@@ -104,14 +106,17 @@ impl PodView {
         let meta = &pod.metadata;
         let grace = SignedDuration::from_secs(meta.deletion_grace_period_seconds.unwrap_or(0));
         let state = state(pod);
+        let stage = pod.labels().get(names::LABEL_STAGE)?.clone();
+        let image = trainer(pod).filter(|_| stage == names::PREPARE).map(|c| c.image_id.clone());
         Some(Self {
             name: pod.name_any(),
             uid: pod.uid().unwrap_or_default(),
             owner: Owner::of(pod),
-            stage: pod.labels().get(names::LABEL_STAGE)?.clone(),
+            stage,
             attempt: pod.labels().get(names::LABEL_ATTEMPT)?.parse().ok()?,
             index: pod.annotations().get(INDEX_KEY)?.parse().ok()?,
             node: pod.spec.as_ref().and_then(|s| s.node_name.clone()),
+            image_id: image.filter(|id| !id.is_empty()),
             ip: status.and_then(|s| s.pod_ip.clone()),
             created: meta.creation_timestamp.as_ref().map_or(Timestamp::UNIX_EPOCH, |t| t.0),
             deletion_requested: meta.deletion_timestamp.as_ref().map(|t| t.0.saturating_sub(grace).unwrap_or(t.0)),
@@ -167,11 +172,15 @@ fn evicted(pod: &Pod) -> Option<String> {
     own.then(|| join(Some(EVICTED), status.message.as_deref()))
 }
 
+/// What is told of the main container.
+fn trainer(pod: &Pod) -> Option<&ContainerStatus> {
+    pod.status.as_ref()?.container_statuses.as_ref()?.iter().find(|c| c.name == CONTAINER)
+}
+
 /// The main container decides, not the pod's phase: a sidecar may outlive it.
 fn state(pod: &Pod) -> PodState {
     let status = pod.status.as_ref();
-    let container =
-        status.and_then(|s| s.container_statuses.as_ref()).and_then(|all| all.iter().find(|c| c.name == CONTAINER));
+    let container = trainer(pod);
     if let Some(ContainerState { terminated: Some(t), .. }) = container.and_then(|c| c.state.as_ref()) {
         return PodState::Ended(Box::new(end(pod, t)));
     }

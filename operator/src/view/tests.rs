@@ -46,6 +46,22 @@ fn a_termination_message_is_read_whole() {
 }
 
 #[test]
+fn of_prepares_pod_alone_the_image_is_kept() {
+    let image = |stage: &str, id: &str| {
+        let pod: Pod = serde_json::from_value(json!({
+            "metadata": {"name": "p", "labels": {names::LABEL_ATTEMPT: "1", names::LABEL_STAGE: stage}, "annotations": {INDEX_KEY: "0"}},
+            "status": {"phase": "Running", "containerStatuses": [
+                {"name": "sidecar", "ready": true, "restartCount": 0, "image": "s", "imageID": "s@sha256:0"},
+                {"name": CONTAINER, "ready": true, "restartCount": 0, "image": "i", "imageID": id}]},
+        }))
+        .unwrap();
+        PodView::parse(&pod).unwrap().image_id
+    };
+    assert_eq!(image("prepare", "i@sha256:1").as_deref(), Some("i@sha256:1"));
+    assert_eq!((image("prepare", ""), image("sft", "i@sha256:1")), (None, None));
+}
+
+#[test]
 fn a_message_that_is_no_document_is_kept_as_text() {
     let view = pod(terminated(1, "Error", "no such file"));
     assert_eq!(view.ended().unwrap().text.as_deref(), Some("no such file"));

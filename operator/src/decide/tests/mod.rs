@@ -55,6 +55,7 @@ fn pod_view(stage: &str, attempt: u32, index: u32, state: PodState) -> PodView {
         attempt,
         index,
         node: Some("node1".into()),
+        image_id: None,
         ip: Some("10.0.0.1".into()),
         created: at(0),
         deletion_requested: None,

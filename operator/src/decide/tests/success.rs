@@ -226,3 +226,23 @@ fn the_image_is_the_one_with_which_the_job_started() {
     case.last = decide(&case.job, &case.observed, &upgraded, case.now);
     assert_eq!(image(&case), first);
 }
+
+#[test]
+fn case_25_the_image_is_pinned_by_the_digest_that_prepares_own_pod_tells() {
+    let id = |byte: &str| Some(format!("docker.io/rlhf/trainer@sha256:{}", byte.repeat(32)));
+    let mut case = Case::new();
+    case.pass();
+    let by_tag = case.status().images.clone().unwrap().trainer;
+    assert_eq!(by_tag, settings().trainer_image);
+    case.see("prepare", 1, JobState::Active, &[PodState::Running]);
+    // One with the same labels and a Job of the same name, which is not the job's.
+    let stray = PodView { image_id: id("0b"), ..pod_view("prepare", 1, 0, PodState::Running) };
+    case.view("prepare").strays = vec![stray];
+    case.pass();
+    assert_eq!(case.status().images.as_ref().unwrap().trainer, by_tag);
+    case.view("prepare").pods[0].image_id = id("0a");
+    case.pass();
+    assert_eq!(case.status().images.as_ref().unwrap().trainer, id("0a").unwrap());
+    case.view("prepare").pods[0].image_id = id("0c");
+    case.assert_quiet();
+}
