@@ -5,6 +5,7 @@ use crate::controller::Guarded;
 use crate::lease::Leadership;
 use crate::listed::Listed;
 use crate::metrics::Metrics;
+use crate::progress::ProgressReader;
 use axum::Router;
 use axum::extract::State;
 use axum::http::{StatusCode, header};
@@ -22,6 +23,8 @@ pub struct Served {
     pub checked: Arc<OnceLock<()>>,
     /// The operator's metrics.
     pub metrics: Arc<Metrics>,
+    /// Knows which trainers answer.
+    pub progress: ProgressReader,
     /// The RLHFJobs.
     pub jobs: Store<Guarded>,
     /// Whether everything has been listed.
@@ -49,6 +52,7 @@ fn router(served: Served) -> Router {
 
 async fn metrics(State(served): State<Served>) -> impl IntoResponse {
     let jobs = served.jobs.state();
+    served.metrics.trainers(served.progress.trainers());
     match served.metrics.render(jobs.iter().map(AsRef::as_ref)) {
         Ok(text) => (StatusCode::OK, [(header::CONTENT_TYPE, prometheus::TEXT_FORMAT)], text),
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, [(header::CONTENT_TYPE, "text/plain")], format!("{error}\n")),
@@ -82,7 +86,9 @@ mod tests {
             let (jobs, _writer) = kube::runtime::reflector::store();
             let listed = Listed::default();
             let (metrics, checked) = (Arc::new(Metrics::new().unwrap()), Arc::<OnceLock<()>>::default());
-            let served = Served { checked: checked.clone(), metrics, jobs, listed: listed.clone(), leadership };
+            let progress = ProgressReader::new().unwrap();
+            let served =
+                Served { checked: checked.clone(), metrics, progress, jobs, listed: listed.clone(), leadership };
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let port = listener.local_addr().unwrap().port();
             let (stop, stopped) = tokio::sync::oneshot::channel::<()>();

@@ -193,9 +193,11 @@ async fn run(args: Args) -> Result<(), Box<dyn Error>> {
     let metrics = Arc::new(Metrics::new()?);
     let (listed, leadership, checked) =
         (Listed::new(scope.clone()), Leadership::default(), Arc::<OnceLock<()>>::default());
+    let progress = ProgressReader::new()?;
     let served = Served {
         checked: checked.clone(),
         metrics: metrics.clone(),
+        progress: progress.clone(),
         jobs: watches.rlhf_jobs(),
         listed: listed.clone(),
         leadership: leadership.clone(),
@@ -232,7 +234,7 @@ async fn run(args: Args) -> Result<(), Box<dyn Error>> {
         listed,
         settings: args.settings(keys),
         metrics,
-        progress: ProgressReader::new()?,
+        progress,
         retries: Retries::default(),
         clock: Clock::default(),
         known: Known::default(),

@@ -10,6 +10,7 @@ pub use reason::Reason;
 
 use crate::controller::Guarded;
 use crate::decide::Outcome;
+use crate::progress::Trainers;
 use first_step::FirstSteps;
 use kube::ResourceExt;
 use prometheus::{Histogram, HistogramOpts, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder};
@@ -27,6 +28,8 @@ pub struct Metrics {
     attempts: IntCounterVec,
     requests: IntCounterVec,
     leader: IntGauge,
+    trainers: IntGauge,
+    silent: IntGauge,
 }
 
 const PHASES: [Phase; 7] = [
@@ -96,9 +99,19 @@ impl Metrics {
                 "rlhf_operator_leader",
                 "1 while this operator holds the lease and works, 0 while it stands by.",
             )?,
+            trainers: IntGauge::new(
+                "rlhf_operator_trainers",
+                "Trainers that run and are asked for their progress: rank 0 of each attempt.",
+            )?,
+            silent: IntGauge::new(
+                "rlhf_operator_trainers_silent",
+                "Those of them that have not answered for a minute. None is restarted for it; where most are, the operator cannot reach them.",
+            )?,
             registry,
         };
         let Self { registry, duration, in_flight, first_step, errors, jobs, attempts, requests, leader, .. } = &metrics;
+        registry.register(Box::new(metrics.trainers.clone()))?;
+        registry.register(Box::new(metrics.silent.clone()))?;
         registry.register(Box::new(leader.clone()))?;
         registry.register(Box::new(duration.clone()))?;
         registry.register(Box::new(in_flight.clone()))?;
@@ -136,6 +149,13 @@ impl Metrics {
     /// Says whether this process leads.
     pub fn leads(&self, leads: bool) {
         self.leader.set(leads.into());
+    }
+
+    /// Says how many trainers are asked and how many do not answer.
+    pub fn trainers(&self, Trainers { asked, silent }: Trainers) {
+        let number = |n: usize| i64::try_from(n).unwrap_or(i64::MAX);
+        self.trainers.set(number(asked));
+        self.silent.set(number(silent));
     }
 
     /// The attempt of which `slot` speaks was made: from now on its first step is waited for.
@@ -263,12 +283,15 @@ mod tests {
         has(&metrics.render(std::iter::empty()).unwrap(), &["rlhf_operator_reconciles_in_flight 1"]);
         drop(under_way);
         metrics.leads(true);
+        metrics.trainers(Trainers { asked: 7, silent: 4 });
         metrics.failed(Reason::Apply);
         metrics.attempt_ended(Outcome::Disrupted);
         let refused = kube::core::Status::failure("no", "Forbidden").with_code(403).boxed();
         assert!(metrics.api::<()>("create", Err(kube::Error::Api(refused))).is_err());
         let lines = [
             "rlhf_operator_leader 1",
+            "rlhf_operator_trainers 7",
+            "rlhf_operator_trainers_silent 4",
             "rlhf_operator_reconcile_duration_seconds_count 1",
             "rlhf_operator_reconciles_in_flight 0",
             "rlhf_operator_reconcile_errors_total{reason=\"Apply\"} 1",

@@ -12,7 +12,7 @@ use rlhf_api::config::HTTP_PORT;
 use rlhf_api::report::{MAX_DOCUMENT_BYTES, Progress, Unbelievable};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// How many pods are asked a second on average, all together.
@@ -58,13 +58,14 @@ pub struct Heard {
 /// By namespace and pod name.
 type Answers = HashMap<(String, String), Asked>;
 
-/// Asks trainers how far they are.
+/// Asks trainers how far they are. Clones share what they know.
+#[derive(Clone)]
 pub struct ProgressReader {
     client: reqwest::Client,
     port: u16,
-    answers: Mutex<Answers>,
+    answers: Arc<Mutex<Answers>>,
     /// Whether it has been said that most trainers are silent, and they still are.
-    is_cut_off: AtomicBool,
+    is_cut_off: Arc<AtomicBool>,
 }
 
 /// How many trainers are asked, and how many of those have not answered for a while.
@@ -158,7 +159,7 @@ impl ProgressReader {
             .pool_max_idle_per_host(0)
             .redirect(reqwest::redirect::Policy::none())
             .build()?;
-        Ok(Self { client, port, answers: Mutex::default(), is_cut_off: AtomicBool::new(false) })
+        Ok(Self { client, port, answers: Arc::default(), is_cut_off: Arc::default() })
     }
 
     /// What the pod last told. It is asked if that is a period old.
@@ -223,7 +224,6 @@ mod tests {
     use axum::Router;
     use axum::http::{HeaderMap, StatusCode};
     use axum::routing::get;
-    use std::sync::Arc;
     use std::sync::atomic::AtomicUsize;
 
     const KEY: &str = "the job's key";
