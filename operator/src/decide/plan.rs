@@ -33,10 +33,10 @@ struct Question {
 
 /// Why a stage has no plan.
 enum Unplanned {
-    /// There is none, or it cannot be found.
+    /// There is none, whatever the cluster has.
     Unfit(String),
-    /// What is not known may come to be known.
-    Unknown(String),
+    /// The cluster has nodes that tell too little, or none that tell; that may change.
+    Waits(Wait),
 }
 
 /// How often nodes are asked that are not there yet.
@@ -58,8 +58,9 @@ impl<'a> Pass<'a> {
         ends.find_map(|end| end.word.as_ref()?.prepared.as_deref().cloned())
     }
 
-    /// Plans the stages that have no plan yet, or whose plan answers another question than the spec asks now. What fits
-    /// nowhere, or cannot be planned although it has to be, ends the job; memory of devices that may yet come is waited for.
+    /// Plans the stages that have no plan yet, or whose plan answers another question than the spec asks now. What the spec
+    /// itself lets fit nowhere ends the job. What nodes tell is no more than what is so now: a pool may grow, and a node that
+    /// has just come has not told yet. That is waited for, before anything takes a device.
     pub(super) fn plan_stages(&mut self, before: &RLHFJobStatus, status: &mut RLHFJobStatus) {
         let Some(prepared) = status.prepared.clone() else { return };
         let changed = before.observed_generation != status.observed_generation;
@@ -80,8 +81,8 @@ impl<'a> Pass<'a> {
                     self.defeat = Some(Defeat { reason: "DoesNotFit", message });
                     return;
                 }
-                Err(Unplanned::Unknown(message)) => {
-                    self.obstacle = Some(Wait::new("DeviceMemoryUnknown", message));
+                Err(Unplanned::Waits(wait)) => {
+                    self.obstacle = Some(wait);
                     self.decision.look_again(NODES_PERIOD);
                     return;
                 }
@@ -136,7 +137,7 @@ impl<'a> Pass<'a> {
         let Some(strategy) = spec.fixed() else {
             question.require_memory(&stage.name, seen)?;
             let chosen = memory_plan::choose(&question.task, &question.machines, question.fixed);
-            let chosen = chosen.map_err(|e| Unplanned::Unfit(format!("stage {}: {e}", stage.name)))?;
+            let chosen = chosen.map_err(|e| question.unfit(&format!("stage {}: {e}", stage.name), known.is_some()))?;
             return Ok(Some(question.answer(&chosen, PlanSource::Auto)));
         };
         let plan = memory_plan::estimate(&question.task, &question.machines, strategy);
@@ -262,16 +263,17 @@ impl Question {
                 "stage {stage}: strategy is to be chosen, but the memory of a device is not known: {why} (label {label}); write compute.deviceMemory"
             )
         };
+        let unknown = |text| Unplanned::Waits(Wait::new("DeviceMemoryUnknown", text));
         if self.machines.device_memory.is_some() && self.device_memory.is_none() {
             return Err(match seen {
                 Some(DeviceMemory::NoNode) | None => {
-                    Unplanned::Unknown(lacks("there is no node yet on which its pods can run and that tells it"))
+                    unknown(lacks("there is no node yet on which its pods can run and that tells it"))
                 }
                 Some(DeviceMemory::Unreadable) => {
                     Unplanned::Unfit(lacks("the operator watches one namespace and may not read nodes, which tell it"))
                 }
                 Some(DeviceMemory::Untold | DeviceMemory::Bytes(_)) => {
-                    Unplanned::Unfit(lacks("no node on which its pods can run tells it"))
+                    unknown(lacks("no node on which its pods can run tells it"))
                 }
             });
         }
@@ -281,6 +283,20 @@ impl Question {
             )));
         }
         Ok(())
+    }
+
+    /// Why nothing was chosen. Where more memory of a device would do, and it is nodes that tell of too little, others may come.
+    fn unfit(&self, message: &str, by_nodes: bool) -> Unplanned {
+        let larger = Machines { device_memory: Some(u64::MAX), ..self.machines };
+        if !by_nodes || memory_plan::choose(&self.task, &larger, self.fixed).is_err() {
+            return Unplanned::Unfit(message.to_owned());
+        }
+        Unplanned::Waits(Wait::new(
+            "DeviceMemoryTooSmall",
+            format!(
+                "{message}; so much has the smallest of the nodes on which its pods can run, and it waits for others: suspend the job to choose larger ones by compute.podTemplate.nodeSelector, or to write compute.deviceMemory"
+            ),
+        ))
     }
 
     fn answer(&self, verdict: &Verdict, source: PlanSource) -> StagePlan {

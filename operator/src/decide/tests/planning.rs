@@ -120,11 +120,13 @@ fn tell_memory(case: &mut Case, known: DeviceMemory) {
 
 #[test]
 fn memory_that_nobody_tells_is_asked_for_and_a_nodes_label_tells_it() {
-    for known in [DeviceMemory::Untold, DeviceMemory::Unreadable] {
+    let (waits, fails) = (("Waiting", "DeviceMemoryUnknown"), ("Failed", "DoesNotFit"));
+    for (known, (condition, reason)) in [(DeviceMemory::Untold, waits), (DeviceMemory::Unreadable, fails)] {
         let mut case = without_memory();
         tell_memory(&mut case, known);
         prepare(&mut case, 512);
-        assert_eq!(case.condition("Failed"), Some(("True", "DoesNotFit")), "{known:?}");
+        assert_eq!(case.condition(condition), Some(("True", reason)), "{known:?}");
+        assert!(case.made().is_empty());
         let message = case.status().message.clone().unwrap();
         let wanted = ["write compute.deviceMemory", "nvidia.com/gpu.memory"];
         assert!(wanted.iter().all(|words| message.contains(words)), "{message}");
@@ -151,6 +153,34 @@ fn a_pool_without_nodes_yet_is_waited_for() {
     tell_memory(&mut case, DeviceMemory::Bytes(80 << 30));
     case.pass();
     assert_eq!(case.made(), ["tune-1", "judge-1"]);
+}
+
+#[test]
+fn nodes_that_tell_of_too_little_are_waited_out_and_what_the_spec_says_is_final() {
+    let mut case = without_memory();
+    tell_memory(&mut case, DeviceMemory::Bytes(100 << 20));
+    prepare(&mut case, 512);
+    assert_eq!(
+        (case.status().phase, case.condition("Waiting")),
+        (Phase::Waiting, Some(("True", "DeviceMemoryTooSmall")))
+    );
+    let message = case.status().message.clone().unwrap();
+    for words in ["stage tune: none of ", "the smallest of the nodes", "compute.podTemplate.nodeSelector"] {
+        assert!(message.contains(words), "{message}");
+    }
+    assert_eq!((case.made().len(), case.last.requeue), (0, Some(SignedDuration::from_secs(60))));
+    case.assert_quiet();
+    tell_memory(&mut case, DeviceMemory::Bytes(80 << 30));
+    case.pass();
+    assert_eq!(case.made(), ["tune-1", "judge-1"]);
+    // More memory of devices does not help where pods may use too little of their nodes'.
+    let mut host = on(json!({"nodes": 2, "devicesPerNode": 1, "resources": {"limits": {"memory": "1Mi"}}}), all_auto());
+    tell_memory(&mut host, DeviceMemory::Bytes(80 << 30));
+    prepare(&mut host, 512);
+    assert_eq!(host.condition("Failed"), Some(("True", "DoesNotFit")));
+    let mut written = on(gpus("100Mi"), all_auto());
+    prepare(&mut written, 512);
+    assert_eq!(written.condition("Failed"), Some(("True", "DoesNotFit")));
 }
 
 #[test]
