@@ -22,5 +22,5 @@ pub use estimate::{
     estimate,
 };
 pub use presets::{keys, preset};
-pub use quantity::parse_bytes;
+pub use quantity::{parse_bytes, parse_quantity};
 pub use segment::ALIGN;
