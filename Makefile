@@ -26,7 +26,7 @@ bench-operator: ## the operator with 1,000 jobs at once on played nodes (JOBS, S
 check: ## the static checks, cheapest first
 	tests/check.sh
 
-generate: ## writes the custom resource definition anew, from crds/src/job.rs
+generate: ## writes the custom resource definition anew, from crds/src/job
 	mkdir -p target
 	cargo run --release --locked --quiet --bin crdgen > target/rlhfjob.yaml
 	cp target/rlhfjob.yaml crds/rlhfjob.yaml

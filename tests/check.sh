@@ -33,7 +33,7 @@ deny() {
 }
 
 # same GENERATED COMMITTED
-same() { diff -u "$2" "$1" || die "$2 is not what crds/src/job.rs says; run 'make generate'"; }
+same() { diff -u "$2" "$1" || die "$2 is not what crds/src/job says; run 'make generate'"; }
 
 # With it comes helm.
 # shellcheck disable=SC2317 # `beside` calls it
