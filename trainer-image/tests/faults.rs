@@ -363,6 +363,10 @@ fn a_stop_before_training_ends_at_once() {
 }
 
 #[test]
+    // The next attempt has no more to spare.
+    let end = volume.run(&launch.attempt(2));
+    end.expect(76, "NotFinite", &["5 batches before", "step 6, records [", "NaN"]);
+    assert_eq!((end.checkpoint(), volume.trained("sft", 2)), (Some(5), vec![]), "{}", end.message);
 fn a_stop_in_a_save_leaves_no_half_checkpoint() {
     let volume = Volume::new("gpt2");
     let mut launch = endless(sft().processes(2));

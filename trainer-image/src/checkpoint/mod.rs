@@ -314,7 +314,7 @@ impl Checkpoints {
                 return Err(self.mismatch(step, what));
             }
             shard_file::read(&self.path(step), &manifest.files, name, model)?;
-            model.restored(entry.updates, entry.loss_scale)?;
+            model.restored(entry.updates, entry.loss_scale, entry.skips)?;
         }
         Ok(Some(Restored { step, state: manifest.state, checkpoint: self.describe(step) }))
     }
