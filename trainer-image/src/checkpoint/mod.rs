@@ -5,6 +5,7 @@
 //! as every file is flushed and its hash is known. Random draws are made by counter, so a step number and a stage's own state are all
 //! that a resumed run needs to go on exactly.
 
+mod headroom;
 mod machine;
 mod manifest;
 mod shard_file;
@@ -15,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::files;
 use crate::lease::Lease;
 use crate::run::RunId;
-use crate::telemetry::memory;
+pub use headroom::Headroom;
 use machine::Machine;
 use manifest::{FileEntry, MANIFEST, Manifest, ModelEntry, ReadError};
 use rlhf_api::config::StageConfig;
@@ -39,6 +40,7 @@ pub struct Checkpoints {
     /// Ranks that share this one's memory.
     workers_per_node: u64,
     data: String,
+    headroom: Headroom,
 }
 
 /// A checkpoint that is being written.
@@ -109,9 +111,17 @@ pub struct Restored {
 
 impl Checkpoints {
     /// The checkpoints of a run of the stage with this config, whose data have this hash.
-    pub fn new(config: &StageConfig, environment: &Environment, run: RunId, lease: &Lease, data: [u8; 32]) -> Self {
+    pub fn new(
+        config: &StageConfig,
+        environment: &Environment,
+        run: RunId,
+        lease: &Lease,
+        data: [u8; 32],
+        headroom: &Headroom,
+    ) -> Self {
         Self {
             lease: lease.clone(),
+            headroom: headroom.clone(),
             run,
             workers_per_node: environment.workers_per_node.into(),
             data: manifest::hex(&data),
@@ -144,8 +154,7 @@ impl Checkpoints {
 
     /// Whether every rank's host memory has room to copy what a checkpoint of these models holds.
     fn has_room(&self, group: &Group, models: &[(&str, &Model)]) -> Result<bool> {
-        let bytes = shard_file::bytes(models).saturating_mul(self.workers_per_node);
-        Ok(!group.any(memory::host_room().is_some_and(|room| bytes >= room))?)
+        Ok(!group.any(!self.headroom.take(shard_file::bytes(models), self.workers_per_node))?)
     }
 
     /// Starts saving the models and the stage's state after `step` steps: what this rank keeps is written in the background,

@@ -1,7 +1,7 @@
 //! What every stage needs beside its settings: its place, its peers, its paths, and whom to tell.
 
 use super::export;
-use crate::checkpoint::{Checkpoints, Kept, Restored, Saving};
+use crate::checkpoint::{Checkpoints, Headroom, Kept, Restored, Saving};
 use crate::data::dataset_path;
 use crate::engine::{Backbone, Group, HEAD_SLICE_BYTES, LossScale, Model, Placement, ScalarInit};
 use crate::environment::Environment;
@@ -62,6 +62,8 @@ pub struct Context {
     data: OnceCell<[u8; 32]>,
     /// What [`Context::begin`] found: the run, and the right to write.
     begun: OnceCell<(RunId, Lease)>,
+    /// What checkpoints know of host memory.
+    headroom: Headroom,
     /// The checkpoint that is being written.
     saving: RefCell<Option<Saving>>,
     /// Whether a request to stop is heard. (In a bench it ends the process.)
@@ -91,6 +93,7 @@ impl Context {
             device,
             data: OnceCell::new(),
             begun: OnceCell::new(),
+            headroom: Headroom::default(),
             saving: RefCell::new(None),
             listens: Cell::new(false),
             rewards: RefCell::default(),
@@ -289,7 +292,7 @@ impl Context {
     pub fn checkpoints(&self) -> Checkpoints {
         let data = self.data.get().copied().unwrap_or_default();
         let (run, lease) = self.begun();
-        Checkpoints::new(&self.config, &self.environment, run, &lease, data)
+        Checkpoints::new(&self.config, &self.environment, run, &lease, data, &self.headroom)
     }
 
     /// Resumes from the newest checkpoint, if there is one, and says so. From here on the stage listens for requests to
