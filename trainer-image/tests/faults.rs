@@ -103,6 +103,11 @@ fn an_attempt_that_was_given_up_publishes_nothing_any_more() {
     wait_until("three checkpoints of the second attempt", || volume.checkpoints("sft")[0] > before);
     kill_process(zombie.worker(0), Signal::CONT).unwrap();
     zombie.wait().expect(75, "PeerLost", &["attempt 2 has taken over", "attempt 1 writes nothing any more"]);
+    let attempts: Vec<u64> = volume.history("sft").iter().filter_map(|line| line["attempt"].as_u64()).collect();
+    assert!(
+        attempts.is_sorted(),
+        "the learning curves of the first attempt end where the second's begin: {attempts:?}"
+    );
     let meanwhile = *volume.checkpoints("sft").last().unwrap();
     assert_eq!(volume.checkpoints("sft").len(), 3, "those of the second attempt alone");
     wait_until("more checkpoints", || volume.checkpoints("sft")[0] > meanwhile);
@@ -243,6 +248,36 @@ fn a_disk_that_was_full_heals() {
     volume.start_as(&launch, &pod).wait().expect(0, "Done", &[]);
     assert_eq!(fs::read_to_string(volume.path("ends")).unwrap(), "74 74 0\n");
     assert_eq!(fs::read_to_string(volume.path("unfinished")).unwrap(), "", "a failed save removes its own");
+
+    fs::remove_dir(&jobs).unwrap();
+    fs::rename(left, jobs).unwrap();
+    assert!(volume.weights("sft") == whole.weights("sft"));
+}
+
+/// A killed attempt has left the disk without a byte: not even the lease of the next one can be written before what it left has
+/// gone. What is no attempt's stays in the way, and is told.
+#[test]
+fn a_disk_that_a_killed_attempt_has_filled_heals() {
+    let mut launch = sft();
+    launch.config["checkpoint"] = json!({"everySteps": 4, "keep": 1});
+    let whole = finished("gpt2", &launch);
+    let volume = Volume::new("gpt2");
+    let (jobs, left) = (volume.path("jobs"), volume.path("left"));
+    fs::create_dir_all(&jobs).unwrap();
+    let small_disk = "mount -t tmpfs -o size=1M none \"$0/jobs\" && mkdir -p \"$0/jobs/j/sft/checkpoints\" && cd \"$0/jobs/j/sft\" || exit; \
+        echo '{\"jobUid\": \"u\", \"attempt\": 1}' > lease-1; \
+        head -c 2M /dev/zero > other; RLHF_ATTEMPT=2 \"$@\"; two=$?; ls > \"$0/listed\"; rm other; \
+        for dir in checkpoints/step-8.lease-1.tmp model.lease-1.tmp; do mkdir $dir; head -c 2M /dev/zero > $dir/part; done; \
+        RLHF_ATTEMPT=3 \"$@\"; three=$?; \
+        cp -a \"$0/jobs\" \"$0/left\"; echo $two $three > \"$0/ends\"; exit $three";
+    let root = volume.path("").display().to_string();
+    let pod = Pod::default().under(&["unshare", "-rm", "sh", "-c", small_disk, &root]);
+    let end = volume.start_as(&launch, &pod).wait();
+    end.expect(0, "Done", &[]);
+    assert!(end.log.contains("lease-2: No space left on device"), "{}", end.log);
+    assert_eq!(fs::read_to_string(volume.path("ends")).unwrap(), "74 0\n");
+    // The lease that cannot be written is not there: that of the attempt before holds.
+    assert_eq!(fs::read_to_string(volume.path("listed")).unwrap(), "checkpoints\nlease-1\nother\n");
 
     fs::remove_dir(&jobs).unwrap();
     fs::rename(left, jobs).unwrap();

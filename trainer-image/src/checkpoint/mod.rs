@@ -152,7 +152,7 @@ impl Checkpoints {
         Ok(Some(Kept { lent: shard_file::lend(models)?, manifest: self.manifest(step, models, state) }))
     }
 
-    /// Whether every rank's host memory has room to copy what a checkpoint of these models holds.
+    /// Whether every rank's host memory has room to copy what a checkpoint of these models holds while training goes on.
     fn has_room(&self, group: &Group, models: &[(&str, &Model)]) -> Result<bool> {
         Ok(!group.any(!self.headroom.take(shard_file::bytes(models), self.workers_per_node))?)
     }
@@ -241,8 +241,7 @@ impl Checkpoints {
         }
         files::write(&temporary.join(MANIFEST), &manifest.to_json()?)?;
         files::sync_dir(temporary)?;
-        self.lease.check()?;
-        files::publish_dir(temporary, &self.path(manifest.step))?;
+        files::publish_dir(temporary, &self.path(manifest.step), &self.lease)?;
         told(self.describe(manifest.step));
         self.prune(manifest.step)
     }
@@ -350,7 +349,7 @@ impl Checkpoints {
                 }
             }
             if damaged && group.is_first() {
-                files::publish_dir(&path, &files::sibling(&path, "damaged"))?;
+                files::publish_dir(&path, &files::sibling(&path, "damaged"), &self.lease)?;
             }
         }
     }

@@ -109,9 +109,9 @@ impl Context {
     pub fn begin(&self) -> Result<Option<Output>> {
         let run = self.run();
         let holder = Holder { job_uid: self.config.job.uid.clone(), attempt: self.environment.attempt };
-        let (mut found, obsolete) = (None, self.obsolete());
+        let (mut found, checkpoints, obsolete) = (None, self.path(&self.config.paths.checkpoints), self.obsolete());
         self.group.while_first(|| {
-            found = Some(find(&run, holder.clone(), obsolete.as_deref())?);
+            found = Some(find(&run, holder.clone(), &checkpoints, obsolete.as_deref())?);
             Ok(())
         })?;
         let told = match &found {
@@ -456,7 +456,7 @@ impl Context {
     /// Tells about a finished step: metrics, progress, and a line of the stage's learning curves.
     ///
     /// # Errors
-    /// Where storage failed.
+    /// Where storage failed, or a later attempt has taken over.
     pub fn report(&self, step: u64, figures: &[(Figure, f64)]) -> Result<()> {
         self.telemetry.record_step(step, figures);
         self.append_history(step, figures)
@@ -471,7 +471,7 @@ impl Context {
     /// Tells about an evaluation after `step` steps.
     ///
     /// # Errors
-    /// Where storage failed, or a figure is not finite.
+    /// Where storage failed, a later attempt has taken over, or a figure is not finite.
     pub fn report_evaluation(&self, step: u64, figures: &[(Figure, f64)]) -> Result<()> {
         self.telemetry.record(figures);
         self.append_history(step, figures)?;
@@ -512,6 +512,8 @@ impl Context {
         let dir = self.stage_dir();
         files::make_dir(&dir)?;
         files::append_line(&dir.join(HISTORY), &Value::Object(line).to_string())
+        // The curves of a later attempt are its own.
+        self.lease().check()?;
     }
 
     /// Writes the trained model in Hugging Face layout, with the job's tokenizer, and beside it the adapters where it was
@@ -537,12 +539,13 @@ impl Context {
     }
 }
 
-/// What rank 0 finds as a stage begins. One that is done has no need of the checkpoints in `obsolete`.
-fn find(run: &Run, holder: Holder, obsolete: Option<&Path>) -> Result<Begun> {
+/// What rank 0 finds as a stage begins, whose checkpoints lie in `checkpoints`. One that is done has no need of those in
+/// `obsolete`.
+fn find(run: &Run, holder: Holder, checkpoints: &Path, obsolete: Option<&Path>) -> Result<Begun> {
     let done = match run.done()? {
         Some(done) => done,
         None => {
-            let lease = Lease::take(run.dir(), holder)?;
+            let lease = Lease::take(run.dir(), holder, &[run.dir(), checkpoints])?;
             files::remove_unfinished(run.dir(), lease.number())?;
             // The attempt that held it until now may have come to its end meanwhile.
             match run.done()? {
