@@ -46,7 +46,7 @@ fn goes_on(volume: &Volume, launch: Launch) {
 /// The same of an attempt with this number.
 fn goes_on_as(volume: &Volume, launch: Launch, attempt: u32) {
     let last = *volume.checkpoints("sft").last().unwrap();
-    volume.succeed(&launch.with("/maxSteps", json!(last + 3)).attempt(attempt));
+    volume.succeed(&launch.with("/maxSteps", json!(last + 3)).adopting(attempt));
     assert_eq!(volume.trained("sft", attempt.into()), [last + 1, last + 2, last + 3]);
 }
 
@@ -293,7 +293,7 @@ fn what_killed_attempts_left_is_removed_at_the_start_of_the_next() {
     for (name, lease) in [("step-12", 1), ("step-14", 1), ("step-16", 9)] {
         fs::create_dir(checkpoints.join(format!("{name}.lease-{lease}.tmp"))).unwrap();
     }
-    let running = volume.start(&endless(sft()).attempt(3));
+    let running = volume.start(&endless(sft()).adopting(3));
     wait_until("the start", || running.log().contains("resumed"));
     let names = fs::read_dir(&checkpoints).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
     let unfinished: Vec<String> = names.filter(|name| name.ends_with(".tmp") && !name.contains("lease-2")).collect();
@@ -363,6 +363,10 @@ fn a_run_whose_batches_are_not_finite_ends_after_a_few() {
     let end = volume.run(&launch);
     end.expect(76, "NotFinite", &["5 batches before", "step 6, records [", "NaN"]);
     assert_eq!((end.checkpoint(), volume.trained("sft", 1)), (Some(5), vec![]), "{}", end.message);
+    // The next attempt has no more to spare.
+    let end = volume.run(&launch.attempt(2));
+    end.expect(76, "NotFinite", &["5 batches before", "step 6, records [", "NaN"]);
+    assert_eq!((end.checkpoint(), volume.trained("sft", 2)), (Some(5), vec![]), "{}", end.message);
 }
 
 #[test]
@@ -378,7 +382,7 @@ fn weights_that_are_not_finite_are_refused_and_scores_found_by_the_first_evaluat
     told(volume.run(&ppo()), "the evaluation after iteration 0");
     // A clipped or replaced score is no more finite than it was.
     let blind = ppo().processes(2).with("/prompts/evalFraction", json!(0.0)).with("/clipReward", json!(2.0));
-    told(volume.run(&blind.with("/missingEosPenalty", json!(-1.0))), "iteration 1");
+    told(volume.run(&blind.with("/missingEosPenalty", json!(-1.0)).adopting(1)), "iteration 1");
 }
 
 #[test]
@@ -398,10 +402,6 @@ fn a_stop_before_training_ends_at_once() {
 }
 
 #[test]
-    // The next attempt has no more to spare.
-    let end = volume.run(&launch.attempt(2));
-    end.expect(76, "NotFinite", &["5 batches before", "step 6, records [", "NaN"]);
-    assert_eq!((end.checkpoint(), volume.trained("sft", 2)), (Some(5), vec![]), "{}", end.message);
 fn a_stop_in_a_save_leaves_no_half_checkpoint() {
     let volume = Volume::new("gpt2");
     let mut launch = endless(sft().processes(2));
@@ -447,7 +447,7 @@ fn a_stop_in_a_long_step_gives_it_up() {
     volume.succeed(&launch);
     // The same records, in a step that takes a minute.
     let long = launch.with("/batch", json!({"globalSize": 30_000, "microSize": 1})).with("/maxSteps", json!(9));
-    let running = volume.start(&long.attempt(2));
+    let running = volume.start(&long.adopting(2));
     wait_until("the long step", || running.log().matches("resumed").count() == 2);
     stop_with(running, 3);
     assert_eq!(volume.trained("sft", 2), [0; 0]);
@@ -484,7 +484,7 @@ fn a_stop_in_an_evaluation_or_a_rollout_of_ppo_saves_the_whole_iterations() {
 
         // Long rollouts, of which little is learnt.
         let rolling =
-            evaluating.with("/evalEveryIterations", json!(0)).with("/rolloutBatchSize", json!(6000)).attempt(2);
+            evaluating.with("/evalEveryIterations", json!(0)).with("/rolloutBatchSize", json!(6000)).adopting(2);
         let rolling = rolling.with("/batch", json!({"globalSize": 6000, "microSize": 1500})).with("/epochs", json!(1));
         let running = volume.start(&rolling);
         wait_until("the second iteration", || !volume.trained("ppo", 2).is_empty());
@@ -588,7 +588,7 @@ fn memory_that_cannot_be_had_is_said_with_where() {
     // One step on 12000 records at once needs 1.3 GB of addresses, of which the program itself takes 0.6.
     let large = small.with("/batch", json!({"globalSize": 12_000, "microSize": 12_000})).with("/maxSteps", json!(3));
     let limited = Pod::default().under(&["prlimit", "--as=900000000"]);
-    let end = volume.start_as(&large.clone().attempt(2), &limited).wait();
+    let end = volume.start_as(&large.clone().adopting(2), &limited).wait();
     end.expect(71, "DeviceOutOfMemory", &["can't allocate memory", "step 3, records ["]);
     assert_eq!(end.checkpoint(), Some(2));
     volume.succeed(&large.attempt(3));
