@@ -310,6 +310,7 @@ impl Context {
         }
         self.shutdown.listen()?;
         self.listens.set(true);
+        self.telemetry.makes_steps();
         Ok(restored)
     }
 
@@ -511,9 +512,9 @@ impl Context {
         line.insert("attempt".into(), json!(self.environment.attempt));
         let dir = self.stage_dir();
         files::make_dir(&dir)?;
-        files::append_line(&dir.join(HISTORY), &Value::Object(line).to_string())
         // The curves of a later attempt are its own.
         self.lease().check()?;
+        files::append_line(&dir.join(HISTORY), &Value::Object(line).to_string())
     }
 
     /// Writes the trained model in Hugging Face layout, with the job's tokenizer, and beside it the adapters where it was

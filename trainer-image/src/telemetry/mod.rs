@@ -122,9 +122,14 @@ impl Telemetry {
         self.0.metrics.seconds(phase)
     }
 
-    /// Says what is done now, until the next step is reported.
+    /// Says what is done now, until the next step is reported, or that steps are made.
     pub fn doing(&self, what: impl Into<String>) {
         self.state().progress.doing = Some(what.into());
+    }
+
+    /// Says that steps are made from now on.
+    pub fn makes_steps(&self) {
+        self.state().progress.doing = None;
     }
 
     /// Tells how many records have been read as the figure `records`, for a work that does nothing else.
@@ -265,11 +270,6 @@ mod tests {
         );
     }
 
-    #[test]
-    fn what_is_done_between_steps_is_said_until_the_next_one() {
-        let telemetry = telemetry();
-        assert_eq!(telemetry.progress().doing, None);
-        telemetry.doing("waiting for ranks 1, 2");
     /// `/progress` also counts the records that have been read, and other tests read some meanwhile.
     #[test]
     fn each_sign_of_life_is_counted_and_told() {
@@ -281,10 +281,18 @@ mod tests {
         assert!(telemetry.progress().activity >= 1 << 40);
     }
 
+    #[test]
+    fn what_is_done_between_steps_is_said_until_the_next_one() {
+        let telemetry = telemetry();
+        assert_eq!(telemetry.progress().doing, None);
+        telemetry.doing("waiting for ranks 1, 2");
         telemetry.part_done(3);
         let progress = telemetry.progress();
         assert_eq!((progress.doing.as_deref(), progress.step), (Some("waiting for ranks 1, 2"), 3));
         telemetry.record_step(4, &[]);
+        assert_eq!(telemetry.progress().doing, None);
+        telemetry.doing("loading data and models");
+        telemetry.makes_steps();
         assert_eq!(telemetry.progress().doing, None);
     }
 
