@@ -351,11 +351,11 @@ pub fn rewound(whole: &Volume, family: &str, stage: &str, step: u64) -> Volume {
     volume
 }
 
-/// Polls until a condition holds; fails the test after a minute.
+/// Polls until a condition holds; fails the test after some minutes, as machines of others' tests at the same time are slow.
 pub fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(60);
+    let deadline = Instant::now() + Duration::from_secs(300);
     while !holds() {
-        assert!(Instant::now() < deadline, "waited a minute for: {what}");
+        assert!(Instant::now() < deadline, "waited for minutes for: {what}");
         std::thread::sleep(Duration::from_millis(20));
     }
 }
