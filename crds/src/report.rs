@@ -66,9 +66,9 @@ impl Progress {
     }
 
     /// Whether a trainer that told this has done anything by the time it tells `new`. Its estimate of the time left moves by
-    /// itself.
+    /// itself, and what it says that it does or waits for is no work.
     pub fn advanced(&self, new: &Self) -> bool {
-        let mark = |p: &Self| Self { eta_seconds: None, ..p.clone() };
+        let mark = |p: &Self| Self { eta_seconds: None, doing: None, ..p.clone() };
         mark(self) != mark(new)
     }
 }
@@ -284,6 +284,23 @@ mod tests {
             assert_eq!(ExitCode::from_code(e.code()), Some(e));
         }
         assert_eq!(ExitCode::from_code(1), None);
+    }
+
+    #[test]
+    fn words_and_estimates_are_no_work() {
+        let before =
+            Progress { step: 3, activity: 7, doing: Some("waiting for ranks 1, 2".into()), ..Progress::default() };
+        let words = Progress { eta_seconds: Some(9), doing: Some("waiting for rank 2".into()), ..before.clone() };
+        assert!(!before.advanced(&words) && !before.advanced(&Progress { doing: None, ..before.clone() }));
+        for work in [
+            Progress { step: 4, ..before.clone() },
+            Progress { total_steps: 9, ..before.clone() },
+            Progress { activity: 8, ..before.clone() },
+            Progress { metrics: [("loss".to_owned(), 1.0)].into(), ..before.clone() },
+            Progress { checkpoint: Some(Checkpoint { step: 3, path: "p".into() }), ..before.clone() },
+        ] {
+            assert!(before.advanced(&work), "{work:?}");
+        }
     }
 
     #[test]

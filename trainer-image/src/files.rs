@@ -127,17 +127,23 @@ pub fn sync_dir(path: &Path) -> Result<()> {
     run().map_err(|e: std::io::Error| Error::storage(path, e))
 }
 
-/// Moves a finished folder to its place and flushes the parent. What was there is moved aside first and removed last.
+/// Moves a finished folder to its place, if the lease still holds, and flushes the parent. What was there is moved aside first
+/// and removed last; [`remove_unfinished`] puts it back where this came no further.
 ///
 /// # Errors
-/// Names the path where storage failed.
-pub fn publish_dir(finished: &Path, target: &Path) -> Result<()> {
-    let old = sibling(target, "old");
+/// Names the path where storage failed, or the lease was lost; what was there is then as it was.
+pub fn publish_dir(finished: &Path, target: &Path, lease: &Lease) -> Result<()> {
+    lease.check()?;
+    let old = sibling(target, &format!("lease-{}.{ASIDE}", lease.number()));
     remove_dir(&old)?;
     if target.exists() {
         fs::rename(target, &old).map_err(|e| Error::storage(target, e))?;
     }
-    fs::rename(finished, target).map_err(|e| Error::storage(target, e))?;
+    fs::rename(finished, target).map_err(|e| {
+        // The first error is the one to tell.
+        let _ = fs::rename(&old, target);
+        Error::storage(target, e)
+    })?;
     remove_dir(&old)?;
     match target.parent() {
         Some(parent) => File::open(parent).and_then(|d| d.sync_all()).map_err(|e| Error::storage(parent, e)),
@@ -179,8 +185,7 @@ impl NewDir {
     /// Names the path where storage failed, or the lease was lost; what was there is then as it was.
     pub fn publish(self) -> Result<()> {
         sync_dir(&self.temporary)?;
-        self.lease.check()?;
-        publish_dir(&self.temporary, &self.target)
+        publish_dir(&self.temporary, &self.target, &self.lease)
     }
 }
 
@@ -205,24 +210,48 @@ pub fn replace_dir(target: &Path, lease: &Lease, fill: impl FnOnce(&Path) -> Res
 
 /// Where what is to become `target` is written under a lease.
 pub fn unfinished(target: &Path, lease: &Lease) -> PathBuf {
-    sibling(target, &format!("lease-{}.tmp", lease.number()))
+    sibling(target, &format!("lease-{}.{BEING_FILLED}", lease.number()))
 }
 
-/// Removes what interrupted writers under this lease and those before it have left in `dir`, which may have filled the disk.
-/// What a later lease writes is not touched: this process may be one that should be gone.
+/// Removes what interrupted writers under this lease and those before it have left in `dir`, which may have filled the disk,
+/// and puts back what they had moved aside for what did not come. What a later lease writes is not touched: this process may
+/// be one that should be gone.
 ///
 /// # Errors
 /// Names the path where storage failed.
 pub fn remove_unfinished(dir: &Path, lease: u32) -> Result<()> {
-    for name in names(dir)?.iter().filter(|name| lease_of(name).is_some_and(|of| of <= lease)) {
-        remove_dir(&dir.join(name))?;
+    for name in names(dir)? {
+        let path = dir.join(&name);
+        match Left::of(&name).filter(|left| left.lease <= lease) {
+            Some(Left { target, state: ASIDE, .. }) if !dir.join(target).exists() => {
+                fs::rename(&path, dir.join(target)).map_err(|e| Error::storage(&path, e))?;
+            }
+            Some(_) => remove_dir(&path)?,
+            None => {}
+        }
     }
     Ok(())
 }
 
-/// The lease under which the folder of this name was being filled, if it is one that is not finished.
-fn lease_of(name: &str) -> Option<u32> {
-    name.strip_suffix(".tmp")?.rsplit_once(".lease-")?.1.parse().ok()
+/// How the name of a folder ends that is being filled, and of one that makes place for it.
+const BEING_FILLED: &str = "tmp";
+const ASIDE: &str = "old";
+
+/// What the name of a folder says that a writer has left.
+struct Left<'n> {
+    /// What it was to become, or was.
+    target: &'n str,
+    lease: u32,
+    state: &'n str,
+}
+
+impl<'n> Left<'n> {
+    fn of(name: &'n str) -> Option<Self> {
+        let (target, rest) = name.rsplit_once(".lease-")?;
+        let (lease, state) = rest.split_once('.')?;
+        let known = [BEING_FILLED, ASIDE].contains(&state);
+        known.then_some(Self { target, lease: lease.parse().ok()?, state })
+    }
 }
 
 /// The path beside `path` with `.suffix` added to its name.
@@ -285,7 +314,7 @@ mod tests {
     fn who_has_lost_the_lease_moves_nothing_and_removes_only_its_own() {
         let root = tempfile::tempdir().unwrap();
         let (target, leases) = (root.path().join("model"), root.path().join("leases"));
-        let take = |attempt| Lease::take(&leases, Holder { job_uid: "u".into(), attempt }).unwrap();
+        let take = |attempt| Lease::take(&leases, Holder { job_uid: "u".into(), attempt }, &[]).unwrap();
         let old = NewDir::create(&target, &take(1)).unwrap();
         let lease = take(2);
         let new = NewDir::create(&target, &lease).unwrap();
@@ -307,5 +336,30 @@ mod tests {
         left.sort_unstable();
         assert_eq!(left, ["lease-2", "model", "model.lease-3.tmp", "x.tmp"]);
         remove_unfinished(&root.path().join("none"), 2).unwrap();
+    }
+
+    /// A writer may end between moving aside what was there and giving its work the name.
+    #[test]
+    fn what_was_moved_aside_is_put_back_where_nothing_came_for_it() {
+        let root = tempfile::tempdir().unwrap();
+        let all =
+            ["model.lease-1.old", "model.lease-1.tmp", "step-4", "step-4.lease-2.old", "step-8.lease-3.old", "x.old"];
+        all.iter().for_each(|name| make_dir(&root.path().join(name)).unwrap());
+        write(&root.path().join("model.lease-1.old/config.json"), b"1").unwrap();
+        remove_unfinished(root.path(), 2).unwrap();
+        let mut left = names(root.path()).unwrap();
+        left.sort_unstable();
+        assert_eq!(left, ["model", "step-4", "step-8.lease-3.old", "x.old"]);
+        assert!(root.path().join("model/config.json").exists());
+    }
+
+    #[test]
+    fn what_cannot_take_its_place_leaves_what_was_there() {
+        let root = tempfile::tempdir().unwrap();
+        let target = root.path().join("model");
+        make_dir(&target).unwrap();
+        let error = publish_dir(&root.path().join("none"), &target, &Lease::default()).unwrap_err();
+        assert_eq!(error.exit, ExitCode::Storage, "{error}");
+        assert_eq!(names(root.path()).unwrap(), ["model"]);
     }
 }

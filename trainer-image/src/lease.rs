@@ -39,12 +39,14 @@ pub struct Lease {
 }
 
 impl Lease {
-    /// Takes the lease of the folder `dir`.
+    /// Takes the lease of the folder `dir`. Where the disk is full, what earlier attempts left unfinished in the folders
+    /// `unfinished` goes first: else what they left would keep each later attempt from coming to remove it.
     ///
     /// # Errors
-    /// A later attempt of the same job holds it ([`ExitCode::PeerLost`]), or storage failed.
-    pub fn take(dir: &Path, holder: Holder) -> Result<Self> {
+    /// A later attempt of the same job holds it ([`ExitCode::PeerLost`]), or storage failed: who held it before holds it still.
+    pub fn take(dir: &Path, holder: Holder, unfinished: &[&Path]) -> Result<Self> {
         files::make_dir(dir)?;
+        let mut has_made_room = false;
         loop {
             let newest = newest(dir)?;
             if let Some(other) = newest.map(|number| read(dir, number)).transpose()?.flatten()
@@ -54,8 +56,15 @@ impl Lease {
                 return Err(lost(dir, &holder, Some(other)));
             }
             let number = newest.unwrap_or_default() + 1;
-            if !make(&path(dir, number), &holder)? {
-                continue;
+            match make(&path(dir, number), &holder) {
+                Ok(true) => {}
+                Ok(false) => continue,
+                Err(e) if is_full(&e) && !has_made_room => {
+                    has_made_room = true;
+                    unfinished.iter().try_for_each(|dir| files::remove_unfinished(dir, newest.unwrap_or_default()))?;
+                    continue;
+                }
+                Err(e) => return Err(Error::storage(&path(dir, number), e)),
             }
             let lease = Self { held: Some((dir.to_path_buf(), holder.clone())), number };
             // Where somebody took the next one meanwhile, and removed the one with this number before it was made again.
@@ -129,15 +138,22 @@ fn newest(dir: &Path) -> Result<Option<u32>> {
     Ok(numbers(dir)?.into_iter().max())
 }
 
-/// Makes a lease, if nobody has made this one.
-fn make(path: &Path, holder: &Holder) -> Result<bool> {
-    let text = serde_json::to_vec(holder).map_err(|e| Error::bug(e.to_string()))?;
+/// Makes a lease, if nobody has made this one. One that cannot be written is not there.
+fn make(path: &Path, holder: &Holder) -> std::io::Result<bool> {
+    let text = serde_json::to_vec(holder)?;
     let write = |mut file: File| file.write_all(&text).and_then(|()| file.sync_all());
     match OpenOptions::new().write(true).create_new(true).open(path) {
-        Ok(file) => write(file).map(|()| true).map_err(|e| Error::storage(path, e)),
+        Ok(file) => write(file).map(|()| true).inspect_err(|_| {
+            // The first error is the one to tell. It is gone for who looks: an empty lease would hold in nobody's name.
+            let _ = std::fs::remove_file(path);
+        }),
         Err(e) if e.kind() == ErrorKind::AlreadyExists => Ok(false),
-        Err(e) => Err(Error::storage(path, e)),
+        Err(e) => Err(e),
     }
+}
+
+fn is_full(error: &std::io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded)
 }
 
 /// Who holds a lease; `None` where it is gone, or whoever made it got no further.
@@ -176,6 +192,10 @@ mod tests {
         Holder { job_uid: job_uid.into(), attempt }
     }
 
+    fn take(dir: &Path, job_uid: &str, attempt: u32) -> Result<Lease> {
+        Lease::take(dir, holder(job_uid, attempt), &[])
+    }
+
     fn lost_to(error: &Error, other: &str) {
         assert_eq!(error.exit, ExitCode::PeerLost, "{error}");
         assert!(error.message.starts_with(&format!("{other} has taken over")), "{error}");
@@ -184,17 +204,17 @@ mod tests {
     #[test]
     fn the_last_to_take_it_holds_and_the_others_never_again() {
         let dir = tempfile::tempdir().unwrap();
-        let first = Lease::take(dir.path(), holder("u", 1)).unwrap();
+        let first = take(dir.path(), "u", 1).unwrap();
         first.check().unwrap();
-        let second = Lease::take(dir.path(), holder("u", 2)).unwrap();
+        let second = take(dir.path(), "u", 2).unwrap();
         second.check().unwrap();
         lost_to(&first.check().unwrap_err(), "attempt 2");
-        lost_to(&Lease::take(dir.path(), holder("u", 1)).unwrap_err(), "attempt 2");
+        lost_to(&take(dir.path(), "u", 1).unwrap_err(), "attempt 2");
         second.check().unwrap();
         assert_eq!((first.number(), second.number()), (1, 2));
         assert_eq!(files::names(dir.path()).unwrap(), ["lease-2"]);
         // The same attempt, started again.
-        let again = Lease::take(dir.path(), holder("u", 2)).unwrap();
+        let again = take(dir.path(), "u", 2).unwrap();
         again.check().unwrap();
         lost_to(&second.check().unwrap_err(), "attempt 2");
     }
@@ -202,8 +222,8 @@ mod tests {
     #[test]
     fn a_job_made_anew_takes_it_whatever_its_attempt() {
         let dir = tempfile::tempdir().unwrap();
-        let old = Lease::take(dir.path(), holder("u", 7)).unwrap();
-        let new = Lease::take(dir.path(), holder("v", 1)).unwrap();
+        let old = take(dir.path(), "u", 7).unwrap();
+        let new = take(dir.path(), "v", 1).unwrap();
         new.check().unwrap();
         lost_to(&old.check().unwrap_err(), "the job with UID v");
         assert!(new.number() > old.number());
@@ -213,7 +233,7 @@ mod tests {
     #[test]
     fn a_lease_that_was_removed_does_not_hold() {
         let dir = tempfile::tempdir().unwrap();
-        let lease = Lease::take(dir.path(), holder("u", 1)).unwrap();
+        let lease = take(dir.path(), "u", 1).unwrap();
         std::fs::remove_file(dir.path().join("lease-1")).unwrap();
         lost_to(&lease.check().unwrap_err(), "another attempt");
     }
@@ -222,7 +242,7 @@ mod tests {
     fn one_whose_taker_died_halfway_is_taken_over() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("lease-4"), "{\"jobUid").unwrap();
-        let lease = Lease::take(dir.path(), holder("u", 1)).unwrap();
+        let lease = take(dir.path(), "u", 1).unwrap();
         assert_eq!(lease.number(), 5);
         lease.check().unwrap();
     }
@@ -230,9 +250,9 @@ mod tests {
     #[test]
     fn of_many_that_take_it_at_once_exactly_one_holds() {
         let dir = tempfile::tempdir().unwrap();
-        let take = |attempt| Lease::take(dir.path(), holder("u", attempt));
+        let dir = dir.path();
         let leases: Vec<_> = std::thread::scope(|scope| {
-            let threads: Vec<_> = (1..=16).map(|attempt| scope.spawn(move || take(attempt))).collect();
+            let threads: Vec<_> = (1..=16).map(|attempt| scope.spawn(move || take(dir, "u", attempt))).collect();
             threads.into_iter().filter_map(|thread| thread.join().unwrap().ok()).collect()
         });
         let holding: Vec<_> = leases.iter().filter(|lease| lease.check().is_ok()).collect();
@@ -243,12 +263,12 @@ mod tests {
     #[test]
     fn every_rank_of_an_attempt_knows_whether_it_holds() {
         let dir = tempfile::tempdir().unwrap();
-        let first = Lease::take(dir.path(), holder("u", 1)).unwrap();
+        let first = take(dir.path(), "u", 1).unwrap();
         let peers = Lease::of_first(dir.path(), holder("u", 1), first.number());
         peers.check().unwrap();
         let full = || Error::storage(Path::new("f"), "full");
         assert_eq!(peers.cause_of(full()).exit, ExitCode::Storage, "it still holds");
-        let _second = Lease::take(dir.path(), holder("u", 2)).unwrap();
+        let _second = take(dir.path(), "u", 2).unwrap();
         for lease in [first, peers] {
             lost_to(&lease.check().unwrap_err(), "attempt 2");
             lost_to(&lease.cause_of(full()), "attempt 2");

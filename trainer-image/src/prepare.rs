@@ -52,6 +52,7 @@ impl PrepareReport {
             tokens: report.dataset.tokens,
         };
         let prepared = Prepared { models: self.models.clone(), datasets: self.stages.iter().map(shape).collect() };
+        prepared.check().map_err(|e| Error::input(format!("what was found cannot be planned with: {e}")))?;
         let bytes = serde_json::to_vec(&prepared).map_err(|e| Error::bug(e.to_string()))?.len();
         if bytes + BESIDE_PREPARED > MAX_PREPARED_BYTES {
             let (models, stages) = (self.models.len(), self.stages.len());

@@ -91,6 +91,7 @@ fn train(options: &Options, environment: Environment, shown: &OnceLock<Telemetry
     };
     let peers = meet(&environment, &config.value, &config.digest, device, &waiting)?;
     let group = Rc::new(Group::new(peers, rank, world_size, device)?);
+    telemetry.doing("loading data and models");
     tracing::info!(
         attempt = environment.attempt,
         world_size,

@@ -46,7 +46,7 @@ fn goes_on(volume: &Volume, launch: Launch) {
 /// The same of an attempt with this number.
 fn goes_on_as(volume: &Volume, launch: Launch, attempt: u32) {
     let last = *volume.checkpoints("sft").last().unwrap();
-    volume.succeed(&launch.with("/maxSteps", json!(last + 3)).attempt(attempt));
+    volume.succeed(&launch.with("/maxSteps", json!(last + 3)).adopting(attempt));
     assert_eq!(volume.trained("sft", attempt.into()), [last + 1, last + 2, last + 3]);
 }
 
@@ -103,6 +103,11 @@ fn an_attempt_that_was_given_up_publishes_nothing_any_more() {
     wait_until("three checkpoints of the second attempt", || volume.checkpoints("sft")[0] > before);
     kill_process(zombie.worker(0), Signal::CONT).unwrap();
     zombie.wait().expect(75, "PeerLost", &["attempt 2 has taken over", "attempt 1 writes nothing any more"]);
+    let attempts: Vec<u64> = volume.history("sft").iter().filter_map(|line| line["attempt"].as_u64()).collect();
+    assert!(
+        attempts.is_sorted(),
+        "the learning curves of the first attempt end where the second's begin: {attempts:?}"
+    );
     let meanwhile = *volume.checkpoints("sft").last().unwrap();
     assert_eq!(volume.checkpoints("sft").len(), 3, "those of the second attempt alone");
     wait_until("more checkpoints", || volume.checkpoints("sft")[0] > meanwhile);
@@ -249,6 +254,36 @@ fn a_disk_that_was_full_heals() {
     assert!(volume.weights("sft") == whole.weights("sft"));
 }
 
+/// A killed attempt has left the disk without a byte: not even the lease of the next one can be written before what it left has
+/// gone. What is no attempt's stays in the way, and is told.
+#[test]
+fn a_disk_that_a_killed_attempt_has_filled_heals() {
+    let mut launch = sft();
+    launch.config["checkpoint"] = json!({"everySteps": 4, "keep": 1});
+    let whole = finished("gpt2", &launch);
+    let volume = Volume::new("gpt2");
+    let (jobs, left) = (volume.path("jobs"), volume.path("left"));
+    fs::create_dir_all(&jobs).unwrap();
+    let small_disk = "mount -t tmpfs -o size=1M none \"$0/jobs\" && mkdir -p \"$0/jobs/j/sft/checkpoints\" && cd \"$0/jobs/j/sft\" || exit; \
+        echo '{\"jobUid\": \"u\", \"attempt\": 1}' > lease-1; \
+        head -c 2M /dev/zero > other; RLHF_ATTEMPT=2 \"$@\"; two=$?; ls > \"$0/listed\"; rm other; \
+        for dir in checkpoints/step-8.lease-1.tmp model.lease-1.tmp; do mkdir $dir; head -c 2M /dev/zero > $dir/part; done; \
+        RLHF_ATTEMPT=3 \"$@\"; three=$?; \
+        cp -a \"$0/jobs\" \"$0/left\"; echo $two $three > \"$0/ends\"; exit $three";
+    let root = volume.path("").display().to_string();
+    let pod = Pod::default().under(&["unshare", "-rm", "sh", "-c", small_disk, &root]);
+    let end = volume.start_as(&launch, &pod).wait();
+    end.expect(0, "Done", &[]);
+    assert!(end.log.contains("lease-2: No space left on device"), "{}", end.log);
+    assert_eq!(fs::read_to_string(volume.path("ends")).unwrap(), "74 0\n");
+    // The lease that cannot be written is not there: that of the attempt before holds.
+    assert_eq!(fs::read_to_string(volume.path("listed")).unwrap(), "checkpoints\nlease-1\nother\n");
+
+    fs::remove_dir(&jobs).unwrap();
+    fs::rename(left, jobs).unwrap();
+    assert!(volume.weights("sft") == whole.weights("sft"));
+}
+
 /// What a killed attempt left goes before anything is written, by whichever attempt comes next.
 #[test]
 fn what_killed_attempts_left_is_removed_at_the_start_of_the_next() {
@@ -258,7 +293,7 @@ fn what_killed_attempts_left_is_removed_at_the_start_of_the_next() {
     for (name, lease) in [("step-12", 1), ("step-14", 1), ("step-16", 9)] {
         fs::create_dir(checkpoints.join(format!("{name}.lease-{lease}.tmp"))).unwrap();
     }
-    let running = volume.start(&endless(sft()).attempt(3));
+    let running = volume.start(&endless(sft()).adopting(3));
     wait_until("the start", || running.log().contains("resumed"));
     let names = fs::read_dir(&checkpoints).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
     let unfinished: Vec<String> = names.filter(|name| name.ends_with(".tmp") && !name.contains("lease-2")).collect();
@@ -328,6 +363,10 @@ fn a_run_whose_batches_are_not_finite_ends_after_a_few() {
     let end = volume.run(&launch);
     end.expect(76, "NotFinite", &["5 batches before", "step 6, records [", "NaN"]);
     assert_eq!((end.checkpoint(), volume.trained("sft", 1)), (Some(5), vec![]), "{}", end.message);
+    // The next attempt has no more to spare.
+    let end = volume.run(&launch.attempt(2));
+    end.expect(76, "NotFinite", &["5 batches before", "step 6, records [", "NaN"]);
+    assert_eq!((end.checkpoint(), volume.trained("sft", 2)), (Some(5), vec![]), "{}", end.message);
 }
 
 #[test]
@@ -343,7 +382,7 @@ fn weights_that_are_not_finite_are_refused_and_scores_found_by_the_first_evaluat
     told(volume.run(&ppo()), "the evaluation after iteration 0");
     // A clipped or replaced score is no more finite than it was.
     let blind = ppo().processes(2).with("/prompts/evalFraction", json!(0.0)).with("/clipReward", json!(2.0));
-    told(volume.run(&blind.with("/missingEosPenalty", json!(-1.0))), "iteration 1");
+    told(volume.run(&blind.with("/missingEosPenalty", json!(-1.0)).adopting(1)), "iteration 1");
 }
 
 #[test]
@@ -408,7 +447,7 @@ fn a_stop_in_a_long_step_gives_it_up() {
     volume.succeed(&launch);
     // The same records, in a step that takes a minute.
     let long = launch.with("/batch", json!({"globalSize": 30_000, "microSize": 1})).with("/maxSteps", json!(9));
-    let running = volume.start(&long.attempt(2));
+    let running = volume.start(&long.adopting(2));
     wait_until("the long step", || running.log().matches("resumed").count() == 2);
     stop_with(running, 3);
     assert_eq!(volume.trained("sft", 2), [0; 0]);
@@ -445,7 +484,7 @@ fn a_stop_in_an_evaluation_or_a_rollout_of_ppo_saves_the_whole_iterations() {
 
         // Long rollouts, of which little is learnt.
         let rolling =
-            evaluating.with("/evalEveryIterations", json!(0)).with("/rolloutBatchSize", json!(6000)).attempt(2);
+            evaluating.with("/evalEveryIterations", json!(0)).with("/rolloutBatchSize", json!(6000)).adopting(2);
         let rolling = rolling.with("/batch", json!({"globalSize": 6000, "microSize": 1500})).with("/epochs", json!(1));
         let running = volume.start(&rolling);
         wait_until("the second iteration", || !volume.trained("ppo", 2).is_empty());
@@ -549,7 +588,7 @@ fn memory_that_cannot_be_had_is_said_with_where() {
     // One step on 12000 records at once needs 1.3 GB of addresses, of which the program itself takes 0.6.
     let large = small.with("/batch", json!({"globalSize": 12_000, "microSize": 12_000})).with("/maxSteps", json!(3));
     let limited = Pod::default().under(&["prlimit", "--as=900000000"]);
-    let end = volume.start_as(&large.clone().attempt(2), &limited).wait();
+    let end = volume.start_as(&large.clone().adopting(2), &limited).wait();
     end.expect(71, "DeviceOutOfMemory", &["can't allocate memory", "step 3, records ["]);
     assert_eq!(end.checkpoint(), Some(2));
     volume.succeed(&large.attempt(3));

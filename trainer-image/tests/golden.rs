@@ -198,8 +198,16 @@ fn tokens_that_there_are_not_are_neither_drawn_nor_counted() {
             assert!(gap(&a.narrow(1, 0, 40), b) < LOGIT_TOLERANCE);
         }
         let requests: Vec<Request<'_>> = rows.iter().map(|r| Request { prompt: r, id: 0 }).collect();
-        let drawn = generate(&known, &requests, &Decoding::Greedy, &[], 8, &|| false).unwrap();
-        assert!(drawn.iter().flat_map(|r| &r.tokens).all(|t| *t < 40));
+        let draw = |model: &Model| generate(model, &requests, &Decoding::Greedy, &[], 8, &|| false).unwrap();
+        let beyond = |model: &Model| draw(model).iter().flat_map(|r| &r.tokens).filter(|t| **t >= 40).count();
+        assert!(beyond(&whole) > 0, "{name}: the likeliest of all tokens are among those that there are not");
+        assert_eq!(beyond(&known), 0, "{name}");
+        for (response, logits) in draw(&known).iter().zip(&logits(&whole, &batch)) {
+            let last = logits.get(-1).narrow(0, 0, 40);
+            assert_eq!(response.tokens[0], last.argmax(0, false).int64_value(&[]), "{name}");
+            let log_p = last.log_softmax(0, Kind::Double).max().double_value(&[]);
+            assert!((response.log_p[0] - log_p).abs() < 1e-4, "{name}: {} is not {log_p}", response.log_p[0]);
+        }
     }
 }
 

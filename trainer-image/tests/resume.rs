@@ -92,9 +92,9 @@ fn a_job_made_anew_goes_on_with_the_run_at_its_path() {
     let whole = finished("gpt2", &launch);
     let volume = rewound(&whole, "gpt2", "sft", 10);
     // The job before was at its seventh attempt.
-    volume.succeed(&launch.clone().with("/maxSteps", json!(11)).attempt(7));
+    volume.succeed(&launch.clone().with("/maxSteps", json!(11)).adopting(7));
     fs::remove_dir_all(volume.path("jobs/j/sft/model")).unwrap();
-    let end = volume.succeed(&anew(&launch));
+    let end = volume.succeed(&anew(&launch).adopting(1));
     assert!(end.log.contains("resumed") && end.log.contains("step-11"), "{}", end.log);
     assert!(volume.weights("sft") == whole.weights("sft"));
 }
@@ -107,8 +107,7 @@ fn a_stage_that_is_done_ends_at_once_with_what_it_said() {
     let lines = volume.history("sft").len();
     let written = fs::metadata(volume.path("jobs/j/sft/model/model.safetensors")).unwrap().modified().unwrap();
     for again in [anew(&launch), launch.clone().processes(1).micro(2).attempt(2)] {
-        let strict = Pod { strict: true, ..Pod::default() };
-        let end = volume.start_as(&again, &strict).wait();
+        let end = volume.run(&again);
         end.expect(0, "Done", &[]);
         assert_eq!((&end.message["output"], &end.message["step"]), (&first.message["output"], &json!(20)));
         assert!(end.log.contains("the stage is done already"), "{}", end.log);
@@ -127,10 +126,8 @@ fn that_a_stage_is_done_is_what_the_first_rank_sees() {
     let launch = sft();
     let (seen, unseen) = (finished("gpt2", &launch), Volume::new("gpt2"));
     let port = free_port();
-    let pods = [(0, &seen), (1, &unseen)].map(|(node, volume)| {
-        let pod = Pod { strict: true, ..Pod::of_gang(node, 2, port) };
-        volume.start_as(&launch.clone().attempt(2), &pod)
-    });
+    let pods = [(0, &seen), (1, &unseen)]
+        .map(|(node, volume)| volume.start_as(&launch.clone().attempt(2), &Pod::of_gang(node, 2, port)));
     for pod in pods {
         let end = pod.wait();
         end.expect(0, "Done", &[]);
@@ -162,7 +159,7 @@ fn a_run_of_another_config_is_refused_with_what_differs() {
     let volume = finished("gpt2", &launch);
     let weights = volume.weights("sft");
     let other = anew(&launch).with("/maxSteps", json!(40)).processes(2);
-    let end = volume.start_as(&other, &Pod { strict: true, ..Pod::default() }).wait();
+    let end = volume.run(&other);
     end.expect(64, "BadConfig", &["jobs/j/sft holds a run", "kind.sft.maxSteps was 20 and is 40", "storage.runPath"]);
     assert!(volume.weights("sft") == weights && volume.checkpoints("sft") == [10, 20]);
 }

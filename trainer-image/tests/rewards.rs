@@ -130,5 +130,5 @@ fn a_reward_without_its_model_is_named() {
     launch.config["paths"]["rewardModels"] = json!({"liked": "jobs/j/reward/model"});
     volume.run(&launch).expect(64, "BadConfig", &["paths.rewardModels has no 'safe'"]);
     launch.config["paths"]["rewardModels"] = json!({"liked": "jobs/j/reward/model", "safe": "models/base"});
-    volume.run(&launch.attempt(2)).expect(65, "BadInput", &["models/base", "no tensor 'score.weight'"]);
+    volume.run(&launch.adopting(2)).expect(65, "BadInput", &["models/base", "no tensor 'score.weight'"]);
 }

@@ -1,7 +1,7 @@
 //! What a checkpoint says of itself.
 
 use super::machine::Machine;
-use crate::engine::{Chunk, LossScale, Model};
+use crate::engine::{Chunk, LossScale, Model, Skips};
 use crate::error::{Error, Result};
 use crate::run::RunId;
 use serde::{Deserialize, Serialize};
@@ -32,7 +32,7 @@ pub(super) struct Manifest {
     pub files: Vec<FileEntry>,
 }
 
-/// A model's optimizer steps, its loss scale where it is trained in fp16, the elements of each of its chunks, and a hash of where
+/// A model's optimizer steps, its loss scale where it is trained in fp16, the batches that it may still skip, the elements of each of its chunks, and a hash of where
 /// each parameter lies in them (older checkpoints have none).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -40,6 +40,8 @@ pub(super) struct ModelEntry {
     pub updates: i64,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loss_scale: Option<LossScale>,
+    #[serde(default, skip_serializing_if = "Skips::are_whole")]
+    pub skips: Skips,
     pub chunks: Vec<i64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub layout: Option<String>,
@@ -53,6 +55,7 @@ impl ModelEntry {
         Self {
             updates: model.updates(),
             loss_scale: model.loss_scale(),
+            skips: model.skips(),
             chunks: model.trained().map(Chunk::numel).collect(),
             layout: Some(hex(&hasher.finalize().into())),
         }

@@ -5,6 +5,7 @@
 //! as every file is flushed and its hash is known. Random draws are made by counter, so a step number and a stage's own state are all
 //! that a resumed run needs to go on exactly.
 
+mod headroom;
 mod machine;
 mod manifest;
 mod shard_file;
@@ -15,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::files;
 use crate::lease::Lease;
 use crate::run::RunId;
-use crate::telemetry::memory;
+pub use headroom::Headroom;
 use machine::Machine;
 use manifest::{FileEntry, MANIFEST, Manifest, ModelEntry, ReadError};
 use rlhf_api::config::StageConfig;
@@ -39,6 +40,7 @@ pub struct Checkpoints {
     /// Ranks that share this one's memory.
     workers_per_node: u64,
     data: String,
+    headroom: Headroom,
 }
 
 /// A checkpoint that is being written.
@@ -109,9 +111,17 @@ pub struct Restored {
 
 impl Checkpoints {
     /// The checkpoints of a run of the stage with this config, whose data have this hash.
-    pub fn new(config: &StageConfig, environment: &Environment, run: RunId, lease: &Lease, data: [u8; 32]) -> Self {
+    pub fn new(
+        config: &StageConfig,
+        environment: &Environment,
+        run: RunId,
+        lease: &Lease,
+        data: [u8; 32],
+        headroom: &Headroom,
+    ) -> Self {
         Self {
             lease: lease.clone(),
+            headroom: headroom.clone(),
             run,
             workers_per_node: environment.workers_per_node.into(),
             data: manifest::hex(&data),
@@ -142,10 +152,9 @@ impl Checkpoints {
         Ok(Some(Kept { lent: shard_file::lend(models)?, manifest: self.manifest(step, models, state) }))
     }
 
-    /// Whether every rank's host memory has room to copy what a checkpoint of these models holds.
+    /// Whether every rank's host memory has room to copy what a checkpoint of these models holds while training goes on.
     fn has_room(&self, group: &Group, models: &[(&str, &Model)]) -> Result<bool> {
-        let bytes = shard_file::bytes(models).saturating_mul(self.workers_per_node);
-        Ok(!group.any(memory::host_room().is_some_and(|room| bytes >= room))?)
+        Ok(!group.any(!self.headroom.take(shard_file::bytes(models), self.workers_per_node))?)
     }
 
     /// Starts saving the models and the stage's state after `step` steps: what this rank keeps is written in the background,
@@ -232,8 +241,7 @@ impl Checkpoints {
         }
         files::write(&temporary.join(MANIFEST), &manifest.to_json()?)?;
         files::sync_dir(temporary)?;
-        self.lease.check()?;
-        files::publish_dir(temporary, &self.path(manifest.step))?;
+        files::publish_dir(temporary, &self.path(manifest.step), &self.lease)?;
         told(self.describe(manifest.step));
         self.prune(manifest.step)
     }
@@ -314,7 +322,7 @@ impl Checkpoints {
                 return Err(self.mismatch(step, what));
             }
             shard_file::read(&self.path(step), &manifest.files, name, model)?;
-            model.restored(entry.updates, entry.loss_scale)?;
+            model.restored(entry.updates, entry.loss_scale, entry.skips)?;
         }
         Ok(Some(Restored { step, state: manifest.state, checkpoint: self.describe(step) }))
     }
@@ -341,7 +349,7 @@ impl Checkpoints {
                 }
             }
             if damaged && group.is_first() {
-                files::publish_dir(&path, &files::sibling(&path, "damaged"))?;
+                files::publish_dir(&path, &files::sibling(&path, "damaged"), &self.lease)?;
             }
         }
     }

@@ -20,6 +20,8 @@ const VARIABLES: &str = "chat_template_kwargs";
 /// A record's dialogue.
 pub(super) struct Found {
     pub dialogue: Dialogue,
+    /// How many of its messages the record gives as the prompt.
+    pub given: usize,
     /// Whether an answer in it says nothing at all.
     pub empty: bool,
 }
@@ -56,7 +58,7 @@ pub(super) fn is_one(record: &Record<'_>, field: &str) -> bool {
 
 /// The dialogue in one field.
 pub(super) fn read(record: &Record<'_>, field: &str) -> Result<Found> {
-    with(record, messages(record, field)?)
+    with(record, messages(record, field)?, 0)
 }
 
 /// The dialogue of the messages in `prompt`, whose answers are given, and of those in another field.
@@ -66,12 +68,13 @@ pub(super) fn prompt_and(record: &Record<'_>, field: &str) -> Result<Found> {
         None => (vec![], false),
     };
     all.iter_mut().for_each(|message| message.learnt = false);
+    let given = all.len();
     let (answers, no_answer) = messages(record, field)?;
     all.extend(answers);
-    with(record, (all, empty || no_answer))
+    with(record, (all, empty || no_answer), given)
 }
 
-fn with(record: &Record<'_>, (messages, empty): (Vec<Message>, bool)) -> Result<Found> {
+fn with(record: &Record<'_>, (messages, empty): (Vec<Message>, bool), given: usize) -> Result<Found> {
     let mut dialogue = Dialogue { messages, ..Dialogue::default() };
     if let Some(tools) = record.get(TOOLS) {
         if !tools.is_array() {
@@ -87,7 +90,7 @@ fn with(record: &Record<'_>, (messages, empty): (Vec<Message>, bool)) -> Result<
             dialogue.variables.insert(name.clone(), value);
         }
     }
-    Ok(Found { dialogue, empty })
+    Ok(Found { dialogue, given, empty })
 }
 
 /// The messages in a field, and whether an answer among them is empty.

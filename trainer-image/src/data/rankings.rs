@@ -1,6 +1,6 @@
 //! Preferences and rankings for reward models.
 
-use super::dialogue;
+use super::dialogue::{self, Found};
 use super::jsonl::{self, Record};
 use super::split::{About, Collector, Dropped, Split};
 use crate::error::Result;
@@ -22,9 +22,9 @@ pub struct Ranking {
 /// of a record's sequences alike, so that each response is scored whole and at its end. Where a response has no room even so,
 /// the prompt stays, and the sequences lose their ends; a record of whose responses two are then the same is dropped.
 ///
-/// A whole dialogue is encoded as one text. Its prompt is what the dialogues begin with in common, up to the last line break
-/// in it, so that responses that open alike do not hide that the prompt is the same; where they have nothing in common, each
-/// record is split by itself.
+/// A whole dialogue is encoded as one text. Its prompt is what the dialogues begin with in common: of a text up to the last
+/// line break in it, so that responses that open alike do not hide that the prompt is the same, and of messages those that are
+/// the same, but no answer that ends a dialogue; where they have nothing in common, each record is split by itself.
 ///
 /// # Errors
 /// Names the file, line and field of a record that cannot be used; or says that none can.
@@ -104,21 +104,32 @@ fn joined(prompt: &str, pairs: Vec<crate::tokenizer::Pair>, tokenizer: &Tokenize
     Encoded::new(prompt, most, pairs.into_iter().map(ended).collect(), empty)
 }
 
-/// Responses as messages, after a prompt of messages or as whole dialogues.
+/// Responses as messages, after a prompt of messages or as whole dialogues, whose prompt is the messages that they have in
+/// common: answers may begin alike.
 fn dialogues(record: &Record<'_>, tokenizer: &Tokenizer) -> Result<Encoded> {
-    let (mut texts, mut responses, mut empty) = (Vec::new(), Vec::new(), false);
-    for field in ["chosen", "rejected"] {
+    let read = |field: &str| -> Result<Found> {
         let found = dialogue::prompt_and(record, field)?;
         found.needs_last_word(record, field)?;
-        empty |= found.empty;
-        texts.push(record.located(tokenizer.render_chat(&found.dialogue, false))?);
-        responses.push(record.located(tokenizer.encode_answered(&found.dialogue))?);
-    }
-    let prompt = match texts.as_slice() {
-        [a, b] => common_prompt([a, b]),
-        _ => "",
+        Ok(found)
     };
-    Ok(Encoded::new(prompt, usize::MAX, responses, empty))
+    let all = [read("chosen")?, read("rejected")?];
+    let given = if record.get("prompt").is_some() { all[0].given } else { common_messages(&all) };
+    let encode = |found: &Found| record.located(tokenizer.encode_answered(&found.dialogue, given));
+    let [chosen, rejected] = [encode(&all[0])?, encode(&all[1])?];
+    let prompt = match [chosen.prompt.as_str(), rejected.prompt.as_str()] {
+        [a, b] if a == b => a,
+        prompts => common_prompt(prompts),
+    };
+    let most = chosen.pair.prompt_len.min(rejected.pair.prompt_len);
+    let empty = all.iter().any(|found| found.empty);
+    Ok(Encoded::new(prompt, most, vec![chosen.pair.tokens, rejected.pair.tokens], empty))
+}
+
+/// How many messages two dialogues begin with in common, without the last answer of either.
+fn common_messages([a, b]: &[Found; 2]) -> usize {
+    let (a, b) = (&a.dialogue.messages, &b.dialogue.messages);
+    let most = a.len().min(b.len()).saturating_sub(1);
+    a.iter().zip(b).take(most).take_while(|(x, y)| x.says_what(y)).count()
 }
 
 /// How many tokens all sequences begin with in common.

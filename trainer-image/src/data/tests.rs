@@ -390,6 +390,41 @@ fn dialogues_are_prompts_and_preferences_too() {
     assert!(error.message.contains("field 'chosen' ends with a message of the role 'user'"), "{error}");
 }
 
+/// Answers that begin alike are still answers: of what they say nothing is cut, and it does not tell one prompt from another.
+#[test]
+fn what_answers_begin_with_in_common_is_no_part_of_the_prompt() {
+    let turn = |role: &str, text: &str| json!({"role": role, "content": text});
+    let asked = turn("user", "ppp");
+    let (good, bad) = ("same\nbeginning y", "same\nbeginning z");
+    let apart = json!({"prompt": [asked], "chosen": [turn("assistant", good)], "rejected": [turn("assistant", bad)]});
+    let whole = json!({"chosen": [asked, turn("assistant", good)], "rejected": [asked, turn("assistant", bad)]});
+    let prompt = "<turn>user:ppp<eos>\n<turn>assistant:";
+    let prompt_len = plain().encode(prompt).unwrap().len();
+    let answer = |text: &str| concat(&[&plain().encode(text).unwrap(), &[EOS]]);
+    for record in [apart, whole] {
+        let split = |room: usize| read_rankings(std::slice::from_ref(&record), &reward(room as u32, 0.0), &plain());
+        let room = answer(good).len() + 1;
+        let cut = split(room).unwrap().train.remove(0).responses;
+        assert_eq!(cut, [good, bad].map(|text| concat(&[&[id(':')], &answer(text)])));
+        // No room for a token of the prompt: what is left of either is the same beginning.
+        let error = split(room - 1).unwrap_err();
+        assert!(error.message.contains("their responses are the same"), "{error}");
+        assert!(split(prompt_len + room).unwrap().summary.truncated == 0);
+    }
+    let pair = |i: usize, line: &str| {
+        let answer = |end: &str| [turn("user", &i.to_string()), turn("assistant", &format!("{line}\n{end}"))];
+        json!({"chosen": answer("y"), "rejected": answer("z")})
+    };
+    let records: Vec<Value> = (0..40).flat_map(|i| [pair(i, "k"), pair(i, "q")]).collect();
+    let split = read_rankings(&records, &reward(64, 0.5), &plain()).unwrap();
+    let questions = |half: &[Ranking]| -> Vec<String> {
+        let text = |r: &Ranking| plain().decode(&r.responses[0]).unwrap().split('\n').next().unwrap().to_string();
+        half.iter().map(text).collect()
+    };
+    let (train, eval) = (questions(&split.train), questions(&split.eval));
+    assert!(train.len() > 8 && eval.len() > 8 && train.iter().all(|q| !eval.contains(q)), "{train:?} {eval:?}");
+}
+
 #[test]
 fn a_long_prompt_keeps_its_end_and_its_bos() {
     let records = [json!({"prompt": "abcxyz"})];

@@ -28,4 +28,4 @@ pub use loss_scale::LossScale;
 pub use memory_plan::HEAD_SLICE_BYTES;
 pub use model::{Model, ScalarInit};
 pub use placement::Placement;
-pub use step::{Step, step_together};
+pub use step::{Skips, Step, step_together};

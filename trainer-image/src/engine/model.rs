@@ -158,6 +158,11 @@ impl Model {
         self.loss_scale
     }
 
+    /// The batches that may still be skipped.
+    pub fn skips(&self) -> Skips {
+        self.skips
+    }
+
     /// The chunks that are trained, in segment order.
     pub fn trained(&self) -> impl Iterator<Item = &Chunk> {
         self.links.iter().filter_map(Link::trained)

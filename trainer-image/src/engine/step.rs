@@ -10,6 +10,7 @@ use crate::error::{Error, Result};
 use c10d::AdamW;
 use rlhf_api::report::ExitCode;
 use rlhf_api::stage::Optimizer;
+use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 /// Batches that may be skipped before [`GOOD_STEPS`] steps are made in a row: a few bad records are forgiven in every epoch of
@@ -27,9 +28,10 @@ pub enum Step {
     Skipped(f64),
 }
 
-/// The batches that may still be skipped.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Skips {
+/// The batches that may still be skipped, and the good steps since the last one was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Skips {
     left: u32,
     good_steps: u32,
 }
@@ -41,6 +43,11 @@ impl Default for Skips {
 }
 
 impl Skips {
+    /// Whether all of them are left.
+    pub fn are_whole(&self) -> bool {
+        self.left == SKIPS
+    }
+
     fn made(&mut self) {
         self.good_steps += 1;
         if self.good_steps == GOOD_STEPS {

@@ -10,6 +10,7 @@ use super::group::Gather;
 use super::link::{HeldLink, LinkFetch};
 use super::loss_scale::LossScale;
 use super::model::{HeldHead, Model};
+use super::step::Skips;
 use crate::error::{Error, Result};
 use crate::model::transformer::{self, AttentionContext};
 use crate::model::{Batch, Dropout, Param};
@@ -217,8 +218,8 @@ impl Model {
     ///
     /// # Errors
     /// Where libtorch fails or a peer was lost.
-    pub fn restored(&mut self, updates: i64, loss_scale: Option<LossScale>) -> Result<()> {
-        self.updates = updates;
+    pub fn restored(&mut self, updates: i64, loss_scale: Option<LossScale>, skips: Skips) -> Result<()> {
+        (self.updates, self.skips) = (updates, skips);
         if self.loss_scale.is_some() {
             self.loss_scale = Some(loss_scale.unwrap_or_default());
         }

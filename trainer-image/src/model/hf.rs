@@ -152,7 +152,7 @@ impl Source {
     }
 
     /// Checks that every parameter is there, in its shape and in a number format that can be read, and that no part of the
-    /// backbone is left out. Of the head only the shape is checked: who needs one asks for it.
+    /// backbone is left out. Heads are checked where they are there: who needs one asks for it.
     fn check(&mut self) -> Result<()> {
         let mut used: HashSet<String> = HashSet::from([SCORE_WEIGHT.into()]);
         for segment in self.spec.segments() {
@@ -163,24 +163,29 @@ impl Source {
                     }
                     return Err(self.error(format!("tensor '{}' is missing", entry.name)));
                 };
-                if location.shape != shape {
-                    return Err(self.error(format!(
-                        "tensor '{}' has shape {:?}, but config.json asks for {shape:?}",
-                        entry.name, location.shape
-                    )));
-                }
-                let kind =
-                    kind_of(location.dtype).ok_or_else(|| self.error(unsupported(&entry.name, location.dtype)))?;
+                let kind = self.check_tensor(&entry.name, location, &shape)?;
                 if entry.parts == [Param::TokenEmbedding] {
                     self.kind = kind;
                 }
                 used.extend(self.names(&entry));
             }
         }
+        if let Some(score) = self.tensors.get(SCORE_WEIGHT) {
+            self.check_tensor(SCORE_WEIGHT, score, &[1, self.spec.hidden])?;
+        }
         if self.spec.tied_head {
             used.extend(self.entry(Param::LmHeadWeight).iter().flat_map(|entry| self.names(entry)));
         }
         self.check_unused(&used)
+    }
+
+    /// Checks a tensor's shape and number format, which it returns.
+    fn check_tensor(&self, name: &str, location: &Location, shape: &[i64]) -> Result<Kind> {
+        if location.shape != shape {
+            return Err(self
+                .error(format!("tensor '{name}' has shape {:?}, but config.json asks for {shape:?}", location.shape)));
+        }
+        kind_of(location.dtype).ok_or_else(|| self.error(unsupported(name, location.dtype)))
     }
 
     /// What the file has and the model does not: within the backbone it would make another model; elsewhere it is told.

@@ -78,6 +78,16 @@ fn a_tensor_that_is_missing_misshapen_or_not_used_is_named_before_anything_is_re
         |t: &mut Tensors| drop(t.insert("v_head.summary.weight".into(), (vec![8], numbers(8, 1, Dtype::F32))));
     let source = open(&value_head).unwrap();
     assert!(source.warnings[0].contains("v_head.summary.weight"), "{:?}", source.warnings);
+    let scored = |shape: Vec<usize>| {
+        move |t: &mut Tensors| {
+            let count = shape.iter().product();
+            drop(t.insert("score.weight".into(), (shape.clone(), numbers(count, 3, Dtype::F32))))
+        }
+    };
+    assert!(open(&scored(vec![1, 8])).unwrap().has_score_head());
+    for shape in [vec![2, 8], vec![1, 9], vec![8]] {
+        check(open(&scored(shape.clone())), &["'score.weight'", &format!("{shape:?}"), "[1, 8]"]);
+    }
     let buffer = |t: &mut Tensors| {
         drop(t.insert("model.layers.0.self_attn.rotary_emb.inv_freq".into(), (vec![2], numbers(2, 1, Dtype::F32))));
     };
@@ -90,6 +100,77 @@ fn a_tensor_that_is_missing_misshapen_or_not_used_is_named_before_anything_is_re
     let source = Source::open(dir.path()).unwrap();
     assert!(source.check_language_head().unwrap_err().message.contains(HEAD));
     assert!(Source::open(model(&config, Dtype::F32, |_| ()).path()).unwrap().check_language_head().is_ok());
+}
+
+#[test]
+fn a_score_in_a_format_that_is_not_read_is_named() {
+    let dir = model(&llama(), Dtype::F32, |_| ());
+    let bytes = std::fs::read(dir.path().join("model.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let score = [0; 64];
+    let score = safetensors::tensor::TensorView::new(Dtype::I64, vec![1, 8], &score).unwrap();
+    let all = file.tensors().into_iter().chain([("score.weight".to_string(), score)]);
+    safetensors::serialize_to_file(all, None, &dir.path().join("model.safetensors")).unwrap();
+    check(Source::open(dir.path()), &["'score.weight' has type I64", "F32, F16 and BF16"]);
+}
+
+/// What no model can have, or what contradicts itself: refused by its name, at once, whatever it would take to believe it.
+#[test]
+fn a_shape_that_cannot_be_is_refused() {
+    let gpt2 = json!({"model_type": "gpt2", "vocab_size": 9, "n_embd": 8, "n_layer": 1, "n_head": 2});
+    let opt = json!({"model_type": "opt", "vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 8});
+    let qwen3 = json!({"model_type": "qwen3", "vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8});
+    let rope = |more: Value| {
+        let mut all = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0});
+        more.as_object().unwrap().iter().for_each(|(k, v)| all[k] = v.clone());
+        all
+    };
+    let cases = [
+        (llama(), "num_attention_heads", json!(3), "8 is no multiple of 3"),
+        (llama(), "num_attention_heads", json!(16), "8 is no multiple of 16"),
+        (gpt2.clone(), "n_head", json!(3), "8 is no multiple of 3"),
+        (opt.clone(), "num_attention_heads", json!(5), "8 is no multiple of 5"),
+        (llama(), "num_key_value_heads", json!(4), "kvHeads is 4"),
+        (llama(), "num_key_value_heads", json!(0), "num_key_value_heads"),
+        (llama(), "head_dim", json!(3), "is odd"),
+        (llama(), "head_dim", json!(1 << 20), "headDim is 1048576"),
+        (llama(), "num_hidden_layers", json!(0), "num_hidden_layers"),
+        (llama(), "num_hidden_layers", json!(-1), "num_hidden_layers"),
+        (llama(), "num_hidden_layers", json!(1e12), "num_hidden_layers"),
+        (llama(), "num_hidden_layers", json!(1_000_000_000_000u64), "num_hidden_layers"),
+        (llama(), "num_hidden_layers", json!(1 << 30), "layers is 1073741824"),
+        (gpt2.clone(), "n_layer", json!(1 << 30), "layers is 1073741824"),
+        (llama(), "vocab_size", json!(1 << 30), "vocab is 1073741824"),
+        (llama(), "hidden_size", json!(1 << 30), "hidden is 1073741824"),
+        (qwen3, "hidden_size", json!(1 << 30), "hidden is 1073741824"),
+        (llama(), "intermediate_size", json!(1 << 30), "ffn is 1073741824"),
+        (gpt2.clone(), "n_embd", json!(1 << 30), "hidden is 1073741824"),
+        (opt, "ffn_dim", json!(1 << 30), "ffn is 1073741824"),
+        (llama(), "rms_norm_eps", json!(-1e-6), "rms_norm_eps is -0.000001"),
+        (gpt2, "layer_norm_epsilon", json!(1e30), "layer_norm_epsilon"),
+        (llama(), "rope_theta", json!(0), "rope_theta"),
+        (llama(), "rope_theta", json!(-1e4), "rope_theta"),
+        (llama(), "rope_parameters", rope(json!({"rope_theta": 0.0})), "rope_theta"),
+        (llama(), "rope_parameters", rope(json!({"low_freq_factor": 4.0})), "low_freq_factor 4 must be below"),
+        (
+            llama(),
+            "rope_parameters",
+            rope(json!({"original_max_position_embeddings": 0})),
+            "original_max_position_embeddings",
+        ),
+        (llama(), "rope_parameters", rope(json!({"rope_type": "yarn", "rope_theta": 1.0})), "rope_theta 1 must be"),
+    ];
+    for (mut config, field, value, part) in cases {
+        config[field] = value.clone();
+        let path = Path::new("m/config.json");
+        let error = Family::read(&families::Config { path, json: &config }).err();
+        let error = error.unwrap_or_else(|| panic!("{field} {value} was believed"));
+        assert_eq!(error.exit.code(), 65, "{error}");
+        assert!(
+            error.message.starts_with("m/config.json: ") && error.message.contains(part),
+            "{field} {value}: {error}"
+        );
+    }
 }
 
 #[test]

@@ -12,6 +12,7 @@ use rlhf_api::config::{PrepareConfig, StageConfig};
 use rlhf_api::stage::StageKind;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use tch::Kind;
 
 /// What a stage needs a model to be.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -23,10 +24,23 @@ enum Role {
 /// A model that is there, or will be.
 struct Known {
     spec: ModelSpec,
+    /// The number format of its weights.
+    kind: Kind,
     /// Whether it has a head that scores; `None` for what a stage will make: the spec says what that is.
     scores: Option<bool>,
     /// Why it cannot be a policy, where its head is missing.
     headless: Option<String>,
+}
+
+/// What a stage trains.
+#[derive(Clone, Copy)]
+pub(super) struct Trained<'a> {
+    /// The shape of its model.
+    pub model: &'a ModelSpec,
+    /// In PPO, that of the critic.
+    pub critic: &'a ModelSpec,
+    /// The number format in which the model is written: that of its start.
+    pub kind: Kind,
 }
 
 /// Models by their paths below the volume.
@@ -63,7 +77,8 @@ impl Models {
 
     fn add(&mut self, path: &str, source: Source) {
         let headless = source.check_language_head().err().map(|e| e.message);
-        let known = Known { scores: Some(source.has_score_head()), spec: source.spec, headless };
+        let (scores, kind) = (Some(source.has_score_head()), source.kind);
+        let known = Known { spec: source.spec, kind, scores, headless };
         self.known.insert(path.into(), known);
     }
 
@@ -95,7 +110,8 @@ impl Models {
                 self.open_other(path)?;
             }
         }
-        let Some(start) = self.known.get(&paths.start_model).map(|known| known.spec.clone()) else {
+        let start = self.known.get(&paths.start_model).map(|known| (known.spec.clone(), known.kind));
+        let Some((start, kind)) = start else {
             return Err(Error::bug("a stage's start is not known"));
         };
         for (path, role) in used {
@@ -114,7 +130,7 @@ impl Models {
             }
         }
         self.check_targets(stage)?;
-        self.known.insert(paths.output.clone(), Known { spec: start, scores: None, headless: None });
+        self.known.insert(paths.output.clone(), Known { spec: start, kind, scores: None, headless: None });
         Ok(())
     }
 
@@ -130,16 +146,16 @@ impl Models {
         )))
     }
 
-    /// The shapes of the model that a stage trains and, in PPO, of its critic. The stage was checked before.
-    pub fn trained(&self, stage: &StageConfig) -> Option<[&ModelSpec; 2]> {
+    /// What a stage trains, which was checked before.
+    pub fn trained(&self, stage: &StageConfig) -> Option<Trained<'_>> {
         let paths = &stage.paths;
         let first = match &stage.kind {
             StageKind::Ppo(s) => s.rewards.first().and_then(|reward| paths.reward_models.get(&reward.name)),
             _ => None,
         };
+        let start = self.known.get(&paths.start_model)?;
         let critic = paths.critic_model.as_ref().or(first).unwrap_or(&paths.start_model);
-        let shape = |path: &String| self.known.get(path).map(|known| &known.spec);
-        Some([shape(&paths.start_model)?, shape(critic)?])
+        Some(Trained { model: &start.spec, critic: &self.known.get(critic)?.spec, kind: start.kind })
     }
 
     fn check_role(&self, path: &str, known: &Known, role: Role) -> Result<()> {

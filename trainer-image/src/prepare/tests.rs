@@ -362,22 +362,56 @@ fn adapters_without_a_target_in_the_model_are_refused() {
     assert!(with(json!(["gate", "up"])).is_ok());
 }
 
-/// GPT-2's smallest, 124 million parameters: 12 bytes a parameter and checkpoint, of which one more than are kept is there.
+/// GPT-2's smallest, 124 million parameters, as the engine lays them out.
 #[test]
 fn the_room_that_a_stage_takes_is_that_of_its_checkpoints_and_its_model() {
     let model = memory_plan::preset("s").unwrap();
     let parameters = model.parameter_count(HeadKind::Lm).unsigned_abs();
-    let room = |i: usize, change: &dyn Fn(&mut Value)| {
+    let room = |i: usize, kind: tch::Kind, change: &dyn Fn(&mut Value)| {
         let mut stage = stages()[i].clone();
-        stage["checkpoint"] = json!({"keep": 3});
-        change(&mut stage["kind"]);
-        room::of(&serde_json::from_value(stage).unwrap(), [&model, &model])
+        (stage["checkpoint"], stage["keepCheckpoints"]) = (json!({"keep": 3}), json!("Running"));
+        change(&mut stage);
+        room::of(&serde_json::from_value(stage).unwrap(), models::Trained { model: &model, critic: &model, kind })
     };
-    let sft = room(0, &|_| ());
-    assert_eq!((sft.checkpoint, sft.checkpoints, sft.output), (12 * parameters, 48 * parameters, 4 * parameters));
-    // Actor and critic, whose head has a number for each of the hidden state and a bias.
-    assert!((24 * parameters..24 * parameters + 12_000).contains(&room(2, &|_| ()).checkpoint));
-    // Rank 8 on each of a block's six matrices: 8 (768 + 768) of four, 8 (768 + 3072) of two.
-    let adapted = room(0, &|kind| kind["sft"]["lora"] = json!({"rank": 8}));
-    assert_eq!((adapted.checkpoint, adapted.output), (12 * 12 * 8 * (4 * 1536 + 2 * 3840), 4 * parameters));
+    // A value and two moments of each number; the paddings between parameters come to little.
+    let about = |bytes: u64, numbers: u64| (12 * numbers..12 * numbers + 60_000).contains(&bytes);
+    let (float, half) = (tch::Kind::Float, tch::Kind::BFloat16);
+    let sft = room(0, float, &|_| ());
+    assert!(about(sft.checkpoint, parameters), "{sft:?}");
+    assert_eq!((sft.most, sft.output, sft.stays), (4 * sft.checkpoint, 4 * parameters, sft.output));
+    // Weights are written in their start's format, whatever the optimizer keeps.
+    let small = room(0, half, &|_| ());
+    assert_eq!((small.checkpoint, small.output), (sft.checkpoint, 2 * parameters));
+    let kept = room(0, float, &|stage| stage["keepCheckpoints"] = json!("Always"));
+    assert_eq!((kept.most, kept.stays), (sft.most, 3 * sft.checkpoint + sft.output));
+    let sharded = room(0, float, &|stage| stage["strategy"] = json!({"sharding": "zero3", "offload": "parameters"}));
+    assert_eq!(sharded, sft, "a strategy says only which rank writes what");
+    // Actor and critic.
+    assert!(about(room(2, float, &|_| ()).checkpoint, 2 * parameters));
+    // Rank 8 on each of a block's six matrices: 8 (768 + 768) of four, 8 (768 + 3072) of two. The model is then larger than a checkpoint.
+    let adapted = room(0, float, &|stage| stage["kind"]["sft"]["lora"] = json!({"rank": 8}));
+    let adapters = 12 * 8 * (4 * 1536 + 2 * 3840);
+    assert!(about(adapted.checkpoint, adapters), "{adapted:?}");
+    assert_eq!(adapted.output, 4 * (parameters + adapters));
+    assert_eq!(adapted.most, 3 * adapted.checkpoint + adapted.output);
+}
+
+#[test]
+fn stages_that_follow_each_other_take_the_room_of_one_and_what_those_before_leave() {
+    let [sft, reward, mut ppo] = stages();
+    let most = |stages: [&Value; 3], rooms: [(u64, u64); 3]| {
+        let stages = stages.map(|stage| serde_json::from_value::<StageConfig>(stage.clone()).unwrap());
+        let room = |(most, stays)| room::Room { checkpoint: 0, output: 0, most, stays };
+        let all: Vec<_> = stages.iter().zip(rooms.map(room)).collect();
+        room::most(&all)
+    };
+    assert_eq!(most([&sft, &reward, &ppo], [(100, 10), (50, 10), (80, 10)]), 230, "all at once");
+    (ppo["paths"]["startModel"], ppo["paths"]["rewardModels"]) =
+        (json!("jobs/j/sft/model"), json!({"liked": "jobs/j/reward/model"}));
+    assert_eq!(most([&sft, &reward, &ppo], [(100, 10), (50, 10), (80, 10)]), 150, "the first two side by side");
+    let mut after = reward.clone();
+    after["paths"]["startModel"] = json!("jobs/j/sft/model");
+    assert_eq!(most([&sft, &after, &ppo], [(100, 10), (50, 10), (80, 10)]), 100);
+    assert_eq!(most([&sft, &after, &ppo], [(100, 40), (50, 10), (80, 10)]), 130);
+    assert_eq!(room::most(&[]), 0);
 }

@@ -1,7 +1,7 @@
 //! What every stage needs beside its settings: its place, its peers, its paths, and whom to tell.
 
 use super::export;
-use crate::checkpoint::{Checkpoints, Kept, Restored, Saving};
+use crate::checkpoint::{Checkpoints, Headroom, Kept, Restored, Saving};
 use crate::data::dataset_path;
 use crate::engine::{Backbone, Group, HEAD_SLICE_BYTES, LossScale, Model, Placement, ScalarInit};
 use crate::environment::Environment;
@@ -62,6 +62,8 @@ pub struct Context {
     data: OnceCell<[u8; 32]>,
     /// What [`Context::begin`] found: the run, and the right to write.
     begun: OnceCell<(RunId, Lease)>,
+    /// What checkpoints know of host memory.
+    headroom: Headroom,
     /// The checkpoint that is being written.
     saving: RefCell<Option<Saving>>,
     /// Whether a request to stop is heard. (In a bench it ends the process.)
@@ -91,6 +93,7 @@ impl Context {
             device,
             data: OnceCell::new(),
             begun: OnceCell::new(),
+            headroom: Headroom::default(),
             saving: RefCell::new(None),
             listens: Cell::new(false),
             rewards: RefCell::default(),
@@ -106,9 +109,9 @@ impl Context {
     pub fn begin(&self) -> Result<Option<Output>> {
         let run = self.run();
         let holder = Holder { job_uid: self.config.job.uid.clone(), attempt: self.environment.attempt };
-        let (mut found, obsolete) = (None, self.obsolete());
+        let (mut found, checkpoints, obsolete) = (None, self.path(&self.config.paths.checkpoints), self.obsolete());
         self.group.while_first(|| {
-            found = Some(find(&run, holder.clone(), obsolete.as_deref())?);
+            found = Some(find(&run, holder.clone(), &checkpoints, obsolete.as_deref())?);
             Ok(())
         })?;
         let told = match &found {
@@ -289,7 +292,7 @@ impl Context {
     pub fn checkpoints(&self) -> Checkpoints {
         let data = self.data.get().copied().unwrap_or_default();
         let (run, lease) = self.begun();
-        Checkpoints::new(&self.config, &self.environment, run, &lease, data)
+        Checkpoints::new(&self.config, &self.environment, run, &lease, data, &self.headroom)
     }
 
     /// Resumes from the newest checkpoint, if there is one, and says so. From here on the stage listens for requests to
@@ -307,6 +310,7 @@ impl Context {
         }
         self.shutdown.listen()?;
         self.listens.set(true);
+        self.telemetry.makes_steps();
         Ok(restored)
     }
 
@@ -453,7 +457,7 @@ impl Context {
     /// Tells about a finished step: metrics, progress, and a line of the stage's learning curves.
     ///
     /// # Errors
-    /// Where storage failed.
+    /// Where storage failed, or a later attempt has taken over.
     pub fn report(&self, step: u64, figures: &[(Figure, f64)]) -> Result<()> {
         self.telemetry.record_step(step, figures);
         self.append_history(step, figures)
@@ -468,7 +472,7 @@ impl Context {
     /// Tells about an evaluation after `step` steps.
     ///
     /// # Errors
-    /// Where storage failed, or a figure is not finite.
+    /// Where storage failed, a later attempt has taken over, or a figure is not finite.
     pub fn report_evaluation(&self, step: u64, figures: &[(Figure, f64)]) -> Result<()> {
         self.telemetry.record(figures);
         self.append_history(step, figures)?;
@@ -508,6 +512,8 @@ impl Context {
         line.insert("attempt".into(), json!(self.environment.attempt));
         let dir = self.stage_dir();
         files::make_dir(&dir)?;
+        // The curves of a later attempt are its own.
+        self.lease().check()?;
         files::append_line(&dir.join(HISTORY), &Value::Object(line).to_string())
     }
 
@@ -534,12 +540,13 @@ impl Context {
     }
 }
 
-/// What rank 0 finds as a stage begins. One that is done has no need of the checkpoints in `obsolete`.
-fn find(run: &Run, holder: Holder, obsolete: Option<&Path>) -> Result<Begun> {
+/// What rank 0 finds as a stage begins, whose checkpoints lie in `checkpoints`. One that is done has no need of those in
+/// `obsolete`.
+fn find(run: &Run, holder: Holder, checkpoints: &Path, obsolete: Option<&Path>) -> Result<Begun> {
     let done = match run.done()? {
         Some(done) => done,
         None => {
-            let lease = Lease::take(run.dir(), holder)?;
+            let lease = Lease::take(run.dir(), holder, &[run.dir(), checkpoints])?;
             files::remove_unfinished(run.dir(), lease.number())?;
             // The attempt that held it until now may have come to its end meanwhile.
             match run.done()? {

@@ -40,6 +40,9 @@ fn target_count<'a>(samples: impl IntoIterator<Item = &'a SftSample>) -> usize {
     samples.into_iter().map(|s| s.target.iter().skip(1).filter(|t| **t).count()).sum()
 }
 
+/// The softmax is over all rows of the output matrix, as in `transformers`, those of a padded vocabulary included that stand for
+/// no token: learning makes these unlikely, for whoever runs the model and draws from all. (PPO and generation leave them out,
+/// [`crate::model::ModelSpec::known_tokens`].)
 fn summed_loss(logits: &Tensor, targets: &[i64]) -> Result<Tensor> {
     let targets = Tensor::from_slice(targets).to_device(logits.device());
     Ok(logits.f_cross_entropy_loss(&targets, None::<&Tensor>, Reduction::Sum, -100, 0.0)?)

@@ -8,7 +8,8 @@
 //! constant time and never logged.
 //!
 //! It runs in a thread of its own with its own small runtime, so that it answers while the training thread computes, and
-//! ends with the process. It only reads [`Telemetry`], whose lock is never held for longer than a copy.
+//! ends with the process. It only reads [`Telemetry`], whose lock is never held for longer than a copy. To ask a device for its
+//! memory may take as long as the device likes, so metrics are rendered on another thread, one scrape after the other.
 
 use super::Telemetry;
 use crate::error::{Error, Result};
@@ -30,6 +31,17 @@ const HEALTH: &str = "/healthz";
 struct Served {
     telemetry: Telemetry,
     key: Option<Arc<str>>,
+    /// Makes the text of `/metrics`.
+    render: Render,
+}
+
+type Render = Arc<dyn Fn() -> Result<String> + Send + Sync>;
+
+impl Served {
+    fn new(telemetry: Telemetry, key: Option<String>) -> Self {
+        let rendered = telemetry.clone();
+        Self { telemetry, key: key.map(Arc::from), render: Arc::new(move || rendered.render()) }
+    }
 }
 
 /// Serves `telemetry` on `port` of every interface, until the process ends; its progress only to who has the `key`,
@@ -38,7 +50,7 @@ struct Served {
 /// # Errors
 /// A port that cannot be had: Prometheus and the operator would look for this worker in vain.
 pub fn serve(port: u16, telemetry: Telemetry, key: Option<String>) -> Result<()> {
-    serve_on(bind(port)?, router(Served { telemetry, key: key.map(Arc::from) }))
+    serve_on(bind(port)?, router(Served::new(telemetry, key)))
 }
 
 /// Serves `/healthz` alone on `port`, until the process ends.
@@ -64,7 +76,8 @@ fn bind(port: u16) -> Result<TcpListener> {
 fn serve_on(listener: TcpListener, router: Router) -> Result<()> {
     let failed = |e: std::io::Error| Error::bug(format!("the HTTP server cannot start: {e}"));
     listener.set_nonblocking(true).map_err(failed)?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().map_err(failed)?;
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_io().max_blocking_threads(1).build().map_err(failed)?;
     let serve = async move { axum::serve(tokio::net::TcpListener::from_std(listener)?, router).await };
     let run = move || {
         if let Err(e) = runtime.block_on(serve) {
@@ -82,11 +95,13 @@ fn router(served: Served) -> Router {
         .with_state(served)
 }
 
-async fn metrics(State(Served { telemetry, .. }): State<Served>) -> Response {
-    answer("text/plain; version=0.0.4; charset=utf-8", telemetry.render().map_err(|e| e.to_string()))
+async fn metrics(State(Served { render, .. }): State<Served>) -> Response {
+    let rendered = tokio::task::spawn_blocking(move || render()).await;
+    let text = rendered.map_err(|e| e.to_string()).and_then(|text| text.map_err(|e| e.to_string()));
+    answer("text/plain; version=0.0.4; charset=utf-8", text)
 }
 
-async fn progress(State(Served { telemetry, key }): State<Served>, headers: HeaderMap) -> Response {
+async fn progress(State(Served { telemetry, key, .. }): State<Served>, headers: HeaderMap) -> Response {
     if key.is_some_and(|key| !has(&headers, &key)) {
         return (StatusCode::UNAUTHORIZED, [(WWW_AUTHENTICATE, "Bearer")]).into_response();
     }
@@ -133,7 +148,7 @@ mod tests {
     fn the_three_pages_show_the_telemetry_as_it_is_now() {
         let (telemetry, listener) = (telemetry(), TcpListener::bind("127.0.0.1:0").unwrap());
         let address = listener.local_addr().unwrap();
-        serve_on(listener, router(Served { telemetry: telemetry.clone(), key: None })).unwrap();
+        serve_on(listener, router(Served::new(telemetry.clone(), None))).unwrap();
         telemetry.record_step(3, &[(Figure::Loss, 0.5)]);
 
         let (head, body) = fetch(address, "/progress");
@@ -157,7 +172,7 @@ mod tests {
     fn with_a_key_progress_is_for_those_who_have_it_and_the_rest_for_all() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
-        serve_on(listener, router(Served { telemetry: telemetry(), key: Some("0a1b2c".into()) })).unwrap();
+        serve_on(listener, router(Served::new(telemetry(), Some("0a1b2c".into())))).unwrap();
         for (line, status) in [
             ("", 401),
             ("Authorization: Bearer 0a1b2c\r\n", 200),
@@ -175,6 +190,30 @@ mod tests {
         for path in ["/metrics", "/healthz"] {
             assert!(fetch(address, path).0.starts_with("HTTP/1.1 200"), "{path}");
         }
+    }
+
+    /// A device that hangs holds up whoever asks it for its memory.
+    #[test]
+    fn health_and_progress_are_answered_while_metrics_hang() {
+        let (telemetry, listener) = (telemetry(), TcpListener::bind("127.0.0.1:0").unwrap());
+        let address = listener.local_addr().unwrap();
+        let (let_go, held) = std::sync::mpsc::channel::<()>();
+        let held = std::sync::Mutex::new(held);
+        let render: Render = Arc::new(move || {
+            let _ = held.lock().unwrap().recv();
+            Ok("rlhf_step 1".into())
+        });
+        serve_on(listener, router(Served { render, ..Served::new(telemetry, None) })).unwrap();
+        let scrapes = [(); 3].map(|()| std::thread::spawn(move || fetch(address, "/metrics").1));
+        std::thread::sleep(std::time::Duration::from_millis(200));
+        let (say, said) = std::sync::mpsc::channel();
+        std::thread::spawn(move || ["/healthz", "/progress"].map(|path| say.send(fetch(address, path).0)));
+        for _ in 0..2 {
+            let head = said.recv_timeout(std::time::Duration::from_secs(10)).expect("an answer meanwhile");
+            assert!(head.starts_with("HTTP/1.1 200"), "{head}");
+        }
+        drop(let_go);
+        assert_eq!(scrapes.map(|scrape| scrape.join().unwrap()), ["rlhf_step 1"; 3]);
     }
 
     #[test]

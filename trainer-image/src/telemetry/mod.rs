@@ -122,9 +122,14 @@ impl Telemetry {
         self.0.metrics.seconds(phase)
     }
 
-    /// Says what is done now, until the next step is reported.
+    /// Says what is done now, until the next step is reported, or that steps are made.
     pub fn doing(&self, what: impl Into<String>) {
         self.state().progress.doing = Some(what.into());
+    }
+
+    /// Says that steps are made from now on.
+    pub fn makes_steps(&self) {
+        self.state().progress.doing = None;
     }
 
     /// Tells how many records have been read as the figure `records`, for a work that does nothing else.
@@ -245,9 +250,6 @@ mod tests {
             [("evalReward", 2.0), ("kl", 0.25), ("reward", 1.5)].map(|(k, v)| (k.to_owned(), v)).into()
         );
         assert_eq!(progress.checkpoint.unwrap().step, 5);
-        let before = progress.activity;
-        telemetry.alive();
-        assert!(telemetry.progress().activity > before);
         for (metric, value) in [
             ("rlhf_reward", 1.5),
             ("rlhf_eval_reward", 2.0),
@@ -268,6 +270,17 @@ mod tests {
         );
     }
 
+    /// `/progress` also counts the records that have been read, and other tests read some meanwhile.
+    #[test]
+    fn each_sign_of_life_is_counted_and_told() {
+        let telemetry = telemetry();
+        assert_eq!(telemetry.state().progress.activity, 0);
+        (0..3).for_each(|_| telemetry.alive());
+        assert_eq!(telemetry.state().progress.activity, 3);
+        telemetry.state().progress.activity = 1 << 40;
+        assert!(telemetry.progress().activity >= 1 << 40);
+    }
+
     #[test]
     fn what_is_done_between_steps_is_said_until_the_next_one() {
         let telemetry = telemetry();
@@ -277,6 +290,9 @@ mod tests {
         let progress = telemetry.progress();
         assert_eq!((progress.doing.as_deref(), progress.step), (Some("waiting for ranks 1, 2"), 3));
         telemetry.record_step(4, &[]);
+        assert_eq!(telemetry.progress().doing, None);
+        telemetry.doing("loading data and models");
+        telemetry.makes_steps();
         assert_eq!(telemetry.progress().doing, None);
     }
 

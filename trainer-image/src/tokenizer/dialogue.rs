@@ -47,6 +47,11 @@ impl Message {
         self.role == ASSISTANT
     }
 
+    /// Whether both say the same, learnt or not.
+    pub fn says_what(&self, other: &Self) -> bool {
+        self.role == other.role && self.fields == other.fields
+    }
+
     /// What the template gets.
     pub(super) fn fields(&self) -> &Value {
         &self.fields

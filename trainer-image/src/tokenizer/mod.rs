@@ -49,6 +49,23 @@ pub struct Pair {
     pub prompt_len: usize,
 }
 
+/// A dialogue that the assistant ends, as a prompt and what answers it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Answered {
+    /// The rendered text before the first answer that is not given.
+    pub prompt: String,
+    /// The ids of all.
+    pub pair: Pair,
+}
+
+/// A dialogue as its template renders it, and what the assistant says in it.
+struct ChatTurns {
+    text: String,
+    turns: Vec<chat::Turn>,
+    encoding: Encoding,
+    sample: ChatSample,
+}
+
 /// A model's tokenizer.
 #[derive(Debug)]
 pub struct Tokenizer {
@@ -147,7 +164,7 @@ impl Tokenizer {
     pub fn encode_pair(&self, prompt: &str, response: &str) -> Result<Pair> {
         let encoding = self.inner.encode([prompt, response].concat(), false).map_err(unencodable)?;
         let ids = ids(&encoding);
-        let of_prompt = encoding.get_offsets().iter().position(|&(_, end)| end > prompt.len()).unwrap_or(ids.len());
+        let of_prompt = tokens_before(&encoding, prompt.len());
         let tokens = self.begun(ids);
         let prompt_len = of_prompt + tokens.len() - encoding.len();
         match self.special.bos.filter(|_| prompt_len == 0 && prompt.is_empty()) {
@@ -258,6 +275,10 @@ impl Tokenizer {
     /// # Errors
     /// As [`Tokenizer::render_chat`], and where a dialogue's beginning is not rendered as the beginning of its rendering.
     pub fn encode_chat(&self, dialogue: &Dialogue) -> Result<ChatSample> {
+        Ok(self.chat_turns(dialogue)?.sample)
+    }
+
+    fn chat_turns(&self, dialogue: &Dialogue) -> Result<ChatTurns> {
         let ends: Vec<String> = self.special.ends.iter().filter_map(|&id| self.token(id)).collect();
         let (text, turns) = self.chat.turns(dialogue, &self.special.texts, &ends)?;
         let encoding = self.inner.encode(text.as_str(), false).map_err(unencodable)?;
@@ -265,22 +286,26 @@ impl Tokenizer {
         if let Some(last) = dialogue.messages.last().filter(|m| m.is_assistant()) {
             sample.end_with(self.special.eos, &self.special.ends, last.learnt);
         }
-        Ok(sample)
+        Ok(ChatTurns { text, turns, encoding, sample })
     }
 
     /// Renders and encodes a dialogue that the assistant ends, up to the end of what it says last: as a rollout leaves it,
-    /// without what a template writes after that.
+    /// without what a template writes after that. Its first `given` messages are the prompt, and with them whatever else stands
+    /// before the first answer after them.
     ///
     /// # Errors
     /// As [`Tokenizer::encode_chat`].
-    pub fn encode_answered(&self, dialogue: &Dialogue) -> Result<Vec<i64>> {
-        let mut sample = self.encode_chat(dialogue)?;
+    pub fn encode_answered(&self, dialogue: &Dialogue, given: usize) -> Result<Answered> {
+        let ChatTurns { text, turns, encoding, mut sample } = self.chat_turns(dialogue)?;
         let said = sample.target.iter().zip(&sample.muted).rposition(|(target, muted)| *target || *muted);
         let last = said.unwrap_or_default();
         // A template may mark an answer without its end.
         let end = sample.tokens[last..].iter().position(|t| self.special.ends.contains(t));
         sample.tokens.truncate(last + end.unwrap_or_default() + 1);
-        Ok(sample.tokens)
+        let before = dialogue.messages.iter().take(given).filter(|m| m.is_assistant()).count();
+        let start = turns.get(before).or(turns.last()).map_or(0, |turn| turn.span.start);
+        let prompt_len = tokens_before(&encoding, start).min(sample.tokens.len());
+        Ok(Answered { prompt: text[..start].into(), pair: Pair { tokens: sample.tokens, prompt_len } })
     }
 
     /// Copies the tokenizer's files into the folder `to`, as the model was trained with them; with `pad` as the pad token where
@@ -340,6 +365,11 @@ fn overlapping(offsets: &[(usize, usize)], span: &Range<usize>) -> Option<Range<
     let first = offsets.iter().position(holds)?;
     let length = offsets[first..].iter().take_while(|o| holds(o)).count();
     Some(first..first + length)
+}
+
+/// How many tokens stand before the first that holds any of the text from byte `start` on.
+fn tokens_before(encoding: &Encoding, start: usize) -> usize {
+    encoding.get_offsets().iter().position(|&(_, end)| end > start).unwrap_or(encoding.len())
 }
 
 fn ids(encoding: &Encoding) -> Vec<i64> {

@@ -4,6 +4,9 @@ use super::{Config, Definition, HfTensor};
 use crate::error::Result;
 use crate::model::{Mlp, ModelSpec, Norm, Param, Positions, Segment};
 
+/// As PyTorch's layer norm has it.
+const NORM_EPS: f64 = 1e-5;
+
 pub(super) const FAMILY: Definition = Definition {
     model_type: "gpt2",
     classes: ["GPT2LMHeadModel", "GPT2ForSequenceClassification"],
@@ -14,26 +17,36 @@ pub(super) const FAMILY: Definition = Definition {
 
 fn spec(config: &Config<'_>) -> Result<ModelSpec> {
     config.one_of("activation_function", "gelu_new", &["gelu_new", "gelu_pytorch_tanh"])?;
-    let (hidden, heads) = (config.size("n_embd")?, config.size("n_head")?);
     config.must_be("scale_attn_by_inverse_layer_idx", false)?;
     config.must_be("scale_attn_weights", true)?;
     config.must_be("add_cross_attention", false)?;
+    let base = base(config, ["n_embd", "n_layer", "n_head"])?;
     Ok(ModelSpec {
-        vocab: config.size("vocab_size")?,
-        hidden,
-        layers: config.size("n_layer")? as usize,
-        heads,
-        kv_heads: heads,
-        head_dim: hidden / heads,
-        ffn: config.size_or("n_inner", 4 * hidden)?,
+        ffn: config.size_or("n_inner", 4 * base.hidden)?,
         max_positions: config.size_or("n_positions", 1024)?,
-        norm: Norm::Layer,
-        norm_eps: config.number_or("layer_norm_epsilon", 1e-5)?,
-        positions: Positions::Learned,
+        norm_eps: config.epsilon("layer_norm_epsilon", NORM_EPS)?,
         mlp: Mlp::Gelu,
         qkv_bias: true,
         attention_output_bias: true,
         mlp_bias: true,
+        ..base
+    })
+}
+
+/// What the families of GPT-2's kind have in common: layer norm, learned positions, a head for each share of the hidden state,
+/// a tied output. `fields` are the names of the hidden size, the number of blocks and that of heads.
+pub(super) fn base(config: &Config<'_>, [hidden, layers, heads]: [&str; 3]) -> Result<ModelSpec> {
+    let (hidden, heads) = (config.size(hidden)?, config.size(heads)?);
+    Ok(ModelSpec {
+        vocab: config.size("vocab_size")?,
+        hidden,
+        layers: config.size(layers)? as usize,
+        heads,
+        kv_heads: heads,
+        head_dim: config.head_dim(hidden, heads)?,
+        norm: Norm::Layer,
+        norm_eps: NORM_EPS,
+        positions: Positions::Learned,
         tied_head: config.flag("tie_word_embeddings", true),
         ..ModelSpec::default()
     })

@@ -3,6 +3,7 @@
 use super::{Config, Definition, HfTensor, rope};
 use crate::error::Result;
 use crate::model::{Mlp, ModelSpec, Norm, Param, Segment};
+use serde_json::Value;
 
 pub(super) const FAMILY: Definition = Definition {
     model_type: "llama",
@@ -26,7 +27,10 @@ fn spec(config: &Config<'_>) -> Result<ModelSpec> {
 pub(super) fn base(config: &Config<'_>, positions: i64, head_dim: Option<i64>) -> Result<ModelSpec> {
     config.one_of("hidden_act", "silu", &["silu", "swish"])?;
     let (hidden, heads) = (config.size("hidden_size")?, config.size("num_attention_heads")?);
-    let head_dim = config.size_or("head_dim", head_dim.unwrap_or(hidden / heads))?;
+    let head_dim = match (config.json.get("head_dim"), head_dim) {
+        (None | Some(Value::Null), None) => config.head_dim(hidden, heads)?,
+        (_, default) => config.size_or("head_dim", default.unwrap_or_default())?,
+    };
     let max_positions = config.size_or("max_position_embeddings", positions)?;
     let (positions, rope_scaling) = rope::read(config, head_dim, max_positions)?;
     Ok(ModelSpec {
@@ -39,7 +43,7 @@ pub(super) fn base(config: &Config<'_>, positions: i64, head_dim: Option<i64>) -
         ffn: config.size("intermediate_size")?,
         max_positions,
         norm: Norm::Rms,
-        norm_eps: config.number_or("rms_norm_eps", 1e-6)?,
+        norm_eps: config.epsilon("rms_norm_eps", 1e-6)?,
         positions,
         rope_scaling,
         mlp: Mlp::SwiGlu,

@@ -142,8 +142,12 @@ impl Config<'_> {
     }
 
     fn positive(&self, field: &str) -> Result<f64> {
-        let value = self.json.get(field).and_then(Value::as_f64).filter(|v| *v > 0.0);
+        let value = self.json.get(field).and_then(Value::as_f64).filter(|v| *v > 0.0 && v.is_finite());
         value.ok_or_else(|| self.error(format!("field '{field}' is missing or not a number above zero")))
+    }
+
+    fn positive_or(&self, field: &str, default: f64) -> Result<f64> {
+        if self.json.get(field).is_none_or(Value::is_null) { Ok(default) } else { self.positive(field) }
     }
 
     fn flag(&self, field: &str, default: bool) -> bool {
@@ -184,7 +188,25 @@ impl Config<'_> {
         }
     }
 
+    /// The width of a head where the heads share the hidden state evenly.
+    fn head_dim(&self, hidden: i64, heads: i64) -> Result<i64> {
+        match hidden % heads {
+            0 => Ok(hidden / heads),
+            _ => Err(self.error(format!("a hidden size of {hidden} is no multiple of {heads} attention heads"))),
+        }
+    }
+
+    /// What is added to a variance.
+    fn epsilon(&self, field: &str, default: f64) -> Result<f64> {
+        let value = self.number_or(field, default)?;
+        match (0.0..1.0).contains(&value) {
+            true => Ok(value),
+            false => Err(self.error(format!("{field} is {value}, and must be from 0 to 1"))),
+        }
+    }
+
     fn check(&self, spec: &ModelSpec) -> Result<()> {
+        spec.check().map_err(|e| self.error(e))?;
         if spec.heads % spec.kv_heads != 0 {
             return Err(self.error(format!(
                 "{} attention heads cannot share {} key and value heads evenly",

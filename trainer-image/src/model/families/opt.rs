@@ -1,8 +1,8 @@
 //! OPT: layer norm, learned positions from row 2 on, ReLU, biases everywhere, a tied head.
 
-use super::{Config, Definition, HfTensor};
+use super::{Config, Definition, HfTensor, gpt2};
 use crate::error::Result;
-use crate::model::{Mlp, ModelSpec, Norm, Param, Positions, Segment};
+use crate::model::{Mlp, ModelSpec, Param, Segment};
 
 pub(super) const FAMILY: Definition = Definition {
     model_type: "opt",
@@ -17,30 +17,20 @@ fn spec(config: &Config<'_>) -> Result<ModelSpec> {
     config.must_be("do_layer_norm_before", true)?;
     config.must_be("_remove_final_layer_norm", false)?;
     config.must_be("layer_norm_elementwise_affine", true)?;
-    let (hidden, heads) = (config.size("hidden_size")?, config.size("num_attention_heads")?);
-    if config.size_or("word_embed_proj_dim", hidden)? != hidden {
+    let base = gpt2::base(config, ["hidden_size", "num_hidden_layers", "num_attention_heads"])?;
+    if config.size_or("word_embed_proj_dim", base.hidden)? != base.hidden {
         return Err(config.error("word_embed_proj_dim other than hidden_size is not supported"));
     }
     let bias = config.flag("enable_bias", true);
     Ok(ModelSpec {
-        vocab: config.size("vocab_size")?,
-        hidden,
-        layers: config.size("num_hidden_layers")? as usize,
-        heads,
-        kv_heads: heads,
-        head_dim: hidden / heads,
         ffn: config.size("ffn_dim")?,
         max_positions: config.size_or("max_position_embeddings", 2048)?,
         position_offset: 2,
-        norm: Norm::Layer,
-        norm_eps: 1e-5,
-        positions: Positions::Learned,
         mlp: Mlp::Relu,
         qkv_bias: bias,
         attention_output_bias: bias,
         mlp_bias: bias,
-        tied_head: config.flag("tie_word_embeddings", true),
-        ..ModelSpec::default()
+        ..base
     })
 }
 

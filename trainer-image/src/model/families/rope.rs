@@ -11,12 +11,12 @@ const KINDS: [&str; 5] = ["default", "linear", "dynamic", "llama3", "yarn"];
 pub(super) fn read(config: &Config<'_>, head_dim: i64, max_positions: i64) -> Result<(Positions, Option<RopeScaling>)> {
     let inner = ["rope_scaling", "rope_parameters"].iter().find_map(|f| config.json.get(*f).filter(|v| v.is_object()));
     let Some(inner) = inner else {
-        return Ok((Positions::Rotary { theta: config.number_or("rope_theta", 1e4)? }, None));
+        return Ok((Positions::Rotary { theta: config.positive_or("rope_theta", 1e4)? }, None));
     };
     let inner = Config { path: config.path, json: inner };
     let theta = match inner.json.get("rope_theta") {
-        Some(_) => inner.number_or("rope_theta", 1e4)?,
-        None => config.number_or("rope_theta", 1e4)?,
+        Some(_) => inner.positive_or("rope_theta", 1e4)?,
+        None => config.positive_or("rope_theta", 1e4)?,
     };
     for part in [config, &inner] {
         if part.number_or("partial_rotary_factor", 1.0)? != 1.0 {
@@ -26,17 +26,12 @@ pub(super) fn read(config: &Config<'_>, head_dim: i64, max_positions: i64) -> Re
     let kind = if inner.json.get("rope_type").is_some() { "rope_type" } else { "type" };
     inner.one_of(kind, "default", &KINDS)?;
     let original = match inner.json.get("original_max_position_embeddings").filter(|v| !v.is_null()) {
-        Some(_) => inner.number_or("original_max_position_embeddings", 0.0)?,
-        None => config.number_or("original_max_position_embeddings", max_positions as f64)?,
+        Some(_) => inner.positive("original_max_position_embeddings")?,
+        None => config.positive_or("original_max_position_embeddings", max_positions as f64)?,
     };
     let scaling = match inner.json.get(kind).and_then(Value::as_str) {
         Some("linear") => Some(RopeScaling::Linear { factor: inner.positive("factor")? }),
-        Some("llama3") => Some(RopeScaling::Llama3 {
-            factor: inner.positive("factor")?,
-            low: inner.positive("low_freq_factor")?,
-            high: inner.positive("high_freq_factor")?,
-            original,
-        }),
+        Some("llama3") => Some(llama3(&inner, original)?),
         Some("yarn") => Some(yarn(&inner, theta, head_dim, original, max_positions as f64)?),
         // Dynamic scaling sets in beyond the model's positions, and no sequence is longer than these.
         _ => None,
@@ -44,11 +39,23 @@ pub(super) fn read(config: &Config<'_>, head_dim: i64, max_positions: i64) -> Re
     Ok((Positions::Rotary { theta }, scaling))
 }
 
+fn llama3(config: &Config<'_>, original: f64) -> Result<RopeScaling> {
+    let [factor, low, high] = ["factor", "low_freq_factor", "high_freq_factor"].map(|field| config.positive(field));
+    let (factor, low, high) = (factor?, low?, high?);
+    if low >= high {
+        return Err(config.error(format!("low_freq_factor {low} must be below high_freq_factor {high}")));
+    }
+    Ok(RopeScaling::Llama3 { factor, low, high, original })
+}
+
 fn yarn(config: &Config<'_>, theta: f64, head_dim: i64, original: f64, max_positions: f64) -> Result<RopeScaling> {
     let factor = match config.json.get("factor").filter(|v| !v.is_null()) {
         Some(_) => config.positive("factor")?,
         None => max_positions / original,
     };
+    if theta <= 1.0 {
+        return Err(config.error(format!("rope_theta {theta} must be above 1")));
+    }
     let set = |field: &str| config.json.get(field).and_then(Value::as_f64).filter(|v| *v != 0.0);
     let scale = |m: f64| if factor <= 1.0 { 1.0 } else { 0.1 * m * factor.ln() + 1.0 };
     let attention =

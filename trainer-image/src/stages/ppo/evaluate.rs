@@ -77,6 +77,7 @@ impl Run<'_> {
         }
         let dir = self.context.stage_dir().join("samples");
         files::make_dir(&dir)?;
+        self.context.lease().check()?;
         files::write(&dir.join(format!("{name}.jsonl")), text.as_bytes())
     }
 }
