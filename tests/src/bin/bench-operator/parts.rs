@@ -38,8 +38,8 @@ impl Part {
         self.child.id().unwrap_or_default()
     }
 
-    /// Ends it.
-    pub async fn stop(mut self) -> anyhow::Result<()> {
+    /// Ends it with SIGKILL, and waits for its end.
+    pub async fn kill(&mut self) -> anyhow::Result<()> {
         Ok(self.child.kill().await?)
     }
 }

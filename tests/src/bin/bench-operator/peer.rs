@@ -5,9 +5,10 @@
 //! flags, rights and accounts of their chart, JobSet's leader election on; what a cluster gives to their pods (the
 //! namespace's name, the webhooks' certificates, a Service's way to them) the bench gives to these processes.
 
+use crate::cluster::{ALL_STAGES, Cluster, account, flags, kwok, until};
 use crate::load;
 use crate::parts::{self, Part};
-use crate::{ALL_STAGES, Cluster, account, flags, kwok, say, until};
+use crate::say;
 use anyhow::{Context, ensure};
 use e2e::audit::Writes;
 use e2e::tools;
@@ -90,13 +91,13 @@ pub async fn bench(jobs: usize, initializer: bool) -> anyhow::Result<()> {
     let mut report =
         Report { peer: "kubeflow trainer", jobs, initializer, load_before: parts::load()?, ..Report::default() };
     let cluster = Cluster::connect().await?;
-    let Cluster { client, state, .. } = &cluster;
+    let client = &cluster.client;
     say("installing the chart without its pods");
     let chart = tools::cache().join("peer/kubeflow-trainer").display().to_string();
     tools::helm(&["install", CHART, &chart, "--namespace", NAMESPACE, "--create-namespace", "--set", VALUES])
         .await
         .good();
-    let _kwok = kwok(state, &ALL_STAGES)?;
+    let _kwok = kwok(&cluster, &ALL_STAGES)?;
     // The runtime's pods do not meet a stricter one.
     cluster.fill("privileged", jobs).await?;
     let mut managers = Vec::new();
@@ -104,7 +105,7 @@ pub async fn bench(jobs: usize, initializer: bool) -> anyhow::Result<()> {
     for manager in &MANAGERS {
         managers.push((manager.name, start(manager, &cluster).await?));
         let user = format!("system:serviceaccount:{NAMESPACE}:{}", manager.deployment);
-        audits.push((manager.name, Writes::of(&user, &state.join("log/audit.log"))?));
+        audits.push((manager.name, Writes::of(&user, &cluster.audit_log())?));
     }
     let runtime = runtime(initializer)?;
     let accepted = async || Ok(tools::kubectl_with(&["apply", "--filename", "-"], &runtime).await.ok);
@@ -225,7 +226,7 @@ async fn start(manager: &Manager, cluster: &Cluster) -> anyhow::Result<Part> {
     command.args(["--mount", "sh", "-c", &script]).arg(&certificates);
     command.arg(tools::cache().join("bin").join(manager.program)).args(args);
     command.env("KUBECONFIG", account(state, NAMESPACE, manager.deployment).await?);
-    let part = Part::start(manager.name, &mut command, &state.join("log"))?;
+    let part = Part::start(manager.name, &mut command, &cluster.logs())?;
     project(manager, cluster, &certificates).await?;
     let (port, number) = manager.port;
     let slice = json!({
