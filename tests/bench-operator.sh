@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # The operator with many jobs at once: a control plane of its own, nodes and pods played by kwok, and the release binary of
 # the operator as a process. Prints a table, and as JSON in the last line. JOBS, STAGES, IDLE_SECONDS and FOREIGN_PODS
-# change the size; PEER=1 measures Kubeflow Trainer first, with a TrainJob for each job. tests/src/bin/bench-operator says
-# what is measured; operator/BENCHMARKS.md has results.
+# change the size; PEER=1 measures Kubeflow Trainer first, with a TrainJob for each job. KILLS=10 kills the operator ten times
+# on the way, in place of all other measurements.
+# tests/src/bin/bench-operator says what is measured; operator/BENCHMARKS.md has results.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

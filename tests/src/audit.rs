@@ -16,6 +16,9 @@ use std::path::Path;
 pub struct Write {
     /// `create`, `update`, `patch`, `delete` or `deletecollection`.
     pub verb: String,
+    /// When it was asked for.
+    #[serde(rename = "requestReceivedTimestamp")]
+    pub asked: Timestamp,
     /// When it was answered.
     #[serde(rename = "stageTimestamp")]
     pub at: Timestamp,
@@ -52,8 +55,7 @@ struct Status {
 impl Write {
     /// What was written, such as `update rlhfjobs/status sentiment`.
     pub fn describe(&self) -> String {
-        let name = self.object_ref.as_ref().map_or("", |o| &o.name);
-        format!("{} {name}", self.kind()).trim_end().to_owned()
+        format!("{} {}", self.kind(), self.name()).trim_end().to_owned()
     }
 
     /// Verb and resource, such as `update rlhfjobs/status`.
@@ -63,9 +65,40 @@ impl Write {
         format!("{} {resource}{part}", self.verb)
     }
 
+    /// Whether it is of this verb and resource, such as `update` and `rlhfjobs/status`.
+    pub fn is(&self, verb: &str, resource: &str) -> bool {
+        let (resource, subresource) = resource.split_once('/').unwrap_or((resource, ""));
+        let of = |o: &ObjectRef| o.resource == resource && o.subresource == subresource;
+        self.verb == verb && self.object_ref.as_ref().is_some_and(of)
+    }
+
+    /// The namespace of what was written, if it has one.
+    pub fn namespace(&self) -> &str {
+        self.object_ref.as_ref().map_or("", |o| &o.namespace)
+    }
+
+    /// The name of what was written, if its writer gave it one.
+    pub fn name(&self) -> &str {
+        self.object_ref.as_ref().map_or("", |o| &o.name)
+    }
+
     /// The pod whose token the writer had.
     pub fn pod(&self) -> Option<&str> {
-        self.user.extra.get("authentication.kubernetes.io/pod-name")?.first().map(String::as_str)
+        self.extra("authentication.kubernetes.io/pod-name")
+    }
+
+    /// The id of the token that the writer had, if it is an account's.
+    pub fn token(&self) -> Option<&str> {
+        self.extra("authentication.kubernetes.io/credential-id")
+    }
+
+    fn extra(&self, key: &str) -> Option<&str> {
+        self.user.extra.get(key)?.first().map(String::as_str)
+    }
+
+    /// Whether it was done.
+    pub fn is_done(&self) -> bool {
+        (200..300).contains(&self.code())
     }
 
     /// The status code of the answer.
@@ -83,7 +116,8 @@ impl Write {
         self.uri.contains("dryRun=All")
     }
 
-    fn is_by(&self, user: &str) -> bool {
+    /// Whether a user wrote it.
+    pub fn is_by(&self, user: &str) -> bool {
         self.user.username == user
     }
 

@@ -89,7 +89,7 @@ pub async fn flags(client: &Client, namespace: &str, deployment: &str) -> anyhow
     pod.containers.into_iter().next().and_then(|c| c.args).context("the Deployment's container has no arguments")
 }
 
-/// A kubeconfig with a token of an account.
+/// A kubeconfig with a new token of an account.
 pub async fn account(state: &Path, namespace: &str, name: &str) -> anyhow::Result<PathBuf> {
     let token = tools::kubectl(&["create", "token", name, "--namespace", namespace, "--duration", "8h"]).await.good();
     let mut config = Kubeconfig::read_from(tools::kubeconfig())?;

@@ -12,6 +12,12 @@ impl Scrape {
         Ok(Self(answer.text().await?))
     }
 
+    /// One whose text is known.
+    #[cfg(test)]
+    pub fn new(text: String) -> Self {
+        Self(text)
+    }
+
     /// How many series of this name have all these labels and are not 0.
     pub fn count(&self, name: &str, labels: &[&str]) -> usize {
         let of_name = self.0.lines().filter(|l| l.strip_prefix(name).is_some_and(|rest| rest.starts_with('{')));
@@ -28,6 +34,11 @@ impl Scrape {
     /// All series of this name: their labels, and their values.
     pub fn series(&self, name: &str) -> impl Iterator<Item = (&str, &str)> {
         self.0.lines().filter_map(move |l| l.strip_prefix(name)?.strip_prefix('{')?.rsplit_once("} "))
+    }
+
+    /// How many passes there were.
+    pub fn passes(&self) -> anyhow::Result<f64> {
+        self.value("rlhf_operator_reconcile_duration_seconds_count", "")
     }
 
     /// The time of a pass that a part of all passes stays below, in milliseconds, as Prometheus' `histogram_quantile`

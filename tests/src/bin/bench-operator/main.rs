@@ -6,10 +6,14 @@
 //! [`trainers`]. All jobs are applied at once and stop for a while where all of them run their first stage, for what the
 //! operator writes when nothing changes; then they run to their end, and nothing changes once more. Without idle time they
 //! are not stopped, as the peer's are not.
+//!
+//! Another measurement has the same cluster under it: [`kills`], the operator killed again and again.
 
 mod cluster;
 mod figures;
+mod kills;
 mod load;
+mod outcome;
 mod parts;
 mod peer;
 mod run;
@@ -43,6 +47,10 @@ struct Args {
     /// Pods in the cluster that are no RLHFJob's.
     #[arg(long, env = "FOREIGN_PODS", default_value_t = 5000)]
     foreign_pods: usize,
+    /// Kills the operator with SIGKILL so many times while the jobs run through, starts it anew at once each time, and fails
+    /// where a job, an attempt or a count was lost or doubled. There is no idle time then, and there are no pods of others.
+    #[arg(long, env = "KILLS", default_value_t = 0)]
+    kills: usize,
     /// Measures Kubeflow Trainer in place of the operator.
     #[arg(long)]
     peer: bool,
@@ -89,7 +97,13 @@ async fn main() -> anyhow::Result<()> {
 }
 
 async fn measure(args: &Args) -> anyhow::Result<()> {
-    if args.peer { peer::bench(args.jobs, !args.bare).await } else { bench(args).await }
+    if args.peer {
+        peer::bench(args.jobs, !args.bare).await
+    } else if args.kills > 0 {
+        kills::bench(args.jobs, args.stages, args.kills).await
+    } else {
+        bench(args).await
+    }
 }
 
 fn say(text: &str) {
@@ -158,7 +172,7 @@ async fn measure_end(run: &Run, report: &mut Report) -> anyhow::Result<()> {
     let scrape = run.scrape().await?;
     report.reconcile_p50_ms = scrape.reconcile_ms(0.5)?;
     report.reconcile_p99_ms = scrape.reconcile_ms(0.99)?;
-    report.reconciles = scrape.value("rlhf_operator_reconcile_duration_seconds_count", "")?;
+    report.reconciles = scrape.passes()?;
     report.peak_rss_bytes = parts::peak_rss_bytes(run.operator_id())?;
     println!("API requests of the operator outside of watches");
     for (labels, count) in scrape.series("rlhf_operator_api_requests_total") {

@@ -19,7 +19,7 @@ use tokio::process::Command;
 use tokio::time::sleep;
 
 /// How long nothing may change that has to.
-const PATIENCE: Duration = Duration::from_secs(180);
+pub const PATIENCE: Duration = Duration::from_secs(180);
 
 /// The cluster with what runs there.
 pub struct Run {
@@ -28,6 +28,8 @@ pub struct Run {
     pub audit: Writes,
     jobs: usize,
     http: reqwest::Client,
+    /// With what the chart starts the operator.
+    flags: Vec<String>,
     operator: Part,
     kwok: Part,
     /// CPU time of each process when the jobs were last set going.
@@ -47,7 +49,7 @@ impl Run {
         let operator = Part::start("operator", &mut command, &cluster.logs())?;
         let audit = Writes::of(&service_account(SYSTEM), &cluster.audit_log())?;
         let http = reqwest::Client::builder().no_proxy().build()?;
-        let run = Self { cluster, audit, jobs, http, operator, kwok, begun: BTreeMap::new() };
+        let run = Self { cluster, audit, jobs, http, flags, operator, kwok, begun: BTreeMap::new() };
         let leads =
             async || Ok(run.scrape().await.is_ok_and(|s| s.value("rlhf_operator_leader", "").is_ok_and(|v| v == 1.0)));
         until("the operator leads", 60, leads).await?;
@@ -63,6 +65,17 @@ impl Run {
     pub fn check(&mut self) -> anyhow::Result<()> {
         self.operator.check()?;
         self.kwok.check()
+    }
+
+    /// Ends the operator in the middle of whatever it does, and starts it anew at once. Gives the time of its end.
+    pub async fn kill_operator(&mut self) -> anyhow::Result<Timestamp> {
+        // The next one's token is there before.
+        let mut next = operator(&self.cluster, &self.flags).await?;
+        self.check()?;
+        self.operator.kill().await?;
+        let ended = Timestamp::now();
+        self.operator = Part::start("operator", &mut next, &self.cluster.logs())?;
+        Ok(ended)
     }
 
     pub async fn scrape(&self) -> anyhow::Result<Scrape> {
@@ -161,7 +174,7 @@ impl Run {
     }
 }
 
-/// The operator's process.
+/// The operator's process. Each has a token of its own, by which the audit log tells its writes from another's.
 async fn operator(cluster: &Cluster, flags: &[String]) -> anyhow::Result<Command> {
     let mut command = Command::new(tools::root().join("target/release/rlhf-operator"));
     let account = account(&cluster.state, SYSTEM, RELEASE).await?;
