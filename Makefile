@@ -20,7 +20,7 @@ test-law: ## every strategy, split and family against the plain run; hours on tw
 bench: ## speed and memory of the trainer's settings, each beside the one it is compared with (MODEL: a key or folder)
 	tests/bench.sh
 
-bench-operator: ## the operator with 1,000 jobs at once on played nodes (JOBS, STAGES, IDLE_SECONDS: another size; PEER=1: Kubeflow Trainer too; KILLS=10: killed on the way)
+bench-operator: ## the operator with 1,000 jobs at once on played nodes (JOBS, STAGES, IDLE_SECONDS: another size; PEER=1: Kubeflow Trainer too; KILLS=10: killed on the way; HOSTILE=1: beside a hostile namespace)
 	tests/bench-operator.sh
 
 check: ## the static checks, cheapest first

@@ -2,7 +2,7 @@
 # The operator with many jobs at once: a control plane of its own, nodes and pods played by kwok, and the release binary of
 # the operator as a process. Prints a table, and as JSON in the last line. JOBS, STAGES, IDLE_SECONDS and FOREIGN_PODS
 # change the size; PEER=1 measures Kubeflow Trainer first, with a TrainJob for each job. KILLS=10 kills the operator ten times
-# on the way, in place of all other measurements.
+# on the way in place of all other measurements, and HOSTILE=1 sets a hostile namespace beside another.
 # tests/src/bin/bench-operator says what is measured; operator/BENCHMARKS.md has results.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -70,7 +70,8 @@ pub async fn until(what: &str, seconds: u64, condition: impl AsyncFn() -> anyhow
     Ok(())
 }
 
-async fn client(kubeconfig: &Path) -> anyhow::Result<Client> {
+/// The API server, as whom a kubeconfig says.
+pub async fn client(kubeconfig: &Path) -> anyhow::Result<Client> {
     let config = Kubeconfig::read_from(kubeconfig).context("the control plane is not up: run `make bench-operator`")?;
     Ok(Client::try_from(Config::from_custom_kubeconfig(config, &KubeConfigOptions::default()).await?)?)
 }

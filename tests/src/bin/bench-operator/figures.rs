@@ -41,16 +41,24 @@ impl Scrape {
         self.value("rlhf_operator_reconcile_duration_seconds_count", "")
     }
 
-    /// The time of a pass that a part of all passes stays below, in milliseconds, as Prometheus' `histogram_quantile`
-    /// has it: evenly spread within a bucket.
-    pub fn reconcile_ms(&self, part: f64) -> anyhow::Result<f64> {
+    /// The time of a pass that a part of all passes (of those since another scrape of the same process) stays below, in
+    /// milliseconds, as Prometheus' `histogram_quantile` has it: evenly spread within a bucket.
+    pub fn reconcile_ms(&self, since: Option<&Self>, part: f64) -> anyhow::Result<f64> {
+        let mut buckets = self.pass_buckets();
+        for (bucket, (_, before)) in buckets.iter_mut().zip(since.map(Self::pass_buckets).unwrap_or_default()) {
+            bucket.1 -= before;
+        }
+        quantile(&buckets, part).map(|s| s * 1000.0).context("the operator tells of no pass")
+    }
+
+    /// Upper bounds of a pass's time in seconds, with the count of all below.
+    fn pass_buckets(&self) -> Vec<(f64, f64)> {
         const BUCKET: &str = "rlhf_operator_reconcile_duration_seconds_bucket{le=\"";
         let bucket = |line: &str| -> Option<(f64, f64)> {
             let (bound, count) = line.strip_prefix(BUCKET)?.split_once("\"} ")?;
             Some((bound.parse().ok()?, count.parse().ok()?))
         };
-        let buckets: Vec<_> = self.0.lines().filter_map(bucket).collect();
-        quantile(&buckets, part).map(|s| s * 1000.0).context("the operator tells of no pass")
+        self.0.lines().filter_map(bucket).collect()
     }
 }
 
@@ -66,7 +74,20 @@ fn quantile(buckets: &[(f64, f64)], part: f64) -> Option<f64> {
 
 #[cfg(test)]
 mod tests {
-    use super::quantile;
+    use super::{Scrape, quantile};
+
+    #[test]
+    fn the_passes_since_a_scrape_are_those_that_it_had_not_counted() {
+        let scrape = |counts: [u32; 3]| {
+            let bucket =
+                |(bound, count)| format!("rlhf_operator_reconcile_duration_seconds_bucket{{le=\"{bound}\"}} {count}\n");
+            Scrape::new(["1", "2", "+Inf"].into_iter().zip(counts).map(bucket).collect())
+        };
+        let (before, after) = (scrape([100, 100, 100]), scrape([100, 110, 110]));
+        assert_eq!(after.reconcile_ms(Some(&before), 0.5).unwrap(), 1500.0);
+        assert!(after.reconcile_ms(None, 0.5).unwrap() < 1000.0);
+        assert!(after.reconcile_ms(Some(&after), 0.5).is_err(), "there was no pass");
+    }
 
     #[test]
     fn a_quantile_lies_evenly_spread_within_its_bucket() {

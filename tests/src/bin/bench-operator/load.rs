@@ -27,11 +27,12 @@ const CONCURRENCY: usize = 32;
 const CLAIM: &str = "rlhf-data";
 
 /// The namespace of the job with this number.
-fn namespace(number: usize) -> String {
+fn team(number: usize) -> String {
     format!("team-{}", number % NAMESPACES)
 }
 
-async fn create<K>(api: Api<K>, object: Value) -> anyhow::Result<()>
+/// Makes an object.
+pub async fn create<K>(api: Api<K>, object: Value) -> anyhow::Result<()>
 where
     K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Serialize,
 {
@@ -60,21 +61,26 @@ pub async fn nodes(client: &Client, jobs: usize) -> anyhow::Result<usize> {
     Ok(count)
 }
 
-/// The namespaces with this Pod Security Standard, each with a claim that is bound at once. Nothing mounts it.
+/// The namespaces with this Pod Security Standard.
 pub async fn namespaces(client: &Client, standard: &str) -> anyhow::Result<()> {
-    for name in (0..NAMESPACES).map(namespace) {
-        let labels = json!({"pod-security.kubernetes.io/enforce": standard});
-        create::<Namespace>(Api::all(client.clone()), json!({"metadata": {"name": name, "labels": labels}})).await?;
-        let volume = json!({"metadata": {"name": name}, "spec": {
-            "accessModes": ["ReadWriteMany"], "storageClassName": "", "capacity": {"storage": "1Ti"},
-            "nfs": {"server": "nfs.example.com", "path": "/"}, "claimRef": {"namespace": name, "name": CLAIM}}});
-        create::<PersistentVolume>(Api::all(client.clone()), volume).await?;
-        let claim = json!({"metadata": {"name": CLAIM}, "spec": {
-            "accessModes": ["ReadWriteMany"], "storageClassName": "", "volumeName": name,
-            "resources": {"requests": {"storage": "1Ti"}}}});
-        create::<PersistentVolumeClaim>(Api::namespaced(client.clone(), &name), claim).await?;
+    for name in (0..NAMESPACES).map(team) {
+        namespace(client, &name, standard).await?;
     }
     Ok(())
+}
+
+/// A namespace with this Pod Security Standard and a claim that is bound at once. Nothing mounts it.
+pub async fn namespace(client: &Client, name: &str, standard: &str) -> anyhow::Result<()> {
+    let labels = json!({"pod-security.kubernetes.io/enforce": standard});
+    create::<Namespace>(Api::all(client.clone()), json!({"metadata": {"name": name, "labels": labels}})).await?;
+    let volume = json!({"metadata": {"name": name}, "spec": {
+        "accessModes": ["ReadWriteMany"], "storageClassName": "", "capacity": {"storage": "1Ti"},
+        "nfs": {"server": "nfs.example.com", "path": "/"}, "claimRef": {"namespace": name, "name": CLAIM}}});
+    create::<PersistentVolume>(Api::all(client.clone()), volume).await?;
+    let claim = json!({"metadata": {"name": CLAIM}, "spec": {
+        "accessModes": ["ReadWriteMany"], "storageClassName": "", "volumeName": name,
+        "resources": {"requests": {"storage": "1Ti"}}}});
+    create::<PersistentVolumeClaim>(Api::namespaced(client.clone(), name), claim).await
 }
 
 /// Pods that are no RLHFJob's, with as much in them as such have. Nobody schedules them.
@@ -92,7 +98,7 @@ pub async fn foreign_pods(client: &Client, count: usize) -> anyhow::Result<()> {
 }
 
 /// The example's job with the bench's nodes and GPUs, and with its first `stages` stages.
-fn job(stages: usize) -> Manifest {
+pub fn job(stages: usize) -> Manifest {
     let compute = json!({"nodes": NODES_A_STAGE, "devicesPerNode": GPUS_A_POD,
         "resources": {"requests": {"cpu": "16", "memory": "128Gi"}}});
     let mut job = manifest::example().set("/spec/compute", compute);
@@ -105,11 +111,13 @@ fn job(stages: usize) -> Manifest {
 /// All jobs, at once.
 pub async fn jobs(client: &Client, jobs: usize, stages: usize) -> anyhow::Result<()> {
     let manifest = job(stages);
-    let write = |n: usize| {
-        let job = manifest.clone().set("/metadata/name", json!(format!("job-{n}")));
-        create::<RLHFJob>(Api::namespaced(client.clone(), &namespace(n)), job.0)
-    };
-    all((0..jobs).map(write)).await
+    let all = (0..jobs).map(|n| (team(n), manifest.clone().set("/metadata/name", json!(format!("job-{n}")))));
+    apply(client, all).await
+}
+
+/// Jobs, each in its namespace, at once.
+pub async fn apply(client: &Client, jobs: impl Iterator<Item = (String, Manifest)>) -> anyhow::Result<()> {
+    all(jobs.map(|(namespace, job)| create::<RLHFJob>(Api::namespaced(client.clone(), &namespace), job.0))).await
 }
 
 /// As many objects of another kind, spread over the namespaces, at once.
@@ -118,7 +126,7 @@ pub async fn objects(client: &Client, kind: &ApiResource, count: usize, object: 
         let mut object = object.clone();
         object["metadata"]["name"] = json!(format!("job-{n}"));
         async move {
-            let api = Api::<DynamicObject>::namespaced_with(client.clone(), &namespace(n), kind);
+            let api = Api::<DynamicObject>::namespaced_with(client.clone(), &team(n), kind);
             let object = serde_json::from_value(object).context("an object")?;
             api.create(&PostParams::default(), &object).await.with_context(|| format!("{} {n}", kind.kind))?;
             Ok(())

@@ -7,11 +7,16 @@
 //! operator writes when nothing changes; then they run to their end, and nothing changes once more. Without idle time they
 //! are not stopped, as the peer's are not.
 //!
-//! Another measurement has the same cluster under it: [`kills`], the operator killed again and again.
+//! Two other measurements have the same cluster under them: [`kills`], the operator killed again and again, and [`hostile`], a
+//! namespace that does its worst beside another.
 
+mod absurd;
 mod cluster;
 mod figures;
+mod hands;
+mod hostile;
 mod kills;
+mod latency;
 mod load;
 mod outcome;
 mod parts;
@@ -20,7 +25,8 @@ mod run;
 mod trainers;
 
 use anyhow::{bail, ensure};
-use clap::Parser;
+use clap::builder::FalseyValueParser;
+use clap::{ArgAction, Parser};
 use cluster::ALL_STAGES;
 use e2e::audit::Writes;
 use jiff::Timestamp;
@@ -34,9 +40,9 @@ use tokio::time::sleep;
 
 #[derive(Parser)]
 struct Args {
-    /// RLHFJobs, applied at once.
-    #[arg(long, env = "JOBS", default_value_t = 1000)]
-    jobs: usize,
+    /// RLHFJobs, applied at once: 1000 unless it is said; with --hostile 50 in each of the two namespaces.
+    #[arg(long, env = "JOBS")]
+    jobs: Option<usize>,
     /// Stages of each: SFT; with 2 the reward model, with 3 PPO too.
     #[arg(long, env = "STAGES", default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=3))]
     stages: u8,
@@ -51,12 +57,23 @@ struct Args {
     /// where a job, an attempt or a count was lost or doubled. There is no idle time then, and there are no pods of others.
     #[arg(long, env = "KILLS", default_value_t = 0)]
     kills: usize,
+    /// Measures how soon the operator tells of changes in one namespace, first alone, then beside a hostile one: 16 stages a
+    /// job, absurd reports, statuses written over as fast as the API server takes it, pods with copied labels. There is no idle
+    /// time then, and there are no pods of others.
+    #[arg(long, env = "HOSTILE", action = ArgAction::SetTrue, value_parser = FalseyValueParser::new())]
+    hostile: bool,
     /// Measures Kubeflow Trainer in place of the operator.
     #[arg(long)]
     peer: bool,
     /// Its jobs have no initializer.
     #[arg(long, requires = "peer")]
     bare: bool,
+}
+
+impl Args {
+    fn jobs(&self) -> usize {
+        self.jobs.unwrap_or(if self.hostile { hostile::JOBS } else { 1000 })
+    }
 }
 
 /// What came out.
@@ -97,10 +114,13 @@ async fn main() -> anyhow::Result<()> {
 }
 
 async fn measure(args: &Args) -> anyhow::Result<()> {
+    ensure!(args.kills == 0 || !args.hostile, "kills and hostile are two measurements; choose one");
     if args.peer {
-        peer::bench(args.jobs, !args.bare).await
+        peer::bench(args.jobs(), !args.bare).await
     } else if args.kills > 0 {
-        kills::bench(args.jobs, args.stages, args.kills).await
+        kills::bench(args.jobs(), args.stages, args.kills).await
+    } else if args.hostile {
+        hostile::bench(args.jobs(), args.stages).await
     } else {
         bench(args).await
     }
@@ -111,7 +131,7 @@ fn say(text: &str) {
 }
 
 async fn bench(args: &Args) -> anyhow::Result<()> {
-    let (jobs, stops) = (args.jobs, args.idle_seconds > 0);
+    let (jobs, stops) = (args.jobs(), args.idle_seconds > 0);
     let mut report = Report { jobs, stages: args.stages, load_before: parts::load()?, ..Report::default() };
     report.idle_seconds = args.idle_seconds;
     trainers::serve().await?;
@@ -170,8 +190,8 @@ async fn measure_end(run: &Run, report: &mut Report) -> anyhow::Result<()> {
         report.attempts += status.slots().map(|s| s.attempt).sum::<u32>();
     }
     let scrape = run.scrape().await?;
-    report.reconcile_p50_ms = scrape.reconcile_ms(0.5)?;
-    report.reconcile_p99_ms = scrape.reconcile_ms(0.99)?;
+    report.reconcile_p50_ms = scrape.reconcile_ms(None, 0.5)?;
+    report.reconcile_p99_ms = scrape.reconcile_ms(None, 0.99)?;
     report.reconciles = scrape.passes()?;
     report.peak_rss_bytes = parts::peak_rss_bytes(run.operator_id())?;
     println!("API requests of the operator outside of watches");

@@ -1,6 +1,7 @@
 //! What stands in for rank 0 of every stage: one server that answers `GET /progress` for all addresses of pods. Which
-//! trainer is meant, the address says that was asked.
+//! trainer is meant, the address says that was asked. At some addresses the answers are [`absurd`].
 
+use crate::absurd;
 use anyhow::Context;
 use axum::Router;
 use axum::extract::State;
@@ -32,6 +33,10 @@ async fn progress(State(trainers): State<Trainers>, headers: HeaderMap) -> Resul
     let host = headers.get(header::HOST).and_then(|h| h.to_str().ok()).ok_or(StatusCode::BAD_REQUEST)?;
     if !headers.contains_key(header::AUTHORIZATION) {
         return Err(StatusCode::UNAUTHORIZED);
+    }
+    if let Some(number) = host.strip_prefix(absurd::ADDRESSES) {
+        let number = number.split(':').next().and_then(|n| n.parse().ok()).ok_or(StatusCode::BAD_REQUEST)?;
+        return absurd::progress(number).await;
     }
     let mut trainers = trainers.lock().unwrap_or_else(PoisonError::into_inner);
     let begun = *trainers.entry(host.to_owned()).or_insert_with(Instant::now);
