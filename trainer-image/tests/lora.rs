@@ -112,7 +112,7 @@ fn a_stage_that_trains_the_whole_model_leaves_no_adapters_of_a_run_before() {
     volume.succeed(&sft().lora(json!({})));
     assert!(volume.path("jobs/j/sft/adapter").exists());
     fs::remove_dir_all(volume.path("jobs/j/sft/checkpoints")).unwrap();
-    volume.succeed(&sft());
+    volume.succeed(&sft().adopting(2));
     assert!(!volume.path("jobs/j/sft/adapter").exists());
 }
 

@@ -165,7 +165,8 @@ fn the_api_server_finds_nothing_wrong_in_the_policies() {
         let checked = |p: &Value| p["status"]["observedGeneration"] == p["metadata"]["generation"];
         eventually("a look at the policies", async || policies().await.iter().all(checked)).await;
         let policies = policies().await;
-        assert_eq!(policies.len(), 7);
+        // Other tests' operators have as many.
+        assert!(policies.len() >= 7, "{} policies", policies.len());
         for policy in policies {
             let warnings = &policy["status"]["typeChecking"]["expressionWarnings"];
             assert!(warnings.is_null(), "{}: {warnings}", policy["metadata"]["name"]);
