@@ -33,8 +33,12 @@ use rlhf_api::job::{RLHFJob, StageStatus};
 /// # Errors
 /// Something has changed since it was looked at, or the API server does not take it.
 pub async fn apply(job: &RLHFJob, decision: &Decision, ctx: &Context) -> Result<bool, Error> {
-    status::write(job, decision, ctx).await?;
-    ctx.metrics.status_written(job, &decision.status);
+    // The last status of what goes now has been there since its end, and a write would only make its deletion out of date.
+    let goes = decision.expired && job.status.as_ref().is_some_and(|s| s.completion_time.is_some());
+    if !goes {
+        status::write(job, decision, ctx).await?;
+        ctx.metrics.status_written(job, &decision.status);
+    }
     for outcome in &decision.outcomes {
         ctx.metrics.attempt_ended(*outcome);
     }

@@ -28,7 +28,7 @@ pub use scene::{
     History, Scene, Told, attempt, condition, eventually, kill_operator, kill_worker, lose_container, operator_memory,
     stage, starve_worker, uid,
 };
-pub use suite::{change_definition, on_the_cluster, on_the_cluster_alone, on_the_cluster_with};
+pub use suite::{change_definition, on_the_cluster, on_the_cluster_alone, on_the_cluster_at_last, on_the_cluster_with};
 pub use volume::{SavedModel, Step, Volume};
 
 /// The namespace of the operator that tests share.

@@ -69,8 +69,18 @@ pub fn on_the_cluster_with<F: AsyncFnOnce(&Scene) + Send>(values: &[&str], test:
 
 /// Runs a test while no other runs, with nothing installed before; the test may install and uninstall the operator.
 pub fn on_the_cluster_alone<F: AsyncFnOnce(&Scene) + Send>(test: F) {
+    alone(Kind::Alone, test);
+}
+
+/// The same, after all others: what the test does to the control plane its controllers may not get over, which run without a
+/// leader's lease here and so never start anew.
+pub fn on_the_cluster_at_last<F: AsyncFnOnce(&Scene) + Send>(test: F) {
+    alone(Kind::Last, test);
+}
+
+fn alone<F: AsyncFnOnce(&Scene) + Send>(kind: Kind, test: F) {
     let name = name_of(&test);
-    run(&name, Kind::Alone, async |client| {
+    run(&name, kind, async |client| {
         ground(Ground::Bare, &client).await;
         *GROUND.lock().await = Ground::Unknown;
         let operator = Operator::new(client.clone(), SYSTEM, &[]);

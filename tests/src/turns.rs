@@ -17,9 +17,11 @@ pub enum Kind {
     Beside,
     /// Nothing.
     Alone,
+    /// Nothing, and nothing follows but others of this kind: the control plane is not as it was.
+    Last,
 }
 
-const KINDS: usize = 2;
+const KINDS: usize = 3;
 
 /// Lets tests run by their kinds.
 pub struct Turns {
@@ -65,7 +67,7 @@ impl Queue {
         let first = *self.first.get_or_insert(now);
         let own = kind as usize;
         let others: usize = (0..KINDS).filter(|k| *k != own).map(|k| self.running[k]).sum();
-        let width = if kind == Kind::Alone { 1 } else { width };
+        let width = if kind == Kind::Beside { width } else { 1 };
         let earlier: usize = self.waiting[..own].iter().sum();
         let arrived = kind == Kind::Beside || now.duration_since(first) >= ARRIVAL;
         let may = arrived && others == 0 && earlier == 0 && self.running[own] < width;
@@ -89,20 +91,24 @@ mod tests {
     use std::time::Instant;
 
     #[test]
-    fn kinds_go_one_after_the_other_and_the_last_alone() {
+    fn kinds_go_one_after_the_other_and_all_but_the_first_alone() {
         let (now, later) = (Instant::now(), Instant::now() + ARRIVAL);
-        let mut queue = Queue { first: None, waiting: [2, 2], running: [0, 0] };
+        let mut queue = Queue { first: None, waiting: [2, 2, 0], running: [0, 0, 0] };
         assert!(!queue.admit(Kind::Alone, 1, now), "others may come yet");
         assert!(queue.admit(Kind::Beside, 1, now));
         assert!(!queue.admit(Kind::Beside, 1, later), "one at a time");
-        queue.running = [0, 0];
+        queue.running = [0, 0, 0];
         assert!(!queue.admit(Kind::Alone, 1, later), "one of the first kind waits");
         assert!(queue.admit(Kind::Beside, 2, later));
         assert!(!queue.admit(Kind::Alone, 2, later), "another runs");
-        queue.running = [0, 0];
+        queue.running = [0, 0, 0];
         assert!(queue.admit(Kind::Alone, 2, later));
         assert!(!queue.admit(Kind::Alone, 2, later), "it is alone");
         queue.waiting[Kind::Beside as usize] += 1;
         assert!(!queue.admit(Kind::Beside, 2, later), "nothing runs beside it");
+        (queue.waiting, queue.running) = ([0, 1, 1], [0, 0, 0]);
+        assert!(!queue.admit(Kind::Last, 2, later), "one of the kind before waits");
+        queue.waiting = [0, 0, 1];
+        assert!(queue.admit(Kind::Last, 2, later));
     }
 }

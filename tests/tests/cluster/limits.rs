@@ -15,8 +15,12 @@ fn case_16_a_missing_image_is_named_and_ends_the_attempt_in_time() {
         let mut manifest = example().only(&["sft"]);
         manifest.0["spec"]["prepare"] = json!({"podTemplate": {"nodeSelector": {label: "yes"}}});
         let job = scene.apply(manifest).await;
-        let message = scene.await_reason(NAME, "Waiting", "Unschedulable").await;
-        assert!(message.contains("node selector") || message.contains("node affinity/selector"), "{message}");
+        // Before that it may wait for its volume.
+        let selects = |text: &str| text.contains("node selector") || text.contains("node affinity/selector");
+        let told = |j: &RLHFJob| {
+            condition(j, "Waiting").is_some_and(|(_, reason, text)| reason == "Unschedulable" && selects(&text))
+        };
+        scene.await_job(NAME, "word of the node selector", told).await;
 
         // The image is the operator's to choose; what a wrong choice of it does is tried on the pod.
         let pod = scene.pods(&job, "prepare", 1).await.remove(0).name_any();

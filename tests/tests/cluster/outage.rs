@@ -1,7 +1,7 @@
 //! The control plane's own faults.
 
 use e2e::manifest::{NAME, endless};
-use e2e::{Part, Scene, eventually, on_the_cluster_alone, stage};
+use e2e::{Part, Scene, eventually, on_the_cluster_at_last, stage};
 use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt;
 use rlhf_api::job::{RLHFJob, StagePhase};
@@ -23,7 +23,7 @@ fn uids(pods: &[Pod]) -> Vec<Option<String>> {
 
 #[test]
 fn a_run_outlives_a_restarted_api_server_and_a_slow_etcd() {
-    on_the_cluster_alone(async |scene| {
+    on_the_cluster_at_last(async |scene| {
         scene.operator.install(&[]).await;
         let job = scene.apply(endless()).await;
         scene.await_step(&job, "sft", 2).await;

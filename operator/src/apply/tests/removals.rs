@@ -34,6 +34,22 @@ async fn an_expired_job_is_deleted_as_it_was_seen_and_only_so() {
 }
 
 #[tokio::test]
+async fn a_job_that_has_ended_before_goes_without_another_status() {
+    let mut job = started();
+    let mut status = job.status.clone().unwrap();
+    status.completion_time = Some(Timestamp::UNIX_EPOCH);
+    let ends = Decision { status: status.clone(), expired: true, ..Decision::default() };
+    let (ctx, log) = server(vec![]);
+    apply(&job, &ends, &ctx).await.unwrap();
+    assert_eq!(lines(&log), ["PATCH rlhfjobs/demo/status", "DELETE rlhfjobs/demo"], "how it ended is told");
+    job.status = Some(status.clone());
+    status.observed_generation += 1;
+    let (ctx, log) = server(vec![]);
+    apply(&job, &Decision { status, ..ends }, &ctx).await.unwrap();
+    assert_eq!(lines(&log), ["DELETE rlhfjobs/demo"]);
+}
+
+#[tokio::test]
 async fn case_23_a_lost_pod_is_declared_failed_before_it_is_removed() {
     let (ctx, log) = server(vec![("PATCH pods/p/status", 200, json!({"metadata": {"name": "p"}}))]);
     let job = started();
