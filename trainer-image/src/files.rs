@@ -220,14 +220,17 @@ pub fn unfinished(target: &Path, lease: &Lease) -> PathBuf {
 /// # Errors
 /// Names the path where storage failed.
 pub fn remove_unfinished(dir: &Path, lease: u32) -> Result<()> {
-    for name in names(dir)? {
-        let path = dir.join(&name);
-        match Left::of(&name).filter(|left| left.lease <= lease) {
-            Some(Left { target, state: ASIDE, .. }) if !dir.join(target).exists() => {
-                fs::rename(&path, dir.join(target)).map_err(|e| Error::storage(&path, e))?;
-            }
-            Some(_) => remove_dir(&path)?,
-            None => {}
+    let names = names(dir)?;
+    let ours = |left: &Left<'_>| left.lease <= lease && dir.join(left.name).is_dir();
+    let mut all: Vec<Left<'_>> = names.iter().filter_map(|name| Left::of(name)).filter(ours).collect();
+    // Of what was moved aside for one target, the last to have its name gets it back.
+    all.sort_by_key(|left| std::cmp::Reverse(left.lease));
+    for Left { name, target, state, .. } in all {
+        let (path, target) = (dir.join(name), dir.join(target));
+        if state == ASIDE && !target.exists() {
+            fs::rename(&path, target).map_err(|e| Error::storage(&path, e))?;
+        } else {
+            remove_dir(&path)?;
         }
     }
     Ok(())
@@ -239,6 +242,7 @@ const ASIDE: &str = "old";
 
 /// What the name of a folder says that a writer has left.
 struct Left<'n> {
+    name: &'n str,
     /// What it was to become, or was.
     target: &'n str,
     lease: u32,
@@ -247,10 +251,14 @@ struct Left<'n> {
 
 impl<'n> Left<'n> {
     fn of(name: &'n str) -> Option<Self> {
-        let (target, rest) = name.rsplit_once(".lease-")?;
+        let Some((target, rest)) = name.rsplit_once(".lease-") else {
+            // Trainers before this layout moved aside under no lease, so nobody who holds one writes there.
+            let target = name.strip_suffix(ASIDE)?.strip_suffix('.').filter(|target| !target.is_empty())?;
+            return Some(Self { name, target, lease: 0, state: ASIDE });
+        };
         let (lease, state) = rest.split_once('.')?;
         let known = [BEING_FILLED, ASIDE].contains(&state);
-        known.then_some(Self { target, lease: lease.parse().ok()?, state })
+        known.then_some(Self { name, target, lease: lease.parse().ok()?, state })
     }
 }
 
@@ -342,15 +350,31 @@ mod tests {
     #[test]
     fn what_was_moved_aside_is_put_back_where_nothing_came_for_it() {
         let root = tempfile::tempdir().unwrap();
-        let all =
-            ["model.lease-1.old", "model.lease-1.tmp", "step-4", "step-4.lease-2.old", "step-8.lease-3.old", "x.old"];
+        let all = ["model.lease-1.old", "model.lease-1.tmp", "step-4", "step-4.lease-2.old", "step-8.lease-3.old"];
         all.iter().for_each(|name| make_dir(&root.path().join(name)).unwrap());
         write(&root.path().join("model.lease-1.old/config.json"), b"1").unwrap();
         remove_unfinished(root.path(), 2).unwrap();
         let mut left = names(root.path()).unwrap();
         left.sort_unstable();
-        assert_eq!(left, ["model", "step-4", "step-8.lease-3.old", "x.old"]);
+        assert_eq!(left, ["model", "step-4", "step-8.lease-3.old"]);
         assert!(root.path().join("model/config.json").exists());
+    }
+
+    /// As earlier trainers did: else it would lie there for ever, or the stage begin anew beside its own checkpoint.
+    #[test]
+    fn what_was_moved_aside_under_no_lease_is_put_back_or_removed_too() {
+        let root = tempfile::tempdir().unwrap();
+        let all = ["model", "model.old", "step-4.old", "step-8.lease-1.old", "step-8.old", "x.lease-y.old", ".old"];
+        all.iter().for_each(|name| make_dir(&root.path().join(name)).unwrap());
+        write(&root.path().join("step-4.old/manifest.json"), b"4").unwrap();
+        write(&root.path().join("step-8.lease-1.old/manifest.json"), b"8").unwrap();
+        write(&root.path().join("notes.old"), b"no folder").unwrap();
+        remove_unfinished(root.path(), 1).unwrap();
+        let mut left = names(root.path()).unwrap();
+        left.sort_unstable();
+        assert_eq!(left, [".old", "model", "notes.old", "step-4", "step-8", "x.lease-y.old"]);
+        assert_eq!(fs::read(root.path().join("step-4/manifest.json")).unwrap(), b"4");
+        assert_eq!(fs::read(root.path().join("step-8/manifest.json")).unwrap(), b"8", "the last of two");
     }
 
     #[test]
