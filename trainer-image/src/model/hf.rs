@@ -52,6 +52,8 @@ pub struct Source {
     pub kind: Kind,
     /// What is odd about it and no error, each in a sentence.
     pub warnings: Vec<String>,
+    /// Why the score head that the file has cannot be read.
+    unscored: Option<String>,
     tensors: HashMap<String, Location>,
 }
 
@@ -128,7 +130,8 @@ impl Source {
             .map(|(mean, std)| ScoreNormalisation { mean, std });
         let tensors = locate_all(dir)?;
         let (dir, warnings) = (dir.to_path_buf(), vec![]);
-        let mut source = Self { dir, config, family, spec, score, kind: Kind::Float, warnings, tensors };
+        let mut source =
+            Self { dir, config, family, spec, score, kind: Kind::Float, warnings, unscored: None, tensors };
         source.untie();
         source.check()?;
         Ok(source)
@@ -152,7 +155,7 @@ impl Source {
     }
 
     /// Checks that every parameter is there, in its shape and in a number format that can be read, and that no part of the
-    /// backbone is left out. Heads are checked where they are there: who needs one asks for it.
+    /// backbone is left out. Who needs a head asks for it.
     fn check(&mut self) -> Result<()> {
         let mut used: HashSet<String> = HashSet::from([SCORE_WEIGHT.into()]);
         for segment in self.spec.segments() {
@@ -170,22 +173,25 @@ impl Source {
                 used.extend(self.names(&entry));
             }
         }
-        if let Some(score) = self.tensors.get(SCORE_WEIGHT) {
-            self.check_tensor(SCORE_WEIGHT, score, &[1, self.spec.hidden])?;
-        }
+        self.check_score();
         if self.spec.tied_head {
             used.extend(self.entry(Param::LmHeadWeight).iter().flat_map(|entry| self.names(entry)));
         }
         self.check_unused(&used)
     }
 
+    /// A score head that cannot be read, as that of a classifier of several labels, counts as none: most have no need of one.
+    fn check_score(&mut self) {
+        let Some(score) = self.tensors.get(SCORE_WEIGHT) else { return };
+        let Err(fault) = kind_as_asked(SCORE_WEIGHT, score, &[1, self.spec.hidden]) else { return };
+        self.warnings.push(format!("{fault}: the model counts as one without a score head"));
+        self.tensors.remove(SCORE_WEIGHT);
+        self.unscored = Some(fault);
+    }
+
     /// Checks a tensor's shape and number format, which it returns.
     fn check_tensor(&self, name: &str, location: &Location, shape: &[i64]) -> Result<Kind> {
-        if location.shape != shape {
-            return Err(self
-                .error(format!("tensor '{name}' has shape {:?}, but config.json asks for {shape:?}", location.shape)));
-        }
-        kind_of(location.dtype).ok_or_else(|| self.error(unsupported(name, location.dtype)))
+        kind_as_asked(name, location, shape).map_err(|fault| self.error(fault))
     }
 
     /// What the file has and the model does not: within the backbone it would make another model; elsewhere it is told.
@@ -270,7 +276,22 @@ impl Source {
         specs.iter().map(|p| self.checked(found.remove(&p.param), p.param, &p.shape)).collect()
     }
 
-    /// Whether the checkpoint has a scalar head.
+    /// Makes sure that there is a reward model's head.
+    ///
+    /// # Errors
+    /// Says that it is missing, or why it cannot be read.
+    pub fn check_score_head(&self) -> Result<()> {
+        if self.has_score_head() {
+            return Ok(());
+        }
+        let missing = format!("it has no tensor '{SCORE_WEIGHT}'");
+        Err(self.error(format!(
+            "{}, so it is not a reward model; name a rewardModel stage, or the folder of one",
+            self.unscored.as_ref().unwrap_or(&missing)
+        )))
+    }
+
+    /// Whether the checkpoint has a scalar head that can be read.
     pub fn has_score_head(&self) -> bool {
         self.tensors.contains_key(SCORE_WEIGHT)
     }
@@ -384,6 +405,14 @@ pub(super) fn locate(path: &Path, tensors: &mut HashMap<String, Location>) -> Re
         tensors.insert(name, Location { map: map.clone(), offset, shape, dtype: info.dtype });
     }
     Ok(())
+}
+
+/// A tensor's number format, or what is wrong with that or with its shape.
+fn kind_as_asked(name: &str, location: &Location, shape: &[i64]) -> std::result::Result<Kind, String> {
+    if location.shape != shape {
+        return Err(format!("tensor '{name}' has shape {:?}, but config.json asks for {shape:?}", location.shape));
+    }
+    kind_of(location.dtype).ok_or_else(|| unsupported(name, location.dtype))
 }
 
 fn unsupported(name: &str, dtype: Dtype) -> String {

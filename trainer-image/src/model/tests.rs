@@ -35,6 +35,16 @@ fn check(result: crate::error::Result<Source>, parts: &[&str]) {
     assert!(parts.iter().all(|part| error.message.contains(part)), "{error}");
 }
 
+/// The model can be used by who needs no score, and says why by nobody else.
+fn no_score(source: &Source, parts: &[&str]) {
+    assert!(!source.has_score_head());
+    let error = source.check_score_head().unwrap_err();
+    assert!(error.exit.code() == 65 && error.message.contains("not a reward model"), "{error}");
+    for said in [&error.message, &source.warnings[0]] {
+        assert!(parts.iter().all(|part| said.contains(part)), "{said}");
+    }
+}
+
 /// As transformers 5.24 does: "we will NOT tie them".
 #[test]
 fn two_heads_under_a_tied_flag_are_kept_apart_and_one_of_either_name_is_tied() {
@@ -84,9 +94,14 @@ fn a_tensor_that_is_missing_misshapen_or_not_used_is_named_before_anything_is_re
             drop(t.insert("score.weight".into(), (shape.clone(), numbers(count, 3, Dtype::F32))))
         }
     };
-    assert!(open(&scored(vec![1, 8])).unwrap().has_score_head());
+    let reward_model = open(&scored(vec![1, 8])).unwrap();
+    assert!(reward_model.has_score_head() && reward_model.check_score_head().is_ok());
+    // A classifier of several labels can begin a policy, or a reward model with a head of its own.
     for shape in [vec![2, 8], vec![1, 9], vec![8]] {
-        check(open(&scored(shape.clone())), &["'score.weight'", &format!("{shape:?}"), "[1, 8]"]);
+        let source = open(&scored(shape.clone())).unwrap();
+        no_score(&source, &["'score.weight'", &format!("{shape:?}"), "[1, 8]"]);
+        let head = source.segment(Segment::Head, HeadKind::Scalar).unwrap();
+        assert_eq!(head.iter().filter(|v| v.is_none()).count(), 2, "weight and bias are begun anew");
     }
     let buffer = |t: &mut Tensors| {
         drop(t.insert("model.layers.0.self_attn.rotary_emb.inv_freq".into(), (vec![2], numbers(2, 1, Dtype::F32))));
@@ -103,7 +118,7 @@ fn a_tensor_that_is_missing_misshapen_or_not_used_is_named_before_anything_is_re
 }
 
 #[test]
-fn a_score_in_a_format_that_is_not_read_is_named() {
+fn a_score_in_a_format_that_is_not_read_is_none_and_named() {
     let dir = model(&llama(), Dtype::F32, |_| ());
     let bytes = std::fs::read(dir.path().join("model.safetensors")).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
@@ -111,7 +126,7 @@ fn a_score_in_a_format_that_is_not_read_is_named() {
     let score = safetensors::tensor::TensorView::new(Dtype::I64, vec![1, 8], &score).unwrap();
     let all = file.tensors().into_iter().chain([("score.weight".to_string(), score)]);
     safetensors::serialize_to_file(all, None, &dir.path().join("model.safetensors")).unwrap();
-    check(Source::open(dir.path()), &["'score.weight' has type I64", "F32, F16 and BF16"]);
+    no_score(&Source::open(dir.path()).unwrap(), &["'score.weight' has type I64", "F32, F16 and BF16"]);
 }
 
 /// What no model can have, or what contradicts itself: refused by its name, at once, whatever it would take to believe it.

@@ -28,6 +28,8 @@ struct Known {
     kind: Kind,
     /// Whether it has a head that scores; `None` for what a stage will make: the spec says what that is.
     scores: Option<bool>,
+    /// Why it cannot be a reward model, where it has no such head.
+    scoreless: Option<String>,
     /// Why it cannot be a policy, where its head is missing.
     headless: Option<String>,
 }
@@ -77,8 +79,9 @@ impl Models {
 
     fn add(&mut self, path: &str, source: Source) {
         let headless = source.check_language_head().err().map(|e| e.message);
+        let scoreless = source.check_score_head().err().map(|e| e.message);
         let (scores, kind) = (Some(source.has_score_head()), source.kind);
-        let known = Known { spec: source.spec, kind, scores, headless };
+        let known = Known { spec: source.spec, kind, scores, scoreless, headless };
         self.known.insert(path.into(), known);
     }
 
@@ -130,7 +133,8 @@ impl Models {
             }
         }
         self.check_targets(stage)?;
-        self.known.insert(paths.output.clone(), Known { spec: start, kind, scores: None, headless: None });
+        let made = Known { spec: start, kind, scores: None, scoreless: None, headless: None };
+        self.known.insert(paths.output.clone(), made);
         Ok(())
     }
 
@@ -159,17 +163,13 @@ impl Models {
     }
 
     fn check_role(&self, path: &str, known: &Known, role: Role) -> Result<()> {
-        let dir = self.volume.join(path);
-        match (known.scores, role) {
-            (Some(false), Role::RewardModel) => Err(Error::input(format!(
-                "{}: it has no tensor 'score.weight', so it is not a reward model; name a rewardModel stage, or the folder of one",
-                dir.display()
-            ))),
-            (Some(true), Role::Policy) => Err(Error::input(format!(
+        match role {
+            Role::RewardModel => known.scoreless.as_ref().map_or(Ok(()), |why| Err(Error::input(why))),
+            Role::Policy if known.scores == Some(true) => Err(Error::input(format!(
                 "{}: it has a tensor 'score.weight', so it is a reward model and no policy to train or to stay near",
-                dir.display()
+                self.volume.join(path).display()
             ))),
-            _ => Ok(()),
+            Role::Policy => Ok(()),
         }
     }
 

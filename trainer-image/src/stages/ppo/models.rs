@@ -105,12 +105,7 @@ impl<'a> Sources<'a> {
             }
         }
         for source in scorers {
-            if !source.has_score_head() {
-                return Err(Error::input(format!(
-                    "{}: it has no tensor 'score.weight', so it is not a reward model; name a rewardModel stage, or the folder of one",
-                    source.dir.display()
-                )));
-            }
+            source.check_score_head()?;
         }
         Ok(self)
     }
