@@ -1,4 +1,5 @@
-//! How much room a job takes on its volume: what each stage's checkpoints and its model come to, told before any device is taken.
+//! How much room a job takes on its volume at most: what each stage's checkpoints and its model come to, told before any device
+//! is taken.
 
 use super::models::{Models, Trained};
 use crate::engine::ChunkLayout;
@@ -51,8 +52,9 @@ pub(super) fn of(stage: &StageConfig, Trained { model, critic, kind }: Trained<'
     Room { checkpoint, most: kept + checkpoint.max(output), output, stays }
 }
 
-/// The most that stages take at once. One that needs another's model runs after it, and finds what that leaves; all others may run
-/// at its side.
+/// An upper bound of what stages take at once. One that needs another's model runs after it, and finds what that leaves; all
+/// others may run at its side. They count in full even where they follow each other, or where the job's devices let only one
+/// run: it may come to less, and never to more.
 pub(super) fn most(stages: &[(&StageConfig, Room)]) -> u64 {
     // For each stage, those before it whose models it needs, and those whose models these need.
     let mut needed: Vec<BTreeSet<usize>> = Vec::new();
@@ -76,7 +78,7 @@ fn uses(stage: &StageConfig, model: &String) -> bool {
     one.into_iter().flatten().chain(paths.reward_models.values()).any(|path| path == model)
 }
 
-/// Tells what each stage takes, and warns where the volume has less left than all of them.
+/// Tells what each stage takes at most, and warns where the volume has less left than all of them may come to.
 ///
 /// # Errors
 /// The volume does not say what is left of it.
@@ -104,10 +106,14 @@ pub(super) fn tell(stages: &[StageConfig], models: &Models, volume: &Path) -> Re
         true => tracing::warn!(
             needed,
             free,
-            "the volume has less room than the job's checkpoints and models may take, in bytes: give it more, or keep fewer (checkpoint.keep)"
+            "the volume has less room than the job's checkpoints and models take at most, in bytes; stages that do not run side by side take less than this bound: give it more, or keep fewer (checkpoint.keep)"
         ),
         false => {
-            tracing::info!(needed, free, "the volume has room for the job's checkpoints and models, in bytes")
+            tracing::info!(
+                needed,
+                free,
+                "the volume has room for the most that the job's checkpoints and models take, in bytes"
+            )
         }
     }
     Ok(())

@@ -413,5 +413,8 @@ fn stages_that_follow_each_other_take_the_room_of_one_and_what_those_before_leav
     after["paths"]["startModel"] = json!("jobs/j/sft/model");
     assert_eq!(most([&sft, &after, &ppo], [(100, 10), (50, 10), (80, 10)]), 100);
     assert_eq!(most([&sft, &after, &ppo], [(100, 40), (50, 10), (80, 10)]), 130);
+    // The two at the side of PPO follow each other, and yet both count: a bound.
+    let alone = stages()[2].clone();
+    assert_eq!(most([&sft, &after, &alone], [(100, 10), (50, 10), (80, 10)]), 230);
     assert_eq!(room::most(&[]), 0);
 }
