@@ -255,6 +255,22 @@ fn a_checkpoint_of_another_layout_is_refused_and_one_that_does_not_tell_its_own_
     assert!(!old.log.contains("sums round otherwise"));
 }
 
+/// A newer trainer's checkpoint is whole: an older image that comes back must neither rename nor prune it.
+#[test]
+fn a_checkpoint_that_another_version_wrote_is_refused_and_kept() {
+    let whole = finished("gpt2", &sft());
+    type Change = fn(&mut serde_json::Value);
+    let changes: [(Change, &str); 2] =
+        [(|m| m["format"] = json!(4), "of format 4"), (|m| m["novelty"] = json!(1), "novelty")];
+    for (change, said) in changes {
+        let volume = rewound(&whole, "gpt2", "sft", 10);
+        change_manifest(&volume, "sft", 10, change);
+        let end = volume.run(&sft().processes(2).attempt(2));
+        end.expect(65, "BadInput", &["step-10", said, "reads format 3", "storage.runPath"]);
+        assert!(volume.path("jobs/j/sft/checkpoints/step-10/manifest.json").exists());
+    }
+}
+
 #[test]
 fn a_run_that_goes_on_with_other_threads_says_that_it_does_not_end_bit_for_bit() {
     let whole = finished("gpt2", &sft());

@@ -15,6 +15,8 @@ use std::path::Path;
 pub(super) const MANIFEST: &str = "manifest.json";
 /// The version of the layout.
 pub(super) const FORMAT: u32 = 3;
+/// This trainer's own version.
+const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -81,9 +83,19 @@ impl Manifest {
         serde_json::to_vec_pretty(self).map_err(|e| Error::bug(e.to_string()))
     }
 
+    /// Reads the manifest in `dir`. One that is JSON, and yet not what this version writes, is not damaged: damage would not
+    /// leave it JSON.
     pub fn read(dir: &Path) -> std::result::Result<Self, ReadError> {
-        let manifest: Self = serde_json::from_slice(&std::fs::read(dir.join(MANIFEST))?)?;
-        if manifest.format == FORMAT { Ok(manifest) } else { Err(ReadError::Format(manifest.format)) }
+        let bytes = std::fs::read(dir.join(MANIFEST))?;
+        let any: Value = serde_json::from_slice(&bytes)?;
+        let run = any.get("run").and_then(|run| RunId::deserialize(run).ok());
+        let other = |what: String| ReadError::OtherVersion { what, run };
+        match any.get("format").and_then(Value::as_u64) {
+            Some(format) if format == u64::from(FORMAT) => serde_json::from_slice(&bytes)
+                .map_err(|e| other(format!("it is of format {FORMAT} with a change ({e})"))),
+            Some(format) => Err(other(format!("it is of format {format}"))),
+            None => Err(other("it tells no format".into())),
+        }
     }
 
     /// Whether the checkpoint was written by this run.
@@ -110,8 +122,12 @@ pub(super) enum ReadError {
     Io(#[from] std::io::Error),
     #[error("{MANIFEST}: {0}")]
     Json(#[from] serde_json::Error),
-    #[error("{MANIFEST}: format {0} is not {FORMAT}")]
-    Format(u32),
+    #[error("{MANIFEST}: {what}, and this trainer, of version {VERSION}, reads format {FORMAT} as it writes it")]
+    OtherVersion {
+        what: String,
+        /// The run that it says it is of.
+        run: Option<RunId>,
+    },
 }
 
 /// The hash of a file's content.
@@ -123,4 +139,59 @@ pub(super) fn sha256(path: &Path) -> std::io::Result<[u8; 32]> {
 
 pub(super) fn hex(digest: &[u8; 32]) -> String {
     digest.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn read(text: &str) -> std::result::Result<Manifest, ReadError> {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join(MANIFEST), text).unwrap();
+        Manifest::read(dir.path())
+    }
+
+    fn manifest() -> Value {
+        json!({
+            "format": FORMAT, "run": "00000000000000aa", "step": 3, "data": "", "state": null, "files": [],
+            "models": {"model": {"updates": 3, "chunks": [8]}}
+        })
+    }
+
+    #[test]
+    fn what_another_version_wrote_is_told_from_what_is_damaged() {
+        assert_eq!(read(&manifest().to_string()).unwrap().step, 3);
+        type Change = fn(&mut Value);
+        let changes: [(Change, &str); 5] = [
+            (|m| m["format"] = json!(FORMAT + 1), "of format 4,"),
+            (|m| m["format"] = json!("new"), "no format"),
+            (|m| m["novelty"] = json!(1), "novelty"),
+            (|m| m["models"]["model"]["novelty"] = json!(1), "novelty"),
+            (|m| m["step"] = json!({"whole": 3}), "format 3 with a change"),
+        ];
+        for (change, said) in changes {
+            let mut other = manifest();
+            change(&mut other);
+            let error = read(&other.to_string()).unwrap_err();
+            let message = error.to_string();
+            assert!(
+                message.contains(said) && message.contains(VERSION) && message.contains("reads format 3"),
+                "{message}"
+            );
+            let ReadError::OtherVersion { run, .. } = error else { panic!("{message}") };
+            assert_eq!(run.map(String::from).as_deref(), Some("00000000000000aa"));
+        }
+        let mut text = manifest().to_string();
+        text.truncate(40);
+        assert!(matches!(read(&text).unwrap_err(), ReadError::Json(_)));
+    }
+
+    /// Versions before they were would refuse it.
+    #[test]
+    fn what_versions_before_do_not_know_is_written_only_where_it_says_something() {
+        let plain: Manifest = serde_json::from_value(manifest()).unwrap();
+        let written: Value = serde_json::from_slice(&plain.to_json().unwrap()).unwrap();
+        assert_eq!(written, manifest());
+    }
 }

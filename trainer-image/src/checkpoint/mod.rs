@@ -297,7 +297,8 @@ impl Checkpoints {
     /// Damaged ones are skipped with the reason in the log. What interrupted saves have left is removed first.
     ///
     /// # Errors
-    /// Where the checkpoint is of models of another shape or of a run on other data, storage failed, or a peer was lost.
+    /// Where the checkpoint is of models of another shape, of a run on other data or of another version of the trainer, storage
+    /// failed, or a peer was lost.
     pub fn restore(&self, group: &Group, models: &mut [(&str, &mut Model)]) -> Result<Option<Restored>> {
         if group.is_first() {
             self.remove_unfinished()?;
@@ -354,15 +355,31 @@ impl Checkpoints {
         }
     }
 
+    fn foreign(&self, run: RunId) -> Unusable {
+        Unusable::Foreign(format!("it belongs to run {run}, not to {}", self.run))
+    }
+
     /// Whether this rank's share of a checkpoint is sound.
+    ///
+    /// # Errors
+    /// Another version of the trainer wrote it for this run, or storage failed.
     fn check(&self, group: &Group, path: &Path) -> Result<std::result::Result<Manifest, Unusable>> {
         let manifest = match Manifest::read(path) {
             Ok(manifest) => manifest,
             Err(ReadError::Io(e)) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::storage(path, e)),
+            Err(ReadError::OtherVersion { run: Some(run), .. }) if run != self.run => {
+                return Ok(Err(self.foreign(run)));
+            }
+            Err(e @ ReadError::OtherVersion { .. }) => {
+                return Err(Error::input(format!(
+                    "{}: {e}: another version of the trainer wrote it; go on with the image of that version, or name another storage.runPath to start anew",
+                    path.display()
+                )));
+            }
             Err(e) => return Ok(Err(Unusable::Damaged(e.to_string()))),
         };
         if !manifest.is_of(self.run) {
-            return Ok(Err(Unusable::Foreign(format!("it belongs to run {}, not to {}", manifest.run, self.run))));
+            return Ok(Err(self.foreign(manifest.run)));
         }
         for file in group.share(&manifest.files) {
             match file.is_intact(path) {
