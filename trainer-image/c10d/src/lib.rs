@@ -31,7 +31,10 @@ pub use autograd::grad;
 pub use cpu::cpu_capability;
 pub use cuda::{DeviceMemory, device_memory, has_cuda, init, require_devices};
 pub use error::{Error, Result};
-pub use memory::{from_mmap, host_bytes, map_file, peak_host_bytes, resize_storage, storage_bytes};
+pub use memory::{
+    anonymous_host_bytes, from_mmap, host_bytes, map_file, peak_host_bytes, recent_peak_host_bytes, resize_storage,
+    restart_recent_peak, storage_bytes,
+};
 pub use optim::AdamW;
 pub use process_group::{ProcessGroup, ReduceOp, Work};
 pub use rendezvous::Rendezvous;

@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::ptr::null_mut;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use libc::{c_int, c_void};
 use memmap2::Mmap;
@@ -12,6 +13,9 @@ use tch::{Kind, Tensor};
 use crate::error::check;
 use crate::ffi::{self, ptr};
 use crate::{Error, Result};
+
+/// The most bytes of main memory that this process had held when the kernel was last made to forget it.
+static PEAK_BEFORE: AtomicU64 = AtomicU64::new(0);
 
 /// Maps a file read-only. It must not be cut while it is mapped: touching bytes that are gone ends the process. Files that
 /// this project writes are replaced by renaming, never cut.
@@ -97,9 +101,26 @@ pub fn host_bytes() -> u64 {
     status_bytes("VmRSS:")
 }
 
-/// The most bytes of main memory that this process has held (`VmHWM`); 0 where the kernel does not say.
+/// Bytes of those that lie in no file (`RssAnon`); 0 where the kernel does not say.
+pub fn anonymous_host_bytes() -> u64 {
+    status_bytes("RssAnon:")
+}
+
+/// The most bytes of main memory that this process has held; 0 where the kernel does not say.
 pub fn peak_host_bytes() -> u64 {
+    // In this order: whoever makes the kernel forget its peak has noted it before.
+    recent_peak_host_bytes().max(PEAK_BEFORE.load(Ordering::SeqCst))
+}
+
+/// The most bytes of main memory that this process has held since [`restart_recent_peak`] (`VmHWM`), or ever.
+pub fn recent_peak_host_bytes() -> u64 {
     status_bytes("VmHWM:")
+}
+
+/// Makes [`recent_peak_host_bytes`] begin anew from what is held now, and says whether the kernel allows it.
+pub fn restart_recent_peak() -> bool {
+    PEAK_BEFORE.fetch_max(recent_peak_host_bytes(), Ordering::SeqCst);
+    fs::write("/proc/self/clear_refs", "5").is_ok()
 }
 
 fn status_bytes(field: &str) -> u64 {

@@ -237,6 +237,12 @@ fn host_memory_is_counted() {
     let tensor = Tensor::ones([64 << 20], (Kind::Uint8, Cpu));
     assert!(before > 1 << 20 && c10d::peak_host_bytes() >= before + (32 << 20));
     drop(tensor);
+    // The recent peak forgets what is given back, and the peak does not.
+    drop(std::hint::black_box(vec![1_u8; 256 << 20]));
+    let peak = c10d::peak_host_bytes();
+    assert!(c10d::restart_recent_peak());
+    assert!(c10d::recent_peak_host_bytes() + (128 << 20) < peak && c10d::peak_host_bytes() >= peak);
+    assert!((1..=c10d::recent_peak_host_bytes()).contains(&c10d::anonymous_host_bytes()));
 }
 
 // ---------------------------------------------------------------- CUDA, errors

@@ -154,7 +154,12 @@ impl Checkpoints {
 
     /// Whether every rank's host memory has room to copy what a checkpoint of these models holds while training goes on.
     fn has_room(&self, group: &Group, models: &[(&str, &Model)]) -> Result<bool> {
-        Ok(!group.any(!self.headroom.take(shard_file::bytes(models), self.workers_per_node))?)
+        let bytes = shard_file::bytes(models);
+        let has_room = !group.any(!self.headroom.fits(bytes, self.workers_per_node))?;
+        if has_room {
+            self.headroom.take(bytes);
+        }
+        Ok(has_room)
     }
 
     /// Starts saving the models and the stage's state after `step` steps: what this rank keeps is written in the background,

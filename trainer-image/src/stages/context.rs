@@ -308,6 +308,7 @@ impl Context {
             self.telemetry.resume_at(restored.step);
             self.telemetry.checkpoint(restored.checkpoint.clone());
         }
+        self.headroom.loaded();
         self.shutdown.listen()?;
         self.listens.set(true);
         self.telemetry.makes_steps();
