@@ -1,10 +1,11 @@
 //! Checkpoints: whole or absent, verified by hash, independent of the world size that wrote them.
 //!
 //! `step-N/` holds one safetensors file a rank with that rank's range of every chunk (parameters and moments),
-//! and `manifest.json`. All ranks write into a folder beside it while training goes on, and rank 0 renames that as soon
+//! `manifest.json`, and `dataset.sha256` with the hash of the dataset's file. All ranks write into a folder beside it while training goes on, and rank 0 renames that as soon
 //! as every file is flushed and its hash is known. Random draws are made by counter, so a step number and a stage's own state are all
 //! that a resumed run needs to go on exactly.
 
+mod data;
 mod headroom;
 mod machine;
 mod manifest;
@@ -16,6 +17,7 @@ use crate::error::{Error, Result};
 use crate::files;
 use crate::lease::Lease;
 use crate::run::RunId;
+pub use data::DataHashes;
 pub use headroom::Headroom;
 use machine::Machine;
 use manifest::{FileEntry, MANIFEST, Manifest, ModelEntry, ReadError};
@@ -39,7 +41,7 @@ pub struct Checkpoints {
     lease: Lease,
     /// Ranks that share this one's memory.
     workers_per_node: u64,
-    data: String,
+    data: DataHashes,
     headroom: Headroom,
 }
 
@@ -110,13 +112,13 @@ pub struct Restored {
 }
 
 impl Checkpoints {
-    /// The checkpoints of a run of the stage with this config, whose data have this hash.
+    /// The checkpoints of a run of the stage with this config, whose data have these hashes.
     pub fn new(
         config: &StageConfig,
         environment: &Environment,
         run: RunId,
         lease: &Lease,
-        data: [u8; 32],
+        data: DataHashes,
         headroom: &Headroom,
     ) -> Self {
         Self {
@@ -124,7 +126,7 @@ impl Checkpoints {
             headroom: headroom.clone(),
             run,
             workers_per_node: environment.workers_per_node.into(),
-            data: manifest::hex(&data),
+            data,
             dir: environment.volume.join(&config.paths.checkpoints),
             relative: config.paths.checkpoints.clone(),
             keep: config.checkpoint.keep as usize,
@@ -244,6 +246,7 @@ impl Checkpoints {
             std::fs::remove_file(&seal).map_err(|e| Error::storage(&seal, e))?;
             manifest.files.push(FileEntry { name: shard_file::name(rank), sha256 });
         }
+        self.data.write(temporary)?;
         files::write(&temporary.join(MANIFEST), &manifest.to_json()?)?;
         files::sync_dir(temporary)?;
         files::publish_dir(temporary, &self.path(manifest.step), &self.lease)?;
@@ -259,7 +262,7 @@ impl Checkpoints {
             step,
             models: models.iter().map(|(name, model)| (name.to_string(), ModelEntry::of(model))).collect(),
             state: state.clone(),
-            data: self.data.clone(),
+            data: manifest::hex(&self.data.rows),
             machine: models.first().map(|(_, model)| Machine::here(model.group().world_size(), model.device())),
             files: vec![],
         }
@@ -309,8 +312,13 @@ impl Checkpoints {
             self.remove_unfinished()?;
         }
         let Some((step, manifest)) = self.newest(group)? else { return Ok(None) };
-        if manifest.data != self.data {
-            return Err(self.mismatch(step, "it was written by a run on other data".into()));
+        if manifest.data != manifest::hex(&self.data.rows) {
+            let path = self.path(step);
+            return Err(Error::input(format!(
+                "{}: {}, or delete the checkpoint to start the stage anew",
+                path.display(),
+                self.data.why_others(&path)
+            )));
         }
         if let (Some((_, model)), Some(before)) = (models.first(), &manifest.machine) {
             let now = Machine::here(group.world_size(), model.device());

@@ -3,10 +3,13 @@
 use crate::error::{Error, Result};
 use crate::files;
 use serde_json::{Map, Value};
+use sha2::{Digest, Sha256};
+use std::cell::RefCell;
 use std::fmt::Display;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
+use std::rc::Rc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A longer line is a mistake, such as a whole file without line breaks, and is not read into memory.
@@ -33,9 +36,38 @@ pub(super) struct Record<'a> {
     bytes: &'a [u8],
 }
 
-/// Hands each record of the file at `path` to `visit`. `expected` says what a record looks like, for error messages.
-pub(super) fn read(path: &Path, expected: &str, mut visit: impl FnMut(&Record<'_>) -> Result<()>) -> Result<()> {
-    let (mut reader, packed) = unpacked(path, open(path)?)?;
+/// A file whose bytes are hashed on their way. Clones are the same.
+#[derive(Clone)]
+struct Hashed(Rc<RefCell<(File, Sha256)>>);
+
+impl Hashed {
+    fn new(file: File) -> Self {
+        Self(Rc::new(RefCell::new((file, Sha256::new()))))
+    }
+
+    /// The hash of all bytes: those that nobody has read yet, as what may follow a packed text, are read for it.
+    fn digest(mut self) -> std::io::Result<[u8; 32]> {
+        std::io::copy(&mut self, &mut std::io::sink())?;
+        let hasher = self.0.borrow().1.clone();
+        Ok(hasher.finalize().into())
+    }
+}
+
+impl Read for Hashed {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let mut inner = self.0.borrow_mut();
+        let (file, hasher) = &mut *inner;
+        let count = file.read(buffer)?;
+        hasher.update(&buffer[..count]);
+        Ok(count)
+    }
+}
+
+/// Hands each record of the file at `path` to `visit`. `expected` says what a record looks like, for error messages. Returns
+/// the hash of the file's bytes.
+pub(super) fn read(path: &Path, expected: &str, mut visit: impl FnMut(&Record<'_>) -> Result<()>) -> Result<[u8; 32]> {
+    let file = Hashed::new(open(path)?);
+    let (mut reader, packed) = unpacked(path, file.clone())?;
     let mut bytes = Vec::new();
     let mut first = true;
     for line in 1.. {
@@ -67,7 +99,7 @@ pub(super) fn read(path: &Path, expected: &str, mut visit: impl FnMut(&Record<'_
         visit(&Record { path, expected, line, fields, bytes: text })?;
         READ.fetch_add(1, Ordering::Relaxed);
     }
-    Ok(())
+    file.digest().map_err(|e| Error::storage(path, e))
 }
 
 fn open(path: &Path) -> Result<File> {
@@ -78,7 +110,7 @@ fn open(path: &Path) -> Result<File> {
 }
 
 /// What is in a file, and whether it was packed.
-fn unpacked(path: &Path, file: File) -> Result<(Box<dyn BufRead>, bool)> {
+fn unpacked(path: &Path, file: Hashed) -> Result<(Box<dyn BufRead>, bool)> {
     let failed = |e| Error::storage(path, e);
     let mut file = BufReader::new(file);
     let start = file.fill_buf().map_err(failed)?;

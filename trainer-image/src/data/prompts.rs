@@ -26,7 +26,7 @@ pub struct Prompt {
 /// Names the file, line and field of a record that cannot be used; or says that there is none.
 pub fn load_prompts(path: &Path, settings: &Ppo, tokenizer: &Tokenizer, seed: u64) -> Result<Split<Prompt>> {
     let mut prompts = Collector::new(seed);
-    jsonl::read(path, EXPECTED, |record| {
+    let file = jsonl::read(path, EXPECTED, |record| {
         let (text, tokens) = encode(record, tokenizer)?;
         if tokens.is_empty() {
             return Err(record.error("the prompt is empty, and the tokenizer has no beginning-of-sequence token that could stand for it; write a prompt"));
@@ -38,7 +38,7 @@ pub fn load_prompts(path: &Path, settings: &Ppo, tokenizer: &Tokenizer, seed: u6
         prompts.keep(key.as_bytes(), Prompt { tokens: tokens.clone(), text }, [&tokens[..]], about);
         Ok(())
     })?;
-    prompts.split(path, settings.prompts.eval_fraction, "")
+    prompts.split(path, file, settings.prompts.eval_fraction, "")
 }
 
 /// The prompts of a file, whole, each with at least one token or as the tokenizer leaves it.

@@ -31,7 +31,7 @@ pub struct Ranking {
 pub fn load_rankings(path: &Path, settings: &RewardModel, tokenizer: &Tokenizer, seed: u64) -> Result<Split<Ranking>> {
     let mut rankings = Collector::new(seed);
     let max_length = settings.max_length as usize;
-    jsonl::read(path, EXPECTED, |record| {
+    let file = jsonl::read(path, EXPECTED, |record| {
         let Encoded { prompt, prompt_len, mut responses, empty } = encode(record, tokenizer)?;
         let excess = responses.iter().map(Vec::len).max().unwrap_or_default().saturating_sub(max_length);
         let begin = tokenizer.begin_length().min(prompt_len);
@@ -55,7 +55,7 @@ pub fn load_rankings(path: &Path, settings: &RewardModel, tokenizer: &Tokenizer,
     let why = format!(
         "within maxLength {max_length} their responses are the same; raise maxLength, or check that the responses differ"
     );
-    rankings.split(path, settings.dataset.eval_fraction, &why)
+    rankings.split(path, file, settings.dataset.eval_fraction, &why)
 }
 
 /// A record's whole sequences, nothing cut.

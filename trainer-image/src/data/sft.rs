@@ -23,7 +23,7 @@ pub struct SftSample {
 /// Names the file, line and field of a record that cannot be used; or says that none can.
 pub fn load_sft(path: &Path, settings: &Sft, tokenizer: &Tokenizer, seed: u64) -> Result<Split<SftSample>> {
     let mut samples = Collector::new(seed);
-    jsonl::read(path, expected(settings.format), |record| {
+    let file = jsonl::read(path, expected(settings.format), |record| {
         let Encoded { sample: whole, empty } = encode(record, settings, tokenizer)?;
         let length = whole.tokens.len();
         match cut(whole, settings.max_length as usize) {
@@ -36,7 +36,7 @@ pub fn load_sft(path: &Path, settings: &Sft, tokenizer: &Tokenizer, seed: u64) -
         Ok(())
     })?;
     let why = format!("no target token is left within maxLength {}; raise maxLength", settings.max_length);
-    samples.split(path, settings.dataset.eval_fraction, &why)
+    samples.split(path, file, settings.dataset.eval_fraction, &why)
 }
 
 fn expected(format: SftFormat) -> &'static str {

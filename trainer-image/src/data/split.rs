@@ -73,6 +73,8 @@ pub struct Split<T> {
     pub eval: Vec<T>,
     /// The dataset's figures.
     pub summary: Summary,
+    /// Hash of the file's bytes.
+    pub file: [u8; 32],
 }
 
 /// What there is to say about a record that is kept.
@@ -123,11 +125,12 @@ impl<T> Collector<T> {
         self.items.push((hash(self.seed, key), item));
     }
 
-    /// Splits what was added. `why_dropped` completes "all records were dropped: ".
+    /// Splits what was added, which is of the file at `path` with this hash. `why_dropped` completes "all records were
+    /// dropped: ".
     ///
     /// # Errors
     /// If no record was kept.
-    pub fn split(self, path: &Path, eval_fraction: f64, why_dropped: &str) -> Result<Split<T>> {
+    pub fn split(self, path: &Path, file: [u8; 32], eval_fraction: f64, why_dropped: &str) -> Result<Split<T>> {
         let Self { items, mut summary, .. } = self;
         if items.is_empty() {
             let dropped = summary.dropped;
@@ -142,7 +145,7 @@ impl<T> Collector<T> {
         let (eval, train): (Vec<_>, Vec<_>) = items.into_iter().partition(|(hash, _)| *hash < below);
         (summary.train, summary.eval) = (train.len() as u64, eval.len() as u64);
         let values = |half: Vec<(u64, T)>| half.into_iter().map(|(_, item)| item).collect();
-        Ok(Split { train: values(train), eval: values(eval), summary })
+        Ok(Split { train: values(train), eval: values(eval), summary, file })
     }
 }
 

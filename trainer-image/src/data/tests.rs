@@ -294,6 +294,19 @@ fn a_byte_order_mark_is_skipped_and_an_array_told_apart() {
     }
 }
 
+/// Whatever is in it, and however much of it the reader wants to see at once.
+#[test]
+fn the_hash_is_that_of_the_files_bytes() {
+    use sha2::{Digest, Sha256};
+    let plain_text = "{\"prompt\": \"x\"}\n".repeat(3000);
+    let packed = zstd::encode_all(plain_text.as_bytes(), 0).unwrap();
+    for content in [plain_text.as_bytes(), &packed[..]] {
+        let (_dir, path) = file(content);
+        let hash: [u8; 32] = Sha256::digest(content).into();
+        assert_eq!(load_prompts(&path, &ppo(3, 0.0), &plain(), 0).unwrap().file, hash);
+    }
+}
+
 #[test]
 fn a_packed_file_is_read_as_what_is_in_it() {
     use std::io::Write;

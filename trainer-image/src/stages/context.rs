@@ -1,7 +1,7 @@
 //! What every stage needs beside its settings: its place, its peers, its paths, and whom to tell.
 
 use super::export;
-use crate::checkpoint::{Checkpoints, Headroom, Kept, Restored, Saving};
+use crate::checkpoint::{Checkpoints, DataHashes, Headroom, Kept, Restored, Saving};
 use crate::data::dataset_path;
 use crate::engine::{Backbone, Group, HEAD_SLICE_BYTES, LossScale, Model, Placement, ScalarInit};
 use crate::environment::Environment;
@@ -59,7 +59,7 @@ pub struct Context {
     /// The device of this worker.
     pub device: Device,
     /// What [`Context::agree_on_data`] found.
-    data: OnceCell<[u8; 32]>,
+    data: OnceCell<DataHashes>,
     /// What [`Context::begin`] found: the run, and the right to write.
     begun: OnceCell<(RunId, Lease)>,
     /// What checkpoints know of host memory.
@@ -183,11 +183,11 @@ impl Context {
     }
 
     /// Makes sure that every rank has read the same rows of tokens, and remembers them for checkpoints: a run on other
-    /// data would go on with other batches than the ones it has not seen yet.
+    /// data would go on with other batches than the ones it has not seen yet. `file` is the hash of the file that they are of.
     ///
     /// # Errors
     /// The ranks have read different data, or a peer was lost.
-    pub fn agree_on_data<'r>(&self, rows: impl Iterator<Item = &'r [i64]>) -> Result<()> {
+    pub fn agree_on_data<'r>(&self, file: [u8; 32], rows: impl Iterator<Item = &'r [i64]>) -> Result<()> {
         let mut hasher = Sha256::new();
         for row in rows {
             hasher.update((row.len() as u64).to_le_bytes());
@@ -200,7 +200,7 @@ impl Context {
                 "the ranks have read different data (rank {rank} not what rank 0 has): do not change a dataset while a stage starts, and mount the same volume in all pods"
             )));
         }
-        let _ = self.data.set(digest);
+        let _ = self.data.set(DataHashes { rows: digest, file });
         Ok(())
     }
 

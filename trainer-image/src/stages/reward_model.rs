@@ -154,7 +154,7 @@ pub(super) fn run(context: &Context, settings: &RewardModel) -> Result<Output> {
         load_rankings(&context.dataset(&settings.dataset)?, settings, &tokenizer, context.config.seed)
     })?;
     let responses = data.train.iter().chain(&data.eval).flat_map(|r| &r.responses);
-    context.agree_on_data(responses.map(Vec::as_slice))?;
+    context.agree_on_data(data.file, responses.map(Vec::as_slice))?;
     let (source, mut model) = context.start_model(HeadKind::Scalar)?;
     let micro_size = settings.batch.micro_size as usize;
     let schedule = Schedule {

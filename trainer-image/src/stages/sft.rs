@@ -101,7 +101,7 @@ pub(super) fn run(context: &Context, settings: &Sft) -> Result<Output> {
     let data = context.telemetry.phase(Phase::Data, || {
         load_sft(&context.dataset(&settings.dataset)?, settings, &tokenizer, context.config.seed)
     })?;
-    context.agree_on_data(data.train.iter().chain(&data.eval).map(|s| s.tokens.as_slice()))?;
+    context.agree_on_data(data.file, data.train.iter().chain(&data.eval).map(|s| s.tokens.as_slice()))?;
     let (source, mut model) = context.start_model(HeadKind::Lm)?;
     let micro_size = settings.batch.micro_size as usize;
     let schedule = Schedule {

@@ -54,7 +54,7 @@ pub(super) fn run(context: &Context, settings: &Ppo) -> Result<Output> {
     let prompts = context.telemetry.phase(Phase::Data, || {
         load_prompts(&context.dataset(&settings.prompts)?, settings, &tokenizer, context.config.seed)
     })?;
-    context.agree_on_data(prompts.train.iter().chain(&prompts.eval).map(|p| p.tokens.as_slice()))?;
+    context.agree_on_data(prompts.file, prompts.train.iter().chain(&prompts.eval).map(|p| p.tokens.as_slice()))?;
     let mut source = Source::open(&context.path(&context.config.paths.start_model))?;
     source.spec.known_tokens = Some(tokenizer.vocab_size() as i64);
     let models = Models::load(context, settings, &source)?;
