@@ -69,7 +69,8 @@ async fn write_children(job: &RLHFJob, decision: &Decision, ctx: &Context) -> Re
     if all_as_seen { Ok(all_taken) } else { Err(Error::Stale) }
 }
 
-/// Makes the attempts that are to be made, of which those of other stages go on where one is refused.
+/// Makes the attempts that are to be made. Those of other stages are made where one is refused, or something is in its way,
+/// which is given back at the end.
 async fn make_all(job: &RLHFJob, decision: &Decision, ctx: &Context) -> Result<bool, Error> {
     let slots = decision.make.iter().map(|children| (children, decision.status.slot(&children.stage)));
     let slots: Vec<_> = slots.filter_map(|(children, slot)| Some((children, slot?))).collect();
@@ -79,7 +80,7 @@ async fn make_all(job: &RLHFJob, decision: &Decision, ctx: &Context) -> Result<b
             return hold(job, first, error, ctx).map(|()| false);
         }
     }
-    let mut all_taken = true;
+    let (mut all_taken, mut in_the_way) = (true, None);
     for (children, slot) in slots {
         still_leads(ctx)?;
         match make::make(job, children, ctx).await {
@@ -87,13 +88,14 @@ async fn make_all(job: &RLHFJob, decision: &Decision, ctx: &Context) -> Result<b
                 ctx.retries.made(job, &children.stage);
                 ctx.metrics.attempt_made(job, slot);
             }
-            Err(error) => {
-                hold(job, slot, error, ctx)?;
-                all_taken = false;
-            }
+            Err(error) => match hold(job, slot, error, ctx) {
+                Ok(()) => all_taken = false,
+                Err(error @ Error::InTheWay { .. }) => _ = in_the_way.get_or_insert(error),
+                Err(error) => return Err(error),
+            },
         }
     }
-    Ok(all_taken)
+    in_the_way.map_or(Ok(all_taken), Err)
 }
 
 /// Keeps why a stage's children could not be made for the next pass, which tells it in status. Any other error is given

@@ -101,7 +101,7 @@ impl Metrics {
             )?,
             trainers: IntGauge::new(
                 "rlhf_operator_trainers",
-                "Trainers that run and are asked for their progress: rank 0 of each attempt.",
+                "Trainers that run and are asked for their progress: rank 0 of each attempt at a stage, and prepare's pod.",
             )?,
             silent: IntGauge::new(
                 "rlhf_operator_trainers_silent",

@@ -7,7 +7,7 @@ use crate::controller::Guarded;
 use crate::decide::{Decision, Observed, decide};
 use crate::deciding::Undecided;
 use crate::metrics::Reason;
-use crate::observe::{self, observe, still_holds};
+use crate::observe::{self, leave_out_blocked, observe, still_holds};
 use futures::future::BoxFuture;
 use jiff::Timestamp;
 use kube::ResourceExt;
@@ -93,7 +93,7 @@ async fn pass(guarded: Arc<Guarded>, ctx: Arc<Context>) -> Result<Action, Error>
     }
     let now = ctx.clock.now();
     let observed = observe(job, &ctx, now).await?;
-    let decision = match decision(&guarded, job, observed, now, &ctx).await {
+    let mut decision = match decision(&guarded, job, observed, now, &ctx).await {
         Ok(decision) => decision,
         Err(Undecided::Waits(wait)) => return Ok(Action::requeue(wait)),
         Err(undecided) => {
@@ -102,7 +102,7 @@ async fn pass(guarded: Arc<Guarded>, ctx: Arc<Context>) -> Result<Action, Error>
             return Err(undecided.into());
         }
     };
-    match write(job, &decision, &ctx).await {
+    match write(job, &mut decision, &ctx).await {
         Ok(true) => Ok(settled(job, &decision, &ctx)),
         // The next pass tells of it in status.
         Ok(false) => Ok(Action::requeue(Duration::ZERO)),
@@ -127,16 +127,21 @@ async fn decision(
     Ok(decision)
 }
 
-/// Writes what was decided, if it still holds.
-async fn write(job: &RLHFJob, decision: &Decision, ctx: &Context) -> Result<bool, Error> {
+/// Writes what was decided, if it still holds. What is in the way of one stage's attempt is an error once all else is written.
+async fn write(job: &RLHFJob, decision: &mut Decision, ctx: &Context) -> Result<bool, Error> {
+    let mut in_the_way = None;
     if decision.touches_children() {
-        still_holds(job, decision, ctx).await??;
+        if !still_holds(job, decision, ctx).await? {
+            return Err(apply::Error::Stale.into());
+        }
+        in_the_way = leave_out_blocked(job, decision, ctx).await?;
     }
     if !ctx.leadership.holds() {
         // Another may lead by now. The process is about to end, and starts anew as a candidate.
         return Err(apply::Error::Stale.into());
     }
-    Ok(apply(job, decision, ctx).await?)
+    let all_taken = apply(job, decision, ctx).await?;
+    in_the_way.map_or(Ok(all_taken), |error| Err(error.into()))
 }
 
 /// When to look again after a pass that has done all.

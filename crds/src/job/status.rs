@@ -166,7 +166,7 @@ pub struct StageStatus {
     /// The last attempts in a row that made no step beyond `furthestStep`: each doubles the wait after a disruption.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub fruitless: u32,
-    /// The furthest step that an attempt which has ended had made.
+    /// The furthest step that an attempt which has ended had made, but for steps whose checkpoint was lost since.
     #[serde(default, skip_serializing_if = "is_zero_step")]
     pub furthest_step: u64,
     /// Attempts that ended by a bug (exit code 70), of which only the first is followed by another attempt.

@@ -3,6 +3,7 @@
 use super::stage::LONGEST_BACKOFF;
 use super::status::is_active;
 use super::{CLOCK_SKEW, Defeat, Pass, slots};
+use crate::view::Wait;
 use jiff::{SignedDuration, Timestamp};
 use rlhf_api::job::{Phase, RLHFJobStatus, StagePhase, StageStatus};
 
@@ -46,7 +47,8 @@ impl Pass<'_> {
         status.active_since = None;
     }
 
-    /// The time runs from the first start on, except while the job is suspended or only waits in a queue.
+    /// The time runs from the first start on, except while the job is suspended, or only waits in a queue or for nodes by which
+    /// it can be planned.
     pub(super) fn count_active_time(&mut self, status: &mut RLHFJobStatus) {
         if status.phase == Phase::Suspended {
             self.stop_active_time(status);
@@ -58,12 +60,15 @@ impl Pass<'_> {
         }
     }
 
-    /// Whether every attempt that is to run waits to be let run.
+    /// Whether every attempt that is to run waits to be let run, or none is, for nothing can be planned yet.
     fn only_waits(&self, status: &RLHFJobStatus) -> bool {
         let held =
             |s: &StageStatus| self.view(&s.name).job(s.attempt).is_some_and(|j| j.suspended && j.queue.is_some());
         let mut active = status.slots().filter(|s| is_active(s)).peekable();
-        active.peek().is_some() && active.all(held)
+        if active.peek().is_some() {
+            return active.all(held);
+        }
+        self.obstacle.as_ref().is_some_and(Wait::is_for_others)
     }
 
     /// Gives the job up once its time is over, unless it has succeeded.

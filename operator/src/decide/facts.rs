@@ -120,8 +120,10 @@ impl Facts {
         let pods = || view.pods_of(slot.attempt);
         if pods().any(PodView::failed) {
             let cause = cause(slot.attempt, pods(), slot.last_failure.as_ref(), pass.now);
-            // The Job controller waits for a container beside the trainer, and stops nothing: then it ends once no trainer runs.
-            let uncounted = pods().any(|p| p.failed() && p.lives_on) && !pods().any(|p| p.state == PodState::Running);
+            // The Job controller waits for a container beside the trainer, or for a kubelet that is gone, and stops nothing: then
+            // it ends once no trainer runs.
+            let waits = |p: &PodView| p.failed() && pass.lives_on(p);
+            let uncounted = pods().any(waits) && !pods().any(|p| p.state == PodState::Running);
             return match cause {
                 Some(cause) if uncounted => Self::Failed(cause),
                 cause => Self::Failing(cause),

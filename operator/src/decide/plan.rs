@@ -4,6 +4,8 @@
 //! earlier one has taken a device. Where memory runs out in spite of a plan, the next attempt takes the next setting
 //! that takes less, within what the spec leaves open. The arithmetic is [`memory_plan`]'s, and so the trainer's own.
 
+use super::status::is_active;
+use super::transition::{pending_left, waited_too_long};
 use super::{Defeat, DeviceMemory, Event, Pass};
 use crate::build;
 use crate::classify::Reason;
@@ -70,24 +72,46 @@ impl<'a> Pass<'a> {
                 slot.plan = None;
             }
         }
+        let nothing_runs = !status.slots().any(is_active);
         for slot in &mut status.stages {
             let Some(stage) = self.stage(&slot.name) else { continue };
             if slot.plan.is_some() {
                 continue;
             }
             match self.plan(stage, &prepared) {
-                Ok(plan) => slot.plan = plan,
+                Ok(plan) => {
+                    slot.plan = plan;
+                    if slot.phase == StagePhase::Pending {
+                        slot.pending_since = None;
+                    }
+                }
                 Err(Unplanned::Unfit(message)) => {
                     self.defeat = Some(Defeat { reason: "DoesNotFit", message });
                     return;
                 }
-                Err(Unplanned::Waits(wait)) => {
-                    self.obstacle = Some(wait);
-                    self.decision.look_again(NODES_PERIOD);
-                    return;
-                }
+                Err(Unplanned::Waits(wait)) => return self.await_nodes(slot, wait, nothing_runs),
             }
         }
+    }
+
+    /// Waits for nodes before a stage can be planned. That is no other wait than that of pods for room, and is bounded as it is,
+    /// but for a job of which something runs.
+    fn await_nodes(&mut self, slot: &mut StageStatus, wait: Wait, nothing_runs: bool) {
+        let is_bounded = nothing_runs && !self.job.spec.suspend;
+        if slot.phase == StagePhase::Pending {
+            slot.pending_since = is_bounded.then(|| slot.pending_since.unwrap_or(self.now));
+        }
+        if is_bounded {
+            if let Some(said) = waited_too_long(self, slot, || wait.to_string()) {
+                let reason = Reason::PendingTimeout.as_str();
+                let message = format!("given up: {}: {reason}: {said}", slot.name);
+                self.defeat = Some(Defeat { reason, message });
+                return;
+            }
+            pending_left(self, slot).iter().for_each(|left| self.decision.look_again(*left));
+        }
+        self.obstacle = Some(wait);
+        self.decision.look_again(NODES_PERIOD);
     }
 
     /// Whether the spec has changed so that the plan is none of it any more: its settings, its memory, or what it takes on as
@@ -263,7 +287,7 @@ impl Question {
                 "stage {stage}: strategy is to be chosen, but the memory of a device is not known: {why} (label {label}); write compute.deviceMemory"
             )
         };
-        let unknown = |text| Unplanned::Waits(Wait::new("DeviceMemoryUnknown", text));
+        let unknown = |text| Unplanned::Waits(Wait::new(Wait::MEMORY_UNKNOWN, text));
         if self.machines.device_memory.is_some() && self.device_memory.is_none() {
             return Err(match seen {
                 Some(DeviceMemory::NoNode) | None => {
@@ -292,7 +316,7 @@ impl Question {
             return Unplanned::Unfit(message.to_owned());
         }
         Unplanned::Waits(Wait::new(
-            "DeviceMemoryTooSmall",
+            Wait::MEMORY_TOO_SMALL,
             format!(
                 "{message}; so much has the smallest of the nodes on which its pods can run, and it waits for others: suspend the job to choose larger ones by compute.podTemplate.nodeSelector, or to write compute.deviceMemory"
             ),

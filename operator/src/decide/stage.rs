@@ -11,7 +11,7 @@ use memory_plan::Named;
 use rlhf_api::config::KeepCheckpoints;
 use rlhf_api::job::{AttemptRecord, Failure, MAX_ATTEMPTS, StagePhase, StageStatus};
 use rlhf_api::names;
-use rlhf_api::report::{Checkpoint, ExitCode, Output, Verdict};
+use rlhf_api::report::{Checkpoint, ExitCode, Output, Progress, Verdict};
 
 /// The wait before the first attempt that follows a failure; it doubles with each, as the Job controller's does.
 const FIRST_BACKOFF: SignedDuration = SignedDuration::from_secs(10);
@@ -55,6 +55,7 @@ impl Pass<'_> {
         (slot.starting_since, slot.pending_since) = (None, None);
         let Some(Heard { progress, advanced_at, checkpoint }) = heard else { return };
         slot.advanced_at = advanced_at.or(slot.advanced_at);
+        forget_lost_steps(slot, &progress);
         slot.checkpoint = checkpoint.or(slot.checkpoint.take());
         self.count_progress(slot, progress.step);
         slot.progress = Some(progress);
@@ -258,6 +259,17 @@ fn backoff(slot: &StageStatus, outcome: Outcome) -> SignedDuration {
     };
     let doubled = FIRST_BACKOFF.saturating_mul(1 << times.saturating_sub(1).min(16));
     if times == 0 { SignedDuration::ZERO } else { doubled.min(LONGEST_BACKOFF) }
+}
+
+/// An attempt that makes steps before the last checkpoint went on from an earlier one, or began again: that checkpoint is
+/// not there to go on from, and the steps up to it are new ground once more. While it loads, a trainer may not know its step.
+fn forget_lost_steps(slot: &mut StageStatus, progress: &Progress) {
+    let from = progress.checkpoint.as_ref().map_or(0, |c| c.step);
+    let is_lost = |last: &Checkpoint| progress.step < last.step && from < last.step && !progress.metrics.is_empty();
+    if slot.checkpoint.as_ref().is_some_and(is_lost) {
+        slot.furthest_step = slot.furthest_step.min(from);
+        slot.checkpoint = None;
+    }
 }
 
 /// The newest checkpoint that the pods of an attempt spoke of when they ended.

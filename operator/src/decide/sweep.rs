@@ -5,7 +5,8 @@ use crate::view::{JobState, JobView, PodView, StageView};
 use jiff::SignedDuration;
 use rlhf_api::job::{RLHFJobStatus, StagePhase, StageStatus};
 
-/// A pod that has not ended so long after the grace of its deletion is overdue: its kubelet would have killed it by then.
+/// A pod that has not ended so long after the grace of its deletion is overdue: its kubelet would have killed it by then. So
+/// long after its trainer's end and that grace it would have said that the pod has ended.
 pub const LOST_AFTER: SignedDuration = SignedDuration::from_secs(180);
 
 impl Pass<'_> {
@@ -23,6 +24,7 @@ impl Pass<'_> {
             let unwanted = |j: &&JobView| !j.deleting && !self.has_part(slot, j);
             let unwanted: Vec<_> = self.view(&slot.name).jobs.iter().filter(unwanted).map(of).collect();
             self.decision.delete.extend(unwanted);
+            self.await_kubelets(slot);
         }
         for view in self.observed.stages.values() {
             self.decision.orphans.extend(view.orphans().map(pod_ref));
@@ -43,7 +45,29 @@ impl Pass<'_> {
     /// Whether Kubernetes is about to call a Job over: nothing of the stage's pods runs on, such as a sidecar.
     fn ends_itself(&self, slot: &StageStatus, job: &JobView) -> bool {
         let mut pods = self.view(&slot.name).pods.iter().filter(|p| p.attempt == job.attempt).peekable();
-        slot.phase == StagePhase::Succeeded && pods.peek().is_some() && pods.all(|p| p.ended().is_some() && !p.lives_on)
+        let is_told = |p: &PodView| !p.lives_on && (job.state != JobState::Active || !self.lives_on(p));
+        slot.phase == StagePhase::Succeeded && pods.peek().is_some() && pods.all(|p| p.ended().is_some() && is_told(p))
+    }
+
+    /// Whether a pod, whose Job counts it as active, may be that for ever although its trainer has ended: a container beside it
+    /// goes on, or its kubelet is gone that was to say that the pod has ended.
+    pub(super) fn lives_on(&self, pod: &PodView) -> bool {
+        pod.lives_on || self.left_to_tell(pod).is_some_and(|left| left <= SignedDuration::ZERO)
+    }
+
+    /// How long the kubelet of a pod whose trainer has ended has until it is taken not to say so any more.
+    fn left_to_tell(&self, pod: &PodView) -> Option<SignedDuration> {
+        let passed = self.now.duration_since(pod.ended()?.at?);
+        Some(pod.grace.saturating_add(LOST_AFTER).saturating_sub(passed))
+    }
+
+    /// Looks again when a kubelet's time is over to say that a pod has ended, which its Job waits for.
+    fn await_kubelets(&mut self, slot: &StageStatus) {
+        let view = self.view(&slot.name);
+        let Some(job) = view.job(slot.attempt).filter(|j| j.state == JobState::Active && !j.suspended) else { return };
+        let left = view.pods_of(job.attempt).filter_map(|p| self.left_to_tell(p));
+        let next = left.filter(|left| *left > SignedDuration::ZERO).min();
+        next.iter().for_each(|left| self.decision.look_again(*left));
     }
 
     /// Gives up pods whose kubelets do not carry out their deletion, where it is known that they cannot run on, or the job

@@ -149,19 +149,24 @@ fn not_started(pass: &Pass<'_>, slot: &StageStatus, permanent: bool, limit: u32,
 }
 
 /// What is left of the time that the job allows for waiting, where it bounds that.
-fn pending_left(pass: &Pass<'_>, slot: &StageStatus) -> Option<SignedDuration> {
+pub(super) fn pending_left(pass: &Pass<'_>, slot: &StageStatus) -> Option<SignedDuration> {
     let limit = pass.job.spec.failure_policy.pending_timeout_seconds?;
     Some(pass.left(slot.pending_since, limit))
 }
 
 /// The end of an attempt that has waited for others longer than the job allows.
 fn pending_too_long(pass: &Pass<'_>, slot: &StageStatus) -> Option<Failure> {
-    pending_left(pass, slot).filter(|left| *left <= SignedDuration::ZERO)?;
-    let limit = pass.job.spec.failure_policy.pending_timeout_seconds?;
-    let what = Facts::of(pass, slot).waiting().map(|told| told.to_string()).unwrap_or_default();
-    let message = format!("it waited for failurePolicy.pendingTimeoutSeconds ({limit} s): {what}");
+    let what = || Facts::of(pass, slot).waiting().map(|told| told.to_string()).unwrap_or_default();
+    let message = waited_too_long(pass, slot, what)?;
     let reason = Reason::PendingTimeout.as_str().into();
     Some(Failure { reason, ..vanished(slot.attempt, message, pass.now) })
+}
+
+/// In words, that a stage has waited for others longer than the job allows, and what for.
+pub(super) fn waited_too_long(pass: &Pass<'_>, slot: &StageStatus, what: impl FnOnce() -> String) -> Option<String> {
+    pending_left(pass, slot).filter(|left| *left <= SignedDuration::ZERO)?;
+    let limit = pass.job.spec.failure_policy.pending_timeout_seconds?;
+    Some(format!("it waited for failurePolicy.pendingTimeoutSeconds ({limit} s): {}", what()))
 }
 
 fn running_next(pass: &Pass<'_>, slot: &StageStatus) -> Next {

@@ -2,13 +2,14 @@
 //!
 //! Jobs and pods come from label-selected watches, which lag behind the API server. Where a lag could mislead the rules, or a
 //! watch cannot tell, the API server is asked: [`crate::decide::ask`] says what. Right before children are touched
-//! [`still_holds`] asks for the job itself and for a stage's children.
+//! [`still_holds`] asks for the job itself, and [`leave_out_blocked`] for a stage's children.
 
 mod events;
 mod nodes;
 mod queue;
 
 use crate::apply;
+use crate::build::Children;
 use crate::context::Context;
 use crate::decide::{Decision, Observed, ask};
 use crate::progress::Heard;
@@ -115,32 +116,52 @@ async fn read_progress(job: &RLHFJob, live: &[&StageStatus], stages: &mut BTreeM
     }
 }
 
-/// Whether what was decided still holds at the API server: the job is the one that was looked at, and every stage
-/// whose next attempt is to be made is clear. With it, neither a lagging store nor a second operator can make two
-/// attempts live at once.
+/// Whether what was decided still holds at the API server: the job is the one that was looked at.
 ///
-/// What follows from the status needs no question: a new status is written under the version that was looked at before
-/// anything is touched, and of a stage that has had no attempt there is nothing.
+/// A new status needs no question: it is written under the version that was looked at before anything is touched.
 ///
 /// # Errors
-/// A read failed. What keeps the decision from being written is told inside.
-pub async fn still_holds(job: &RLHFJob, decision: &Decision, ctx: &Context) -> Result<Result<(), apply::Error>, Error> {
-    if job.status.as_ref() == Some(&decision.status) && !is_current(job, ctx).await? {
-        return Ok(Err(apply::Error::Stale));
-    }
-    for children in decision.make.iter().filter(|c| !c.first) {
-        let attempt = children.job.labels().get(names::LABEL_ATTEMPT).and_then(|a| a.parse().ok()).unwrap_or_default();
-        let jobs: Vec<Job> = list(job, &children.stage, ctx).await?;
-        let pods: Vec<Pod> = list(job, &children.stage, ctx).await?;
-        let jobs = jobs.iter().filter_map(JobView::parse).collect();
-        let pods = pods.iter().filter_map(PodView::parse).collect();
-        let seen = view::stages(job, jobs, pods);
-        if let Some(obstacle) = seen.get(&children.stage).and_then(|view| view.in_the_way(attempt)) {
-            let what = format!("{obstacle} is in the way, and no watch tells of it; remove it if it has no owner");
-            return Ok(Err(apply::Error::InTheWay { stage: children.stage.clone(), what }));
+/// A read failed.
+pub async fn still_holds(job: &RLHFJob, decision: &Decision, ctx: &Context) -> Result<bool, Error> {
+    Ok(job.status.as_ref() != Some(&decision.status) || is_current(job, ctx).await?)
+}
+
+/// Leaves out of the decision the attempts whose stages are not clear at the API server; those of other stages are made.
+/// Returns what is in the way of the first. With it, neither a lagging store nor a second operator can make two attempts
+/// live at once. Of a stage that has had no attempt there is nothing.
+///
+/// # Errors
+/// A read failed.
+pub async fn leave_out_blocked(
+    job: &RLHFJob,
+    decision: &mut Decision,
+    ctx: &Context,
+) -> Result<Option<apply::Error>, Error> {
+    let mut first = None;
+    let mut clear = Vec::new();
+    for children in std::mem::take(&mut decision.make) {
+        let blocked = if children.first { None } else { in_the_way(job, &children, ctx).await? };
+        match blocked {
+            None => clear.push(children),
+            Some(what) => {
+                first.get_or_insert(apply::Error::InTheWay { stage: children.stage, what });
+            }
         }
     }
-    Ok(Ok(()))
+    decision.make = clear;
+    Ok(first)
+}
+
+/// What keeps a stage's attempt from being made, as the API server has it now.
+async fn in_the_way(job: &RLHFJob, children: &Children, ctx: &Context) -> Result<Option<String>, Error> {
+    let attempt = children.job.labels().get(names::LABEL_ATTEMPT).and_then(|a| a.parse().ok()).unwrap_or_default();
+    let jobs: Vec<Job> = list(job, &children.stage, ctx).await?;
+    let pods: Vec<Pod> = list(job, &children.stage, ctx).await?;
+    let jobs = jobs.iter().filter_map(JobView::parse).collect();
+    let pods = pods.iter().filter_map(PodView::parse).collect();
+    let seen = view::stages(job, jobs, pods);
+    let obstacle = seen.get(&children.stage).and_then(|view| view.in_the_way(attempt));
+    Ok(obstacle.map(|o| format!("{o} is in the way, and no watch tells of it; remove it if it has no owner")))
 }
 
 /// Whether the job is the one that was looked at.

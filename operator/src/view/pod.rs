@@ -37,7 +37,7 @@ pub struct PodView {
     pub created: Timestamp,
     /// When somebody asked for its deletion.
     pub deletion_requested: Option<Timestamp>,
-    /// How long its deletion leaves it to end, after which its kubelet kills what still runs.
+    /// How long its deletion leaves it to end, or would leave it, after which its kubelet kills what still runs.
     pub grace: SignedDuration,
     /// For how long this process has known of its deletion, by a clock that nobody sets.
     pub deleting_for: SignedDuration,
@@ -104,7 +104,8 @@ impl PodView {
     pub fn parse(pod: &Pod) -> Option<Self> {
         let status = pod.status.as_ref();
         let meta = &pod.metadata;
-        let grace = SignedDuration::from_secs(meta.deletion_grace_period_seconds.unwrap_or(0));
+        let by_spec = pod.spec.as_ref().and_then(|s| s.termination_grace_period_seconds);
+        let grace = SignedDuration::from_secs(meta.deletion_grace_period_seconds.or(by_spec).unwrap_or(0));
         let state = state(pod);
         let stage = pod.labels().get(names::LABEL_STAGE)?.clone();
         let image = trainer(pod).filter(|_| stage == names::PREPARE).map(|c| c.image_id.clone());

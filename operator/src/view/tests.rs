@@ -3,7 +3,8 @@
 use super::*;
 use crate::build::tests::job as rlhf_job;
 use k8s_openapi::api::batch::v1::Job;
-use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::core::v1::{Pod, PodSpec};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde_json::{Value, json};
 
 fn pod(status: Value) -> PodView {
@@ -155,6 +156,13 @@ fn a_deletion_is_dated_to_when_it_was_asked_for() {
     let view = PodView::parse(&pod).unwrap();
     assert_eq!(view.deletion_requested, Some("2026-01-01T00:00:00Z".parse().unwrap()));
     assert_eq!(view.grace, SignedDuration::from_secs(120));
+    let lives = Pod {
+        metadata: ObjectMeta { deletion_timestamp: None, deletion_grace_period_seconds: None, ..pod.metadata },
+        spec: Some(PodSpec { termination_grace_period_seconds: Some(90), ..PodSpec::default() }),
+        ..pod
+    };
+    let view = PodView::parse(&lives).unwrap();
+    assert_eq!((view.deletion_requested, view.grace), (None, SignedDuration::from_secs(90)));
 }
 
 #[test]

@@ -28,6 +28,10 @@ impl Wait {
     pub const QUEUED: &str = "Queued";
     /// The reason of pods whose Job somebody has suspended without a queue.
     pub const HELD: &str = "JobSuspended";
+    /// The reason of stages that are to be planned, and no node tells the memory of its devices.
+    pub const MEMORY_UNKNOWN: &str = "DeviceMemoryUnknown";
+    /// The reason of stages that fit on devices with more memory than nodes tell of.
+    pub const MEMORY_TOO_SMALL: &str = "DeviceMemoryTooSmall";
 
     /// Of these words.
     pub fn new(reason: impl Into<String>, text: impl Into<String>) -> Self {
@@ -50,8 +54,9 @@ impl Wait {
 
     /// Whether it is for room or for somebody's permission, which is no fault of what waits.
     pub fn is_for_others(&self) -> bool {
-        [Self::UNSCHEDULABLE, Self::GATED, Self::QUOTA, Self::REFUSED, Self::QUEUED, Self::HELD]
-            .contains(&self.reason.as_str())
+        let room = [Self::UNSCHEDULABLE, Self::GATED, Self::MEMORY_UNKNOWN, Self::MEMORY_TOO_SMALL];
+        let permission = [Self::QUOTA, Self::REFUSED, Self::QUEUED, Self::HELD];
+        room.contains(&self.reason.as_str()) || permission.contains(&self.reason.as_str())
     }
 }
 

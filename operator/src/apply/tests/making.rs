@@ -139,13 +139,18 @@ async fn children_are_touched_only_while_the_job_is_as_it_was_seen_and_no_pod_of
             ("GET pods", 200, list(pods)),
         ]);
         let job = started();
-        let held = still_holds(&job, &two_stages(&job), &ctx).await.unwrap();
+        let mut decision = two_stages(&job);
+        assert_eq!(still_holds(&job, &decision, &ctx).await.unwrap(), holds != Err(""), "{name}");
+        let blocked = leave_out_blocked(&job, &mut decision, &ctx).await.unwrap();
+        let left: Vec<_> = decision.make.iter().map(|children| children.stage.as_str()).collect();
         match holds {
-            Ok(()) => assert!(held.is_ok(), "{name}: {held:?}"),
-            Err("") => assert!(matches!(held, Err(Error::Stale)), "{name}: {held:?}"),
+            Ok(()) | Err("") => {
+                assert!(blocked.is_none() && left == ["tune", "judge"], "{name}: {blocked:?}, {left:?}")
+            }
             Err(obstacle) => {
-                let Err(Error::InTheWay { stage, what }) = held else { panic!("{name}: {held:?}") };
+                let Some(Error::InTheWay { stage, what }) = blocked else { panic!("{name}: {blocked:?}") };
                 assert!(stage == "tune" && what.starts_with(&format!("{obstacle} is in the way")), "{name}: {what}");
+                assert_eq!(left, ["judge"], "{name}: another stage goes on");
             }
         }
     }

@@ -16,7 +16,7 @@ use crate::known::Known;
 use crate::lease::Leadership;
 use crate::listed::Listed;
 use crate::metrics::Metrics;
-use crate::observe::still_holds;
+use crate::observe::{leave_out_blocked, still_holds};
 use crate::progress::ProgressReader;
 use crate::retries::Retries;
 use crate::turns::Turns;

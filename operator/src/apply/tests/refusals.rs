@@ -20,6 +20,19 @@ async fn case_30_somebody_elses_object_is_left_alone_and_named_and_other_stages_
     assert_eq!(made[0][names::LABEL_STAGE], "judge");
 }
 
+#[tokio::test]
+async fn a_child_that_is_leaving_keeps_no_other_stage_from_being_made() {
+    let leaving = json!({"metadata": {"name": "demo-tune-prgzn-1", "deletionTimestamp": "2026-01-01T00:00:00Z"}});
+    let (ctx, log) = server(vec![("GET jobs/demo-tune-prgzn-1", 200, leaving)]);
+    let job = started();
+    let error = apply(&job, &two_stages(&job), &ctx).await.unwrap_err();
+    assert!(matches!(&error, Error::InTheWay { stage, .. } if stage == "tune"), "{error}");
+    let seen = log.lock().unwrap();
+    let made = seen.iter().filter(|s| s.line == "POST jobs");
+    let stages: Vec<_> = made.map(|s| s.body["metadata"]["labels"][names::LABEL_STAGE].as_str().unwrap()).collect();
+    assert_eq!(stages, ["judge"]);
+}
+
 /// A refusal by the API server's own validation of a Job.
 fn invalid(name: &str) -> Value {
     json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": "Invalid", "code": 422,

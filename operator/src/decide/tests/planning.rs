@@ -156,6 +156,45 @@ fn a_pool_without_nodes_yet_is_waited_for() {
 }
 
 #[test]
+fn a_wait_for_nodes_is_no_active_time_and_ends_by_the_pending_timeout() {
+    for (known, reason) in [
+        (DeviceMemory::NoNode, "DeviceMemoryUnknown"),
+        (DeviceMemory::Untold, "DeviceMemoryUnknown"),
+        (DeviceMemory::Bytes(100 << 20), "DeviceMemoryTooSmall"),
+    ] {
+        let mut case = without_memory();
+        case.job.spec.active_deadline_seconds = Some(100);
+        tell_memory(&mut case, known);
+        prepare(&mut case, 512);
+        assert_eq!((case.status().active_since, case.slot("tune").pending_since), (None, Some(at(0))), "{known:?}");
+        case.now = at(1_000_000);
+        case.assert_quiet();
+        assert_eq!(case.condition("Waiting"), Some(("True", reason)), "no deadline runs meanwhile");
+        let mut patient = case.again();
+        tell_memory(&mut patient, DeviceMemory::Bytes(80 << 30));
+        patient.pass();
+        assert_eq!((patient.made(), patient.slot("tune").pending_since), (names(["tune-1", "judge-1"]), None));
+        assert_eq!(patient.status().active_since, Some(at(1_000_000)));
+        let mut suspended = case.again();
+        suspended.job.spec.suspend = true;
+        suspended.job.spec.failure_policy.pending_timeout_seconds = Some(1);
+        suspended.pass();
+        assert_eq!((suspended.status().phase, suspended.slot("tune").pending_since), (Phase::Suspended, None));
+        // Who does not want to wait for ever says so.
+        case.job.spec.failure_policy.pending_timeout_seconds = Some(1_000_001);
+        case.assert_quiet();
+        assert_eq!(case.last.requeue, Some(SignedDuration::from_secs(1)));
+        case.now = at(1_000_001);
+        case.pass();
+        assert_eq!(case.condition("Failed"), Some(("True", "PendingTimeoutExceeded")), "{known:?}");
+        let message = case.status().message.clone().unwrap();
+        let wanted = format!("(1000001 s): {reason}: stage tune: ");
+        assert!(message.starts_with("given up: tune: ") && message.contains(&wanted), "{message}");
+        assert_eq!((case.slot("tune").phase, case.made().len()), (StagePhase::Stopped, 0));
+    }
+}
+
+#[test]
 fn nodes_that_tell_of_too_little_are_waited_out_and_what_the_spec_says_is_final() {
     let mut case = without_memory();
     tell_memory(&mut case, DeviceMemory::Bytes(100 << 20));

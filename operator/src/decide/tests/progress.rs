@@ -2,6 +2,12 @@
 
 use super::*;
 
+/// What rank 0 tells at a step, and of which checkpoint.
+fn saved(at_step: u64, checkpoint: Option<u64>) -> Option<Progress> {
+    let checkpoint = checkpoint.map(|step| Checkpoint { step, path: format!("c/{step}") });
+    step(at_step, Some(0.5)).map(|p| Progress { checkpoint, ..p })
+}
+
 /// Ends the stage's attempt so, at this step, and starts the next once its back-off is over; returns the back-off.
 fn fails_at(case: &mut Case, at_step: u64, code: i32) -> i64 {
     let attempt = case.slot("tune").attempt;
@@ -9,6 +15,12 @@ fn fails_at(case: &mut Case, at_step: u64, code: i32) -> i64 {
     case.pass();
     case.view("tune").progress = step(at_step, Some(0.5));
     case.pass();
+    ends(case, code)
+}
+
+/// Ends the stage's attempt where it is, and starts the next once its back-off is over; returns the back-off.
+fn ends(case: &mut Case, code: i32) -> i64 {
+    let attempt = case.slot("tune").attempt;
     case.see("tune", attempt, JobState::Failed, &[ended(code, None)]);
     case.pass();
     let until = case.slot("tune").not_before.unwrap_or(case.now);
@@ -50,6 +62,37 @@ fn disruptions_back_off_while_no_step_is_made_between_them() {
     let mut far = Case::running();
     let waits: Vec<_> = [9, 7, 7, 7, 7, 7, 8, 10].map(|step| fails_at(&mut far, step, 143)).into();
     assert_eq!(waits, [0, 10, 20, 40, 80, 160, 300, 0]);
+}
+
+#[test]
+fn steps_whose_checkpoint_is_lost_are_new_ground_once_more() {
+    let attempt = |case: &mut Case, told: &[Option<Progress>]| {
+        let attempt = case.slot("tune").attempt;
+        case.see("tune", attempt, JobState::Active, &[PodState::Running, PodState::Running]);
+        case.pass();
+        for progress in told {
+            case.view("tune").progress = progress.clone();
+            case.pass();
+        }
+        ends(case, 143)
+    };
+    let checkpoint = |case: &Case| case.slot("tune").checkpoint.as_ref().map(|c| c.step);
+    let begun = || {
+        let mut case = Case::running();
+        assert_eq!(attempt(&mut case, &[saved(300, Some(280))]), 0);
+        case
+    };
+    let mut kept = begun();
+    // It does not know yet from where it goes on; then it makes no step beyond the last.
+    assert_eq!(attempt(&mut kept, &[step(0, None), saved(281, Some(280)), saved(290, Some(280))]), 10);
+    assert_eq!((kept.slot("tune").furthest_step, checkpoint(&kept)), (300, Some(280)));
+    let mut again = begun();
+    assert_eq!(attempt(&mut again, &[step(3, Some(0.5)), step(120, Some(0.5))]), 0, "it begins again");
+    assert_eq!((again.slot("tune").furthest_step, checkpoint(&again)), (120, None));
+    assert_eq!(attempt(&mut again, &[step(3, Some(0.5)), step(100, Some(0.5))]), 10, "no checkpoint was lost");
+    let mut earlier = begun();
+    assert_eq!(attempt(&mut earlier, &[saved(141, Some(140)), saved(150, Some(140))]), 0);
+    assert_eq!((earlier.slot("tune").furthest_step, checkpoint(&earlier)), (150, Some(140)));
 }
 
 #[test]

@@ -84,6 +84,28 @@ fn a_trainer_that_fails_beside_a_container_that_lives_on_ends_its_attempt_once_n
 }
 
 #[test]
+fn a_kubelet_that_never_says_that_a_pod_has_ended_is_not_waited_for_without_bound() {
+    // The trainers ended at second 5, and Kubernetes was told no more.
+    let mut done = trainers_done(JobState::Active, false, false);
+    let mut failed = Case::running();
+    failed.see("tune", 1, JobState::Active, &[ended(75, None), ended(71, None)]);
+    for (case, before, after) in [
+        (&mut done, StagePhase::Succeeded, StagePhase::Succeeded),
+        (&mut failed, StagePhase::Running, StagePhase::Pending),
+    ] {
+        case.view("tune").pods.iter_mut().for_each(|pod| pod.grace = SignedDuration::from_secs(100));
+        case.now = at(284);
+        case.pass();
+        assert_eq!((case.slot("tune").phase, case.deleted()), (before, vec![]));
+        assert_eq!(case.last.requeue, Some(SignedDuration::from_secs(1)));
+        case.now = at(285);
+        case.pass();
+        assert_eq!((case.slot("tune").phase, case.deleted()), (after, names(["tune-1"])));
+    }
+    assert_eq!(failed.slot("tune").last_failure.as_ref().unwrap().code, Some(71));
+}
+
+#[test]
 fn case_27_success_is_told_once_no_trainer_lingers() {
     let mut case = Case::running();
     case.see("tune", 1, JobState::Complete, &[ended(0, None), PodState::Running]);

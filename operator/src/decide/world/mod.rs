@@ -237,8 +237,8 @@ impl World {
         Observed { troubles: troubles.collect(), nodes, stages: seen, device_memory: BTreeMap::new() }
     }
 
-    /// As [`crate::observe::still_holds`].
-    fn still_holds(&self, job: &RLHFJob, decision: &Decision) -> bool {
+    /// As [`crate::observe::still_holds`] and [`crate::observe::leave_out_blocked`].
+    fn still_holds(&self, job: &RLHFJob, decision: &mut Decision) -> bool {
         let clear = |c: &Children| {
             let (jobs, pods) = self.api.of_stage(&c.stage);
             let attempt = c.job.labels()[names::LABEL_ATTEMPT].parse().unwrap();
@@ -246,7 +246,8 @@ impl World {
         };
         let written = job.status.as_ref() != Some(&decision.status);
         let current = job.metadata.resource_version == self.api.job.metadata.resource_version;
-        (written || current) && decision.make.iter().all(clear)
+        decision.make.retain(clear);
+        written || current
     }
 
     /// One pass of the operator: observe from lagging caches, decide, write until the crash.
@@ -259,12 +260,12 @@ impl World {
         let job = job.job.clone();
         let observed = self.observe(&job, jobs, pods);
         let now = self.now();
-        let decision = decide(&job, &observed, &settings(), now + SignedDuration::from_secs(self.clock));
+        let mut decision = decide(&job, &observed, &settings(), now + SignedDuration::from_secs(self.clock));
         let outdated = newer_child(&job.status.clone().unwrap_or_default(), &observed).is_some();
         let done = |slot: &&StageStatus| slot.phase == StagePhase::Running && all_ended_well(slot, &observed);
         let missed = decision.status.slots().find(done).map(|slot| slot.name.clone()).filter(|_| !outdated);
         self.missed = self.missed.take().or(missed);
-        if decision.touches_children() && !self.still_holds(&job, &decision) {
+        if decision.touches_children() && !self.still_holds(&job, &mut decision) {
             return;
         }
         let mut crashed = || writes.checked_sub(1).map(|left| writes = left).is_none();
