@@ -10,6 +10,7 @@ use crate::lease::Leadership;
 use crate::listed::Listed;
 use crate::metrics::Metrics;
 use crate::progress::ProgressReader;
+use crate::questions::Questions;
 use crate::retries::Retries;
 use crate::turns::Turns;
 use k8s_openapi::NamespaceResourceScope;
@@ -44,6 +45,8 @@ pub struct Context {
     pub clock: Clock,
     /// What was made for jobs.
     pub known: Known,
+    /// What events have told.
+    pub questions: Questions,
     /// Where it is decided what follows.
     pub deciding: Deciding,
     /// Whose pass is next.

@@ -16,6 +16,8 @@ struct Entry {
     made: HashSet<u64>,
     /// The generation of the spec whose Jobs the API server was asked about.
     checked: Option<i64>,
+    /// The version of the job over which this process last wrote another.
+    written_over: Option<String>,
 }
 
 /// By namespace and name of the job.
@@ -56,7 +58,22 @@ impl Known {
         self.with(job, |entry| entry.checked = Some(job.metadata.generation.unwrap_or_default()));
     }
 
-    /// The job is gone, or over.
+    /// This process has written over the job as it was looked at.
+    pub fn wrote_over(&self, job: &RLHFJob) {
+        self.with(job, |entry| entry.written_over = job.resource_version());
+    }
+
+    /// Whether there is a later version of the job than this, of which its watch has not told yet.
+    pub fn is_written_over(&self, job: &RLHFJob) -> bool {
+        self.with(job, |entry| entry.written_over.is_some() && entry.written_over == job.resource_version())
+    }
+
+    /// The job is over.
+    pub fn ended(&self, job: &RLHFJob) {
+        self.with(job, |entry| (entry.made, entry.checked) = (HashSet::new(), None));
+    }
+
+    /// The job is gone.
     pub fn forget(&self, namespace: &str, name: &str) {
         self.lock().remove(&(namespace.to_owned(), name.to_owned()));
     }
@@ -74,6 +91,15 @@ mod tests {
         known.check_done(&first);
         assert!(known.is_made(&first, 1) && !known.is_made(&first, 2));
         assert_eq!(known.checked(&first), Some(1));
+        assert!(!known.is_written_over(&first));
+        known.wrote_over(&first);
+        assert!(known.is_written_over(&first));
+        known.ended(&first);
+        assert!(!known.is_made(&first, 1) && known.is_written_over(&first));
+        let mut later = first.clone();
+        later.metadata.resource_version = Some("8".into());
+        assert!(!known.is_written_over(&later));
+        known.made(&first, 1);
         let mut second = first.clone();
         second.metadata.uid = Some("another".into());
         assert!(!known.is_made(&second, 1) && known.checked(&second).is_none());

@@ -23,6 +23,7 @@ pub mod metrics;
 pub mod observe;
 pub mod pass;
 pub mod progress;
+pub mod questions;
 pub mod requirements;
 pub mod retries;
 pub mod scope;

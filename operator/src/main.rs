@@ -21,6 +21,7 @@ use rlhf_operator::lease::{Candidate, Leadership, LeaseTimes, Lost};
 use rlhf_operator::listed::Listed;
 use rlhf_operator::metrics::Metrics;
 use rlhf_operator::progress::ProgressReader;
+use rlhf_operator::questions::Questions;
 use rlhf_operator::requirements::{self, check_crd, check_fields, check_pod_groups};
 use rlhf_operator::retries::Retries;
 use rlhf_operator::scope::Scope;
@@ -238,6 +239,7 @@ async fn run(args: Args) -> Result<(), Box<dyn Error>> {
         retries: Retries::default(),
         clock: Clock::default(),
         known: Known::default(),
+        questions: Questions::default(),
         deciding: Deciding::default(),
         turns: Turns::new(concurrency.into()),
         leadership,

@@ -21,6 +21,8 @@ use std::time::Duration;
 const PASS_LIMIT: Duration = Duration::from_secs(30);
 /// A change that is not there after so many looks is not on its way.
 const STALE_IS_TOLD: u32 = 5;
+/// When a job is looked at again of whose change its watch has not told, should it never tell.
+const WATCH_IS_LATE: Duration = Duration::from_secs(5);
 
 /// A pass that failed and is tried again.
 #[derive(Debug, thiserror::Error)]
@@ -91,6 +93,10 @@ async fn pass(guarded: Arc<Guarded>, ctx: Arc<Context>) -> Result<Action, Error>
     if !is_ours(job) {
         return Ok(Action::await_change());
     }
+    if ctx.known.is_written_over(job) {
+        // What follows from a status that is no more would only be refused. Its watch is about to tell of the next.
+        return Ok(Action::requeue(WATCH_IS_LATE));
+    }
     let now = ctx.clock.now();
     let observed = observe(job, &ctx, now).await?;
     let mut decision = match decision(&guarded, job, observed, now, &ctx).await {
@@ -153,7 +159,7 @@ fn settled(job: &RLHFJob, decision: &Decision, ctx: &Context) -> Action {
         }
         None => {
             if decision.status.phase.is_terminal() {
-                ctx.known.forget(&job.namespace().unwrap_or_default(), &job.name_any());
+                ctx.known.ended(job);
             }
             // What was refused is tried again after a wait; where there is none, nothing is.
             ctx.retries.forget(&job.namespace().unwrap_or_default(), &job.name_any());

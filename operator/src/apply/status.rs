@@ -34,7 +34,10 @@ pub(super) async fn write(job: &RLHFJob, decision: &Decision, ctx: &Context) -> 
         written = patch(job, &changes(&there, &over(&there, &old, &new), "/status"), ctx).await;
     }
     match written {
-        Ok(()) => Ok(()),
+        Ok(()) => {
+            ctx.known.wrote_over(job);
+            Ok(())
+        }
         Err(kube::Error::Api(s)) if s.is_conflict() => Err(Error::Stale),
         Err(kube::Error::Api(s)) if s.is_not_found() => Err(Error::Gone),
         Err(source) => Err(Error::Api { what: what(), source }),

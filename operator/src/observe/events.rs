@@ -19,20 +19,40 @@ const SUMMARY: &str = "Unable to attach or mount volumes";
 
 /// Why a Job's pods are not made.
 pub(super) async fn refusal(job: &RLHFJob, child: &JobView, ctx: &Context) -> Result<Option<Wait>, Error> {
-    let found = about(job, &child.uid, "FailedCreate", ctx).await?;
-    Ok(latest(found, |_| true).map(|note| Wait::refusal(&note)))
+    let ask = async {
+        let found = about(job, &child.uid, "FailedCreate", ctx).await?;
+        Ok(latest(found, |_| true).map(|note| Wait::refusal(&note)))
+    };
+    of(&child.uid, ask, ctx).await
 }
 
 /// Why a pod's volumes are not there, with the pod's name.
 pub(super) async fn mount(job: &RLHFJob, pod: &PodView, ctx: &Context) -> Result<Option<(String, Wait)>, Error> {
-    for reason in MOUNTS {
-        let found = about(job, &pod.uid, reason, ctx).await?;
-        let cause = latest(found.clone(), |note| !note.starts_with(SUMMARY));
-        if let Some(note) = cause.or_else(|| latest(found, |_| true)) {
-            return Ok(Some((pod.name.clone(), Wait::new(reason, note))));
+    let ask = async {
+        for reason in MOUNTS {
+            let found = about(job, &pod.uid, reason, ctx).await?;
+            let cause = latest(found.clone(), |note| !note.starts_with(SUMMARY));
+            if let Some(note) = cause.or_else(|| latest(found, |_| true)) {
+                return Ok(Some(Wait::new(reason, note)));
+            }
         }
+        Ok(None)
+    };
+    Ok(of(&pod.uid, ask, ctx).await?.map(|wait| (pod.name.clone(), wait)))
+}
+
+/// What events tell of an object: what they last told, or tell now.
+async fn of(
+    uid: &str,
+    ask: impl Future<Output = Result<Option<Wait>, Error>>,
+    ctx: &Context,
+) -> Result<Option<Wait>, Error> {
+    if let Some(last) = ctx.questions.last(uid) {
+        return Ok(last);
     }
-    Ok(None)
+    let answer = ask.await?;
+    ctx.questions.answered(uid, answer.clone());
+    Ok(answer)
 }
 
 /// The events of one reason about one object.

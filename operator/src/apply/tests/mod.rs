@@ -18,6 +18,7 @@ use crate::listed::Listed;
 use crate::metrics::Metrics;
 use crate::observe::{leave_out_blocked, still_holds};
 use crate::progress::ProgressReader;
+use crate::questions::Questions;
 use crate::retries::Retries;
 use crate::turns::Turns;
 use http::{Request, Response};
@@ -85,6 +86,7 @@ pub(crate) fn context(client: Client) -> Context {
         retries: Retries::default(),
         clock: Clock::default(),
         known: Known::default(),
+        questions: Questions::default(),
         deciding: Deciding::default(),
         turns: Turns::new(16),
         leadership: Leadership::held(),
