@@ -1,7 +1,7 @@
 //! A normal namespace alone, and beside a hostile one (`--hostile`, or `HOSTILE=1 make bench-operator`).
 //!
 //! The normal namespace has its jobs at once, twice: first alone, then with the hostile one at work. That has as many jobs of 16
-//! stages each, which stand side by side and are planned, and [`hands`](crate::hands) that write what [`absurd`](crate::absurd)
+//! stages each, which stand side by side and are planned, and [`hands`] that write what [`absurd`](crate::absurd)
 //! tells: last words and progress at the bounds and beyond, unreadable words, trainers that never answer, statuses of pods and
 //! Jobs as fast as the API server takes them, pods with the labels of others' children. All its attempts end badly, so that it
 //! goes on for as long as it is measured.
