@@ -23,6 +23,8 @@ class Images(unittest.TestCase):
             ({"tag": "1.2", "digest": DIGEST}, "docker.io/rlhf/{}:1.2@" + DIGEST),
             ({"registry": "r.example:5000"}, "r.example:5000/rlhf/{}:0.1.0"),
             ({"registry": ""}, "rlhf/{}:0.1.0"),
+            ({"repository": "r.example/team/x"}, "r.example/team/x:0.1.0"),
+            ({"repository": "localhost/x"}, "localhost/x:0.1.0"),
             ({"registry": "r.example/mirror/", "repository": "x"}, "r.example/mirror/x:0.1.0"),
         ]:
             found = self.images({"image": image, "trainer": {"image": image}})

@@ -72,12 +72,17 @@ metadata of an object: list $ "suffix of the name" LABELS ANNOTATIONS. The relea
 {{- end -}}
 {{- end -}}
 
-{{/* An image: list $ IMAGE "repository". By tag (by default the chart's appVersion), by digest, or by both. */}}
+{{/*
+An image: list $ IMAGE "repository". By tag (by default the chart's appVersion), by digest, or by both. A repository that begins
+with a registry, as a whole name does (what comes before its first slash has a dot or a port, or is localhost), needs no other but
+the global one.
+*/}}
 {{- define "rlhf.image" -}}
 {{- $root := index . 0 -}}
 {{- $image := index . 1 | default dict -}}
-{{- $registry := ($root.Values.global).imageRegistry | default $image.registry -}}
 {{- $name := $image.repository | default (index . 2) -}}
+{{- $whole := regexMatch "^([^/]*[.:][^/]*|localhost)/" $name -}}
+{{- $registry := ($root.Values.global).imageRegistry | default (ternary "" $image.registry $whole) -}}
 {{- with $registry }}{{ $name = printf "%s/%s" (trimSuffix "/" .) $name }}{{ end -}}
 {{- if $image.digest -}}
 {{- with $image.tag }}{{ $name = printf "%s:%s" $name . }}{{ end -}}
