@@ -229,59 +229,54 @@ fn a_full_disk_is_said_and_the_checkpoints_before_are_whole() {
 /// have needed alone.
 #[test]
 fn a_disk_that_was_full_heals() {
-    let mut launch = sft();
-    launch.config["checkpoint"] = json!({"everySteps": 4, "keep": 1});
-    let whole = finished("gpt2", &launch);
-
     // Room for two checkpoints of 370 KB, of which another takes most while the first two attempts run, which are as alone in
     // their namespace as pods are.
-    let volume = Volume::new("gpt2");
-    let (jobs, left) = (volume.path("jobs"), volume.path("left"));
-    fs::create_dir_all(&jobs).unwrap();
-    let small_disk = "mount -t tmpfs -o size=850k none \"$0/jobs\" && head -c 300k /dev/zero > \"$0/jobs/other\" || exit; \
+    let (volume, _) = on_a_small_disk(
+        "mount -t tmpfs -o size=850k none \"$0/jobs\" && head -c 300k /dev/zero > \"$0/jobs/other\" || exit; \
         RLHF_ATTEMPT=1 \"$@\"; one=$?; RLHF_ATTEMPT=2 \"$@\"; two=$?; \
         find \"$0/jobs\" -name '*.tmp' > \"$0/unfinished\"; \
         rm \"$0/jobs/other\"; RLHF_ATTEMPT=3 \"$@\"; three=$?; \
-        cp -a \"$0/jobs\" \"$0/left\"; echo $one $two $three > \"$0/ends\"; exit $three";
-    let root = volume.path("").display().to_string();
-    let pod = Pod::default().under(&["unshare", "-rm", "sh", "-c", small_disk, &root]);
-    volume.start_as(&launch, &pod).wait().expect(0, "Done", &[]);
+        cp -a \"$0/jobs\" \"$0/left\"; echo $one $two $three > \"$0/ends\"; exit $three",
+    );
     assert_eq!(fs::read_to_string(volume.path("ends")).unwrap(), "74 74 0\n");
     assert_eq!(fs::read_to_string(volume.path("unfinished")).unwrap(), "", "a failed save removes its own");
-
-    fs::remove_dir(&jobs).unwrap();
-    fs::rename(left, jobs).unwrap();
-    assert!(volume.weights("sft") == whole.weights("sft"));
 }
 
 /// A killed attempt has left the disk without a byte: not even the lease of the next one can be written before what it left has
 /// gone. What is no attempt's stays in the way, and is told.
 #[test]
 fn a_disk_that_a_killed_attempt_has_filled_heals() {
+    let (volume, end) = on_a_small_disk(
+        "mount -t tmpfs -o size=1M none \"$0/jobs\" && mkdir -p \"$0/jobs/j/sft/checkpoints\" && cd \"$0/jobs/j/sft\" || exit; \
+        echo '{\"jobUid\": \"u\", \"attempt\": 1}' > lease-1; \
+        head -c 2M /dev/zero > other; RLHF_ATTEMPT=2 \"$@\"; two=$?; ls > \"$0/listed\"; rm other; \
+        for dir in checkpoints/step-8.lease-1.tmp model.lease-1.tmp; do mkdir $dir; head -c 2M /dev/zero > $dir/part; done; \
+        RLHF_ATTEMPT=3 \"$@\"; three=$?; \
+        cp -a \"$0/jobs\" \"$0/left\"; echo $two $three > \"$0/ends\"; exit $three",
+    );
+    assert!(end.log.contains("lease-2: No space left on device"), "{}", end.log);
+    assert_eq!(fs::read_to_string(volume.path("ends")).unwrap(), "74 0\n");
+    // The lease that cannot be written is not there: that of the attempt before holds.
+    assert_eq!(fs::read_to_string(volume.path("listed")).unwrap(), "checkpoints\nlease-1\nother\n");
+}
+
+/// Fine-tuning that keeps one checkpoint, by a shell's `script` that mounts a small disk over the volume's `jobs` where nobody
+/// else sees it, makes attempts by `"$@"`, and leaves a copy of `jobs` in `left`. It ends with what a run that has room ends with.
+fn on_a_small_disk(script: &str) -> (Volume, Finished) {
     let mut launch = sft();
     launch.config["checkpoint"] = json!({"everySteps": 4, "keep": 1});
     let whole = finished("gpt2", &launch);
     let volume = Volume::new("gpt2");
     let (jobs, left) = (volume.path("jobs"), volume.path("left"));
     fs::create_dir_all(&jobs).unwrap();
-    let small_disk = "mount -t tmpfs -o size=1M none \"$0/jobs\" && mkdir -p \"$0/jobs/j/sft/checkpoints\" && cd \"$0/jobs/j/sft\" || exit; \
-        echo '{\"jobUid\": \"u\", \"attempt\": 1}' > lease-1; \
-        head -c 2M /dev/zero > other; RLHF_ATTEMPT=2 \"$@\"; two=$?; ls > \"$0/listed\"; rm other; \
-        for dir in checkpoints/step-8.lease-1.tmp model.lease-1.tmp; do mkdir $dir; head -c 2M /dev/zero > $dir/part; done; \
-        RLHF_ATTEMPT=3 \"$@\"; three=$?; \
-        cp -a \"$0/jobs\" \"$0/left\"; echo $two $three > \"$0/ends\"; exit $three";
     let root = volume.path("").display().to_string();
-    let pod = Pod::default().under(&["unshare", "-rm", "sh", "-c", small_disk, &root]);
+    let pod = Pod::default().under(&["unshare", "-rm", "sh", "-c", script, &root]);
     let end = volume.start_as(&launch, &pod).wait();
     end.expect(0, "Done", &[]);
-    assert!(end.log.contains("lease-2: No space left on device"), "{}", end.log);
-    assert_eq!(fs::read_to_string(volume.path("ends")).unwrap(), "74 0\n");
-    // The lease that cannot be written is not there: that of the attempt before holds.
-    assert_eq!(fs::read_to_string(volume.path("listed")).unwrap(), "checkpoints\nlease-1\nother\n");
-
     fs::remove_dir(&jobs).unwrap();
     fs::rename(left, jobs).unwrap();
     assert!(volume.weights("sft") == whole.weights("sft"));
+    (volume, end)
 }
 
 /// What a killed attempt left goes before anything is written, by whichever attempt comes next.

@@ -429,13 +429,7 @@ fn what_answers_begin_with_in_common_is_no_part_of_the_prompt() {
         json!({"chosen": answer("y"), "rejected": answer("z")})
     };
     let records: Vec<Value> = (0..40).flat_map(|i| [pair(i, "k"), pair(i, "q")]).collect();
-    let split = read_rankings(&records, &reward(64, 0.5), &plain()).unwrap();
-    let questions = |half: &[Ranking]| -> Vec<String> {
-        let text = |r: &Ranking| plain().decode(&r.responses[0]).unwrap().split('\n').next().unwrap().to_string();
-        half.iter().map(text).collect()
-    };
-    let (train, eval) = (questions(&split.train), questions(&split.eval));
-    assert!(train.len() > 8 && eval.len() > 8 && train.iter().all(|q| !eval.contains(q)), "{train:?} {eval:?}");
+    assert_no_question_is_in_both_halves(&records);
 }
 
 #[test]
@@ -580,17 +574,22 @@ fn the_split_never_changes_between_versions() {
     assert_eq!(eval, ["p1", "p3", "p6", "p10", "p11", "p17"]);
 }
 
-#[test]
-fn dialogues_with_the_same_prompt_are_in_the_same_half() {
-    let pair = |i: usize, a: &str, b: &str| json!({"chosen": format!("Q: {i}\nA: {a}"), "rejected": format!("Q: {i}\nA: {b}")});
-    let records: Vec<Value> = (0..40).flat_map(|i| [pair(i, "I do", "I don't"), pair(i, "x", "y")]).collect();
-    let split = read_rankings(&records, &reward(64, 0.5), &plain()).unwrap();
+/// Of rankings whose first line is the question.
+fn assert_no_question_is_in_both_halves(records: &[Value]) {
+    let split = read_rankings(records, &reward(64, 0.5), &plain()).unwrap();
     let questions = |half: &[Ranking]| -> Vec<String> {
         let text = |r: &Ranking| plain().decode(&r.responses[0]).unwrap().split('\n').next().unwrap().to_string();
         half.iter().map(text).collect()
     };
     let (train, eval) = (questions(&split.train), questions(&split.eval));
     assert!(train.len() > 8 && eval.len() > 8 && train.iter().all(|q| !eval.contains(q)), "{train:?} {eval:?}");
+}
+
+#[test]
+fn dialogues_with_the_same_prompt_are_in_the_same_half() {
+    let pair = |i: usize, a: &str, b: &str| json!({"chosen": format!("Q: {i}\nA: {a}"), "rejected": format!("Q: {i}\nA: {b}")});
+    let records: Vec<Value> = (0..40).flat_map(|i| [pair(i, "I do", "I don't"), pair(i, "x", "y")]).collect();
+    assert_no_question_is_in_both_halves(&records);
 }
 
 proptest! {
