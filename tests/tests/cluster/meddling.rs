@@ -126,8 +126,11 @@ fn case_30_two_stages_whose_names_are_taken_wait_quietly() {
             taken.iter().all(|name| message.contains(&format!("Job {name} exists and belongs to somebody else")))
         };
         scene.await_job(NAME, "word of both Jobs", named).await;
-        // Each is tried again, and later each time. A try begins with what the attempt needs and may not be read.
+        // What is told is told by now: the audit log has a write only once it is answered.
+        eventually("both events", async || scene.told(NAME).await.iter().filter(|t| t.reason == "Blocked").count() > 1)
+            .await;
         let told = operators_writes(scene).len();
+        // Each is tried again, and later each time. A try begins with what the attempt needs and may not be read.
         let tries = || -> Vec<_> {
             operators_writes(scene).iter().filter(|w| w.kind() == "create secrets").map(|w| w.at).collect()
         };
