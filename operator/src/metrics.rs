@@ -202,9 +202,7 @@ impl Metrics {
         }
         let (mut text, encoder) = (String::new(), TextEncoder::new());
         encoder.encode_utf8(&self.registry.gather(), &mut text)?;
-        for family in jobs::families(jobs) {
-            encoder.encode_utf8(&family?, &mut text)?;
-        }
+        jobs::write(jobs, &mut text)?;
         Ok(text)
     }
 }
@@ -366,6 +364,30 @@ mod tests {
     }
 
     #[test]
+    fn each_of_many_jobs_has_its_series_once_below_one_head() {
+        let metrics = Metrics::new().unwrap();
+        let job = |number: usize| {
+            let mut job = known();
+            // Of most jobs nothing is known at first.
+            job.status = job.status.filter(|_| number > 150);
+            job.metadata.name = Some(format!("job-{number}"));
+            guarded(job)
+        };
+        let jobs: Vec<_> = (0..200).map(job).collect();
+        let text = metrics.render(jobs.iter()).unwrap();
+        for (family, wanted) in [("stage_attempt", 4 * 200), ("stage_step", 49), ("job_condition", 2 * 49)] {
+            let name = format!("rlhf_operator_{family}");
+            let series: Vec<_> = text.lines().filter(|l| l.starts_with(&format!("{name}{{"))).collect();
+            assert_eq!((series.len(), series.iter().collect::<BTreeSet<_>>().len()), (wanted, wanted), "{family}");
+            let heads: Vec<_> =
+                text.lines().filter(|l| l.starts_with('#') && l.contains(&format!(" {name} "))).collect();
+            assert_eq!(heads.len(), 2, "{heads:?}");
+            let place = |line: &str| text.lines().position(|l| l == line).unwrap();
+            assert_eq!(place(series[wanted - 1]) - place(heads[1]), wanted, "{family}: they stand together");
+        }
+    }
+
+    #[test]
     fn an_attempts_first_step_is_measured() {
         let (metrics, job) = (Metrics::new().unwrap(), known());
         let status = job.status.clone().unwrap();
@@ -412,7 +434,7 @@ mod tests {
              status and vanish with the job. `namespace` and `rlhf_job` are the job's, as in the trainers' metrics: a \
              scrape has to honour the labels (`honorLabels: true`, as in the chart's ServiceMonitor).\n\n{}",
             table(metrics.registry.gather()),
-            table(jobs::families([&job].into_iter()).flat_map(Result::unwrap).collect()),
+            table(jobs::families(&job).collect()),
         )
     }
 

@@ -1,14 +1,14 @@
 //! The series of single RLHFJobs, made anew at each scrape from the jobs that exist: they vanish with their job, and
 //! no counter of the process ever carries a name. `namespace` is the job's, so a scrape has to honour the labels.
 //!
-//! A thousand jobs have twenty thousand series, which take ten times their text in memory; so there is one family of them
-//! at a time.
+//! A thousand jobs have twenty thousand series, which take ten times their text in memory; so there is one family of a few
+//! jobs at a time.
 
 use crate::controller::Guarded;
 use kube::Resource;
 use prometheus::core::Collector;
 use prometheus::proto::MetricFamily;
-use prometheus::{CounterVec, GaugeVec, Opts};
+use prometheus::{CounterVec, GaugeVec, Opts, TextEncoder};
 use rlhf_api::job::{Phase, RLHFJob, StagePhase, StageStatus};
 use rlhf_api::names::{self, CONDITION_UNSUPPORTED};
 use rlhf_api::report::Progress;
@@ -26,6 +26,9 @@ struct Family {
     /// Of a job that cannot be read.
     undecodable: fn(Put<'_>),
 }
+
+/// Of so many jobs a family's series are there at a time.
+const AT_ONCE: usize = 64;
 
 /// In the place of a job's phase: it cannot be read.
 pub(super) const UNDECODABLE: &str = "Undecodable";
@@ -205,9 +208,32 @@ fn text(of: &Option<String>) -> &str {
     of.as_deref().unwrap_or_default()
 }
 
-/// The series of these jobs, family after family.
-pub(super) fn families<'a>(
-    jobs: impl Iterator<Item = &'a Guarded> + Clone,
-) -> impl Iterator<Item = prometheus::Result<Vec<MetricFamily>>> {
-    FAMILIES.iter().map(move |family| family.of(jobs.clone()))
+/// Writes the series of these jobs, family after family.
+pub(super) fn write<'a>(jobs: impl Iterator<Item = &'a Guarded>, text: &mut String) -> prometheus::Result<()> {
+    let (jobs, encoder, mut part) = (jobs.collect::<Vec<_>>(), TextEncoder::new(), String::new());
+    for family in &FAMILIES {
+        let mut begun = false;
+        for some in jobs.chunks(AT_ONCE) {
+            part.clear();
+            encoder.encode_utf8(&family.of(some.iter().copied())?, &mut part)?;
+            text.push_str(if begun { series(&part) } else { &part });
+            begun |= !part.is_empty();
+        }
+    }
+    Ok(())
+}
+
+/// What follows a family's help and type, which stand before all of its series.
+fn series(family: &str) -> &str {
+    let mut left = family;
+    while let Some((_, next)) = left.split_once('\n').filter(|_| left.starts_with('#')) {
+        left = next;
+    }
+    left
+}
+
+/// All families with the series of a job.
+#[cfg(test)]
+pub(super) fn families(job: &Guarded) -> impl Iterator<Item = MetricFamily> {
+    FAMILIES.iter().flat_map(move |family| family.of([job].into_iter()).unwrap_or_default())
 }
