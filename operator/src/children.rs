@@ -19,11 +19,15 @@ use std::time::{Duration, Instant};
 /// A kind of child.
 pub trait Child: Resource<DynamicType = ()> {
     /// What the rules read of it.
-    type View: Clone;
+    type View: Clone + PartialEq;
     /// What the rules read of it, if it has a child's labels.
     fn view(&self) -> Option<Self::View>;
     /// Notes for how long it has been known that its deletion was asked for.
     fn note_deleting(_: &mut Self::View, _for: Duration) {}
+    /// Whether the rules could find anything else in the later view.
+    fn is_news(earlier: &Self::View, later: &Self::View) -> bool {
+        earlier != later
+    }
 }
 
 impl Child for Job {
@@ -31,6 +35,11 @@ impl Child for Job {
 
     fn view(&self) -> Option<JobView> {
         JobView::parse(self)
+    }
+
+    /// The Job controller counts pods in its status, as the pods' own watch tells better.
+    fn is_news(earlier: &JobView, later: &JobView) -> bool {
+        JobView { version: later.version.clone(), ..earlier.clone() } != *later
     }
 }
 
@@ -99,14 +108,20 @@ impl<V> Default for Known<V> {
 }
 
 impl<V> Known<V> {
-    fn take<K: Child<View = V>>(&mut self, child: &K, deleting_since: Option<Instant>) {
-        let Some(uid) = child.uid() else { return };
-        self.remove(&uid);
-        let (Some(job), Some(view)) = (child.labels().get(names::LABEL_JOB_UID), child.view()) else { return };
+    /// Whether it tells anything new.
+    fn take<K: Child<View = V>>(&mut self, child: &K, deleting_since: Option<Instant>) -> bool {
+        let Some(uid) = child.uid() else { return false };
+        let before = self.remove(&uid);
+        let (Some(job), Some(view)) = (child.labels().get(names::LABEL_JOB_UID), child.view()) else {
+            return before.is_some();
+        };
         let (uid, job): (Arc<str>, Arc<str>) = (uid.into(), job.as_str().into());
+        let same = |kept: &Kept<V>| kept.job == job && kept.deleting_since == deleting_since;
+        let is_news = before.is_none_or(|kept| !same(&kept) || K::is_news(&kept.view, &view));
         self.families.entry(job.clone()).or_default().push(uid.clone());
         let namespace = child.namespace().unwrap_or_default();
         self.children.insert(uid, Kept { job, namespace, deleting_since, view });
+        is_news
     }
 
     /// Since when it is known that the child's deletion was asked for: from now on, if nothing has told of it before.
@@ -129,13 +144,15 @@ impl<V> Known<V> {
         }
     }
 
-    fn remove(&mut self, uid: &str) {
-        let Some(kept) = self.children.remove(uid) else { return };
-        let Some(family) = self.families.get_mut(&kept.job) else { return };
-        family.retain(|other| &**other != uid);
-        if family.is_empty() {
-            self.families.remove(&kept.job);
+    fn remove(&mut self, uid: &str) -> Option<Kept<V>> {
+        let kept = self.children.remove(uid)?;
+        if let Some(family) = self.families.get_mut(&kept.job) {
+            family.retain(|other| &**other != uid);
+            if family.is_empty() {
+                self.families.remove(&kept.job);
+            }
         }
+        Some(kept)
     }
 }
 
@@ -144,16 +161,17 @@ impl<K: Child> Children<K> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes in what the watch of a part of the scope tells. Until a list is at its end, what was known before stands.
-    pub(crate) fn take(&self, part: &Part, event: &Event<K>) {
+    /// Takes in what the watch of a part of the scope tells. Until a list is at its end, what was known before stands. Says
+    /// whether a pass could find anything else now: much changes in an object that no rule reads.
+    pub(crate) fn take(&self, part: &Part, event: &Event<K>) -> bool {
         let mut watched = self.lock();
         let Watched { known, listing } = &mut *watched;
         match event {
             Event::Apply(child) => {
                 let since = known.deleting_since(child);
-                known.take(child, since);
+                return known.take(child, since);
             }
-            Event::Delete(child) => known.remove(child.meta().uid.as_deref().unwrap_or_default()),
+            Event::Delete(child) => _ = known.remove(child.meta().uid.as_deref().unwrap_or_default()),
             Event::Init => _ = listing.insert(part.clone(), Known::default()),
             Event::InitApply(child) => {
                 let since = known.deleting_since(child);
@@ -161,6 +179,7 @@ impl<K: Child> Children<K> {
             }
             Event::InitDone => known.replace(part.as_deref(), listing.remove(part).unwrap_or_default()),
         }
+        true
     }
 
     /// What carries a job's UID in its label.
@@ -228,6 +247,37 @@ mod tests {
         children.take(&None, &Event::Delete(pod("a", relabelled)));
         let watched = children.lock();
         assert!(watched.known.children.is_empty() && watched.known.families.is_empty());
+    }
+
+    #[test]
+    fn what_no_rule_reads_is_no_news() {
+        let pods = Children::default();
+        let news = |change: fn(&mut Value)| pods.take(&None, &Event::Apply(pod("a", change)));
+        let on_a_node = |p: &mut Value| p["spec"] = json!({"containers": [], "nodeName": "n"});
+        assert!(news(|_| ()));
+        assert!(!news(|p| p["metadata"]["finalizers"] = json!(["batch.kubernetes.io/job-tracking"])));
+        assert!(news(on_a_node));
+        assert!(!news(on_a_node));
+        let deleted = |p: &mut Value| p["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
+        assert!(news(deleted) && !news(deleted));
+        assert!(news(|p| p["metadata"]["labels"][names::LABEL_JOB_UID] = json!("another")));
+        assert!(news(|p| _ = p["metadata"]["labels"].as_object_mut().map(serde_json::Map::clear)));
+        assert!(pods.take(&None, &Event::Delete(pod("a", |_| ()))));
+
+        let jobs = Children::default();
+        let child = |version: &str, change: Value| {
+            let mut job = serde_json::to_value(pod("j", |_| ())).unwrap();
+            (job["apiVersion"], job["kind"]) = (json!("batch/v1"), json!("Job"));
+            job["metadata"]["resourceVersion"] = json!(version);
+            job["spec"] = json!({"completions": 4, "template": {}});
+            job["status"] = change;
+            serde_json::from_value::<Job>(job).unwrap()
+        };
+        let news = |version: &str, status: Value| jobs.take(&None, &Event::Apply(child(version, status)));
+        assert!(news("1", json!({})));
+        assert!(!news("2", json!({"active": 4, "ready": 2})));
+        assert_eq!(jobs.of(&job())[0].version.as_deref(), Some("2"), "the next write is made under it");
+        assert!(news("3", json!({"active": 3, "completedIndexes": "0"})));
     }
 
     #[test]

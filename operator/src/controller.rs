@@ -99,7 +99,7 @@ fn without_writers(mut event: watcher::Event<Guarded>) -> watcher::Event<Guarded
     event
 }
 
-/// The watch of one kind of child, whose events come after what they tell is known.
+/// The watch of one kind of child, whose events come after what they tell is known, if that is anything new.
 fn watched<K>(
     events: impl Stream<Item = (Part, watcher::Event<K>)> + Send,
     children: Children<K>,
@@ -109,7 +109,8 @@ fn watched<K>(
 where
     K: Child<View: Send> + Send + Sync + 'static,
 {
-    tell(events.inspect(move |(part, event)| children.take(part, event)), watch, listed).touched_objects()
+    let news = events.filter(move |(part, event)| std::future::ready(children.take(part, event)));
+    tell(news, watch, listed).touched_objects()
 }
 
 /// Tells when a watch, whose events are known by now, has listed everything in a part of the scope.

@@ -242,8 +242,8 @@ async fn run(begun: Store) -> Store {
     store.lock().unwrap().put("rlhfjobs", "demo", serde_json::to_value(job()).unwrap());
     let mut ctx = Arc::new(context(client(&store)));
     for _ in 0..100 {
-        listed(&store, "jobs").iter().for_each(|event| ctx.jobs.take(&None, event));
-        listed(&store, "pods").iter().for_each(|event| ctx.pods.take(&None, event));
+        listed(&store, "jobs").iter().for_each(|event| _ = ctx.jobs.take(&None, event));
+        listed(&store, "pods").iter().for_each(|event| _ = ctx.pods.take(&None, event));
         [Watch::RlhfJobs, Watch::Jobs, Watch::Pods].into_iter().for_each(|watch| ctx.listed.done(None, watch));
         let job = store.lock().unwrap().job();
         if job.status.as_ref().is_some_and(|s| s.phase == Phase::Succeeded || s.phase == Phase::Failed) {
