@@ -101,6 +101,11 @@ impl Write {
         (200..300).contains(&self.code())
     }
 
+    /// Whether whoever asked was gone before the answer, which may have been either.
+    pub fn is_cut_off(&self) -> bool {
+        self.code() == 504
+    }
+
     /// The status code of the answer.
     pub fn code(&self) -> u16 {
         self.response_status.as_ref().map_or(0, |s| s.code)

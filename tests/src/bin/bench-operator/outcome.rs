@@ -10,18 +10,29 @@ use std::collections::{HashMap, HashSet};
 /// So many faults are printed.
 const TOLD: usize = 20;
 
-/// Whether an operator's write made a Job.
+/// Whether an operator's write made a Job, and was told so.
 pub fn made_a_job(write: &Write) -> bool {
     write.is("create", "jobs") && write.is_done()
+}
+
+/// How often a Job was made, by its path. Whoever is killed is not told what becomes of what it has asked for: the audit log has
+/// that as cut off, done or not. It was done where nothing else made a Job that is there.
+fn made(writes: &[Write]) -> HashMap<String, usize> {
+    let mut made = HashMap::new();
+    let path = |write: &Write| format!("{}/{}", write.namespace(), write.name());
+    for write in writes.iter().filter(|write| made_a_job(write)) {
+        *made.entry(path(write)).or_default() += 1;
+    }
+    for write in writes.iter().filter(|write| write.is("create", "jobs") && write.is_cut_off()) {
+        made.entry(path(write)).or_insert(1);
+    }
+    made
 }
 
 /// What was lost or doubled of jobs of so many stages, by what status says and by the Jobs that the operator ever made in
 /// their namespaces.
 pub fn faults(jobs: &[RLHFJob], stages: usize, writes: &[Write]) -> Vec<String> {
-    let mut made: HashMap<String, usize> = HashMap::new();
-    for write in writes.iter().filter(|write| made_a_job(write)) {
-        *made.entry(format!("{}/{}", write.namespace(), write.name())).or_default() += 1;
-    }
+    let made = made(writes);
     let mut wanted = HashSet::new();
     let mut faults = Vec::new();
     for job in jobs {
@@ -113,11 +124,15 @@ pub mod tests {
     }
 
     /// What the audit log has of a write that was asked for and answered at these milliseconds.
-    pub fn write(user: &str, verb: &str, resource: &str, name: &str, [asked, at]: [u32; 2]) -> Write {
+    pub fn write(user: &str, verb: &str, resource: &str, name: &str, times: [u32; 2]) -> Write {
+        answered(201, user, verb, resource, name, times)
+    }
+
+    fn answered(code: u16, user: &str, verb: &str, resource: &str, name: &str, [asked, at]: [u32; 2]) -> Write {
         let (resource, subresource) = resource.split_once('/').unwrap_or((resource, ""));
         let time = |ms: u32| format!("2026-01-01T00:00:{:02}.{:03}Z", ms / 1000, ms % 1000);
         serde_json::from_value(json!({
-            "verb": verb, "stage": "ResponseComplete", "user": {"username": user}, "responseStatus": {"code": 201},
+            "verb": verb, "stage": "ResponseComplete", "user": {"username": user}, "responseStatus": {"code": code},
             "objectRef": {"resource": resource, "subresource": subresource, "namespace": "team", "name": name},
             "requestReceivedTimestamp": time(asked), "stageTimestamp": time(at),
         }))
@@ -125,8 +140,23 @@ pub mod tests {
     }
 
     fn made(stages: &[&str]) -> Vec<Write> {
-        let name = |stage: &&str| names::attempt("a", "u", stage, 1);
-        stages.iter().map(|stage| write("operator", "create", "jobs", &name(stage), [0, 1])).collect()
+        answers(&stages.iter().map(|stage| (*stage, 201)).collect::<Vec<_>>())
+    }
+
+    /// The creations of stages' Jobs, with the codes of their answers.
+    fn answers(stages: &[(&str, u16)]) -> Vec<Write> {
+        let name = |stage: &str| names::attempt("a", "u", stage, 1);
+        let create = |(stage, code): &(&str, u16)| answered(*code, "operator", "create", "jobs", &name(stage), [0, 1]);
+        stages.iter().map(create).collect()
+    }
+
+    #[test]
+    fn a_job_whose_creator_was_killed_before_the_answer_was_made_once() {
+        let good = [job(|_| ())];
+        assert!(faults(&good, 1, &answers(&[("prepare", 201), ("sft", 504)])).is_empty());
+        assert!(faults(&good, 1, &answers(&[("prepare", 504), ("sft", 504), ("sft", 409)])).is_empty());
+        let twice = faults(&good, 1, &answers(&[("prepare", 201), ("sft", 201), ("sft", 504), ("sft", 201)]));
+        assert!(twice.len() == 1 && twice[0].contains("was made 2 times"), "{twice:?}");
     }
 
     #[test]
