@@ -93,6 +93,9 @@ impl Pass<'_> {
         let doubt = doubt.map(|doubt| format!("; its last word is not believed: {doubt}")).unwrap_or_default();
         let word = end.and_then(|end| end.word.clone());
         let (output, step) = word.map_or((None, None), |w| (w.output, w.step));
+        // Prepare's word tells what it has found, and no step: it has looked at everything.
+        let all = slot.progress.as_ref().filter(|_| slot.name == names::PREPARE).map(|p| p.total_steps);
+        let step = step.or(all);
         if let (Some(progress), Some(step)) = (&mut slot.progress, step) {
             // Figures of an earlier step are not the ones at the end.
             if progress.step != step {

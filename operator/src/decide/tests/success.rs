@@ -268,3 +268,17 @@ fn case_25_the_image_is_pinned_by_the_digest_that_prepares_own_pod_tells() {
     case.view("prepare").pods[0].image_id = id("0c");
     case.assert_quiet();
 }
+
+#[test]
+fn prepare_that_has_succeeded_has_done_all_whenever_it_was_last_asked() {
+    let mut case = Case::new();
+    case.pass();
+    case.see("prepare", 1, JobState::Active, &[PodState::Running]);
+    case.view("prepare").progress =
+        Some(Progress { step: 7, total_steps: 9, eta_seconds: Some(3), ..Default::default() });
+    case.pass();
+    case.see("prepare", 1, JobState::Complete, &[ended(0, None)]);
+    case.pass();
+    let progress = case.slot("prepare").progress.clone().unwrap();
+    assert_eq!((progress.step, progress.total_steps, progress.eta_seconds), (9, 9, None));
+}
