@@ -104,7 +104,7 @@ class Pod(unittest.TestCase):
         )
         pod, container = objects.pod, objects.container
         self.assertEqual(container["args"][-1], "--http-port=8080")
-        self.assertEqual([e["name"] for e in container["env"]], ["RUST_LOG", "HTTPS_PROXY"])
+        self.assertEqual([e["name"] for e in container["env"]], ["RUST_LOG", "MALLOC_ARENA_MAX", "HTTPS_PROXY"])
         self.assertEqual(pod["volumes"][0]["name"], container["volumeMounts"][0]["name"])
         own, given = (c["labelSelector"]["matchLabels"] for c in pod["topologySpreadConstraints"])
         self.assertEqual(own, objects.one("Deployment")["spec"]["selector"]["matchLabels"])

@@ -83,11 +83,23 @@ pub async fn install() {
     tools::helm(&args).await.good();
 }
 
-/// What a Deployment would start its program with.
-pub async fn flags(client: &Client, namespace: &str, deployment: &str) -> anyhow::Result<Vec<String>> {
+/// With what a Deployment starts its program.
+#[derive(Clone)]
+pub struct Start {
+    /// Its arguments.
+    pub args: Vec<String>,
+    /// What is set in its environment to a value of its own.
+    pub env: Vec<(String, String)>,
+}
+
+/// With what a Deployment would start its program.
+pub async fn start(client: &Client, namespace: &str, deployment: &str) -> anyhow::Result<Start> {
     let deployment = Api::<Deployment>::namespaced(client.clone(), namespace).get(deployment).await?;
     let pod = deployment.spec.template.spec.context("the Deployment has no pod")?;
-    pod.containers.into_iter().next().and_then(|c| c.args).context("the Deployment's container has no arguments")
+    let container = pod.containers.into_iter().next().context("the Deployment has no container")?;
+    let args = container.args.context("the Deployment's container has no arguments")?;
+    let env = container.env.into_iter().flatten().filter_map(|var| Some((var.name, var.value?)));
+    Ok(Start { args, env: env.collect() })
 }
 
 /// A kubeconfig with a new token of an account.

@@ -5,7 +5,7 @@
 //! flags, rights and accounts of their chart, JobSet's leader election on; what a cluster gives to their pods (the
 //! namespace's name, the webhooks' certificates, a Service's way to them) the bench gives to these processes.
 
-use crate::cluster::{ALL_STAGES, Cluster, account, flags, kwok, until};
+use crate::cluster::{ALL_STAGES, Cluster, Start, account, kwok, until};
 use crate::load;
 use crate::parts::{self, Part};
 use crate::say;
@@ -211,7 +211,7 @@ async fn start(manager: &Manager, cluster: &Cluster) -> anyhow::Result<Part> {
     }
     fs::create_dir_all(&certificates)?;
     fs::create_dir_all(CERTIFICATES)?;
-    let mut args = flags(client, NAMESPACE, manager.deployment).await?;
+    let Start { mut args, env } = crate::cluster::start(client, NAMESPACE, manager.deployment).await?;
     for arg in &mut args {
         if arg.starts_with("--config=") {
             *arg = format!("--config={}", config(manager, cluster).await?.display());
@@ -225,7 +225,7 @@ async fn start(manager: &Manager, cluster: &Cluster) -> anyhow::Result<Part> {
     let mut command = Command::new("unshare");
     command.args(["--mount", "sh", "-c", &script]).arg(&certificates);
     command.arg(tools::cache().join("bin").join(manager.program)).args(args);
-    command.env("KUBECONFIG", account(state, NAMESPACE, manager.deployment).await?);
+    command.envs(env).env("KUBECONFIG", account(state, NAMESPACE, manager.deployment).await?);
     let part = Part::start(manager.name, &mut command, &cluster.logs())?;
     project(manager, cluster, &certificates).await?;
     let (port, number) = manager.port;

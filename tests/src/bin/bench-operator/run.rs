@@ -2,7 +2,7 @@
 //!
 //! The operator is started with what the chart's Deployment would start it with, and with a token of its account.
 
-use crate::cluster::{Cluster, POLL, account, flags, install, kwok, until};
+use crate::cluster::{Cluster, POLL, Start, account, install, kwok, start, until};
 use crate::figures::Scrape;
 use crate::parts::{self, Part};
 use crate::say;
@@ -29,7 +29,7 @@ pub struct Run {
     jobs: usize,
     http: reqwest::Client,
     /// With what the chart starts the operator.
-    flags: Vec<String>,
+    start: Start,
     operator: Part,
     kwok: Part,
     /// CPU time of each process when the jobs were last set going.
@@ -42,14 +42,14 @@ impl Run {
         let cluster = Cluster::connect().await?;
         say("installing the chart without its pods");
         install().await;
-        let flags = flags(&cluster.client, SYSTEM, RELEASE).await?;
+        let start = start(&cluster.client, SYSTEM, RELEASE).await?;
         let kwok = kwok(&cluster, plays)?;
         cluster.fill("restricted", jobs).await?;
-        let mut command = operator(&cluster, &flags).await?;
+        let mut command = operator(&cluster, &start).await?;
         let operator = Part::start("operator", &mut command, &cluster.logs())?;
         let audit = Writes::of(&service_account(SYSTEM), &cluster.audit_log())?;
         let http = reqwest::Client::builder().no_proxy().build()?;
-        let run = Self { cluster, audit, jobs, http, flags, operator, kwok, begun: BTreeMap::new() };
+        let run = Self { cluster, audit, jobs, http, start, operator, kwok, begun: BTreeMap::new() };
         let leads =
             async || Ok(run.scrape().await.is_ok_and(|s| s.value("rlhf_operator_leader", "").is_ok_and(|v| v == 1.0)));
         until("the operator leads", 60, leads).await?;
@@ -70,7 +70,7 @@ impl Run {
     /// Ends the operator in the middle of whatever it does, and starts it anew at once. Gives the time of its end.
     pub async fn kill_operator(&mut self) -> anyhow::Result<Timestamp> {
         // The next one's token is there before.
-        let mut next = operator(&self.cluster, &self.flags).await?;
+        let mut next = operator(&self.cluster, &self.start).await?;
         self.check()?;
         self.operator.kill().await?;
         let ended = Timestamp::now();
@@ -175,10 +175,10 @@ impl Run {
 }
 
 /// The operator's process. Each has a token of its own, by which the audit log tells its writes from another's.
-async fn operator(cluster: &Cluster, flags: &[String]) -> anyhow::Result<Command> {
+async fn operator(cluster: &Cluster, start: &Start) -> anyhow::Result<Command> {
     let mut command = Command::new(tools::root().join("target/release/rlhf-operator"));
     let account = account(&cluster.state, SYSTEM, RELEASE).await?;
-    command.args(flags).env("KUBECONFIG", account).env("RUST_LOG", "info").env("HOSTNAME", "bench");
+    command.args(&start.args).envs(start.env.clone()).env("KUBECONFIG", account).env("HOSTNAME", "bench");
     Ok(command)
 }
 
