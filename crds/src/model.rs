@@ -3,9 +3,13 @@
 //!
 //! Prepare reports it, and both sides plan with it.
 
+mod traits;
+
 use crate::stage::{Linear, Lora};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+pub use traits::Traits;
 
 /// How activations are normalised.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -27,6 +31,8 @@ pub enum Positions {
         /// Base of the frequencies.
         theta: f64,
     },
+    /// Attention's scores fall with the distance, in each head at its own pace (ALiBi, Press 2022).
+    Alibi,
     /// A learned vector a position, added to the token's.
     #[default]
     Learned,
@@ -35,7 +41,11 @@ pub enum Positions {
 /// A structural schema has no place for variants of several forms.
 impl From<Option<f64>> for Positions {
     fn from(theta: Option<f64>) -> Self {
-        theta.map_or(Positions::Learned, |theta| Positions::Rotary { theta })
+        match theta {
+            None => Positions::Learned,
+            Some(0.0) => Positions::Alibi,
+            Some(theta) => Positions::Rotary { theta },
+        }
     }
 }
 
@@ -43,6 +53,7 @@ impl From<Positions> for Option<f64> {
     fn from(positions: Positions) -> Self {
         match positions {
             Positions::Rotary { theta } => Some(theta),
+            Positions::Alibi => Some(0.0),
             Positions::Learned => None,
         }
     }
@@ -130,7 +141,8 @@ pub struct ModelSpec {
     pub norm: Norm,
     /// Added to the variance in norms.
     pub norm_eps: f64,
-    /// How a token's position enters: the base of the rotary embedding's frequencies, or nothing where vectors are learned.
+    /// How a token's position enters: the base of the rotary embedding's frequencies, 0 where scores fall with the distance, or
+    /// nothing where vectors are learned.
     #[serde(rename = "ropeTheta", default, skip_serializing_if = "Positions::is_learned")]
     #[schemars(with = "Option<f64>")]
     pub positions: Positions,
@@ -147,6 +159,10 @@ pub struct ModelSpec {
     /// Queries and keys are normalised in each head (Henry 2020).
     #[serde(default, skip_serializing_if = "is_off")]
     pub qk_norm: bool,
+    /// What few models have, as numbers by name.
+    #[serde(default, skip_serializing_if = "Traits::is_none")]
+    #[schemars(with = "BTreeMap<String, f64>")]
+    pub traits: Traits,
     /// A token sees itself and those before it, in all so many; left out, all before it. This and what follows changes no
     /// size that a plan would notice, so it does not travel: whoever runs a model reads it from the model.
     #[serde(skip)]
@@ -160,6 +176,24 @@ pub struct ModelSpec {
     /// The tokens that there are, where the vocabulary is padded: the head then speaks of these alone.
     #[serde(skip)]
     pub known_tokens: Option<i64>,
+    /// The blocks that see everything in spite of the sliding window.
+    #[serde(skip)]
+    pub full_blocks: Vec<usize>,
+    /// Base of the rotary frequencies in blocks with a window, where it is another there; these are not stretched.
+    #[serde(skip)]
+    pub local_theta: Option<f64>,
+    /// By what attention's scores are multiplied, where it is not one over the root of a head's width.
+    #[serde(skip)]
+    pub query_scale: Option<f64>,
+    /// By what token embeddings are multiplied.
+    #[serde(skip)]
+    pub embed_scale: Option<f64>,
+    /// The gate of the feed-forward network is a GELU with the tanh approximation.
+    #[serde(skip)]
+    pub gelu_gate: bool,
+    /// A block's norms follow each residual (Vaswani 2017) instead of preceding what is added to it.
+    #[serde(skip)]
+    pub norms_after: bool,
 }
 
 fn is_off(switch: &bool) -> bool {
@@ -183,6 +217,9 @@ pub enum Segment {
 pub enum Param {
     TokenEmbedding,
     PositionEmbedding,
+    EmbedProjection,
+    EmbedNormWeight,
+    EmbedNormBias,
     AttentionNormWeight,
     AttentionNormBias,
     QueryWeight,
@@ -193,8 +230,10 @@ pub enum Param {
     ValueBias,
     OutputWeight,
     OutputBias,
+    AttentionPostNormWeight,
     MlpNormWeight,
     MlpNormBias,
+    MlpPostNormWeight,
     GateWeight,
     GateBias,
     UpWeight,
@@ -205,6 +244,7 @@ pub enum Param {
     KeyNormWeight,
     FinalNormWeight,
     FinalNormBias,
+    HeadProjection,
     LmHeadWeight,
     ScalarHeadWeight,
     ScalarHeadBias,
@@ -224,6 +264,22 @@ impl Param {
             Linear::Up => (Param::UpWeight, Param::UpBias),
             Linear::Down => (Param::DownWeight, Param::DownBias),
         }
+    }
+
+    /// Whether it is the weight of a norm.
+    pub fn is_norm_weight(self) -> bool {
+        use Param::*;
+        matches!(
+            self,
+            EmbedNormWeight
+                | AttentionNormWeight
+                | AttentionPostNormWeight
+                | MlpNormWeight
+                | MlpPostNormWeight
+                | FinalNormWeight
+                | QueryNormWeight
+                | KeyNormWeight
+        )
     }
 
     /// The linear of which this is the weight.
@@ -270,8 +326,29 @@ impl ModelSpec {
         of(Segment::Embed).saturating_add(blocks).saturating_add(of(Segment::Head))
     }
 
+    /// Width of the token embedding, and of what the output head sees.
+    pub fn embed_width(&self) -> i64 {
+        self.traits.embed_width.unwrap_or(self.hidden)
+    }
+
+    /// Whether rows of the token embedding go through parameters before they reach the first block.
+    pub fn refines_embedding(&self) -> bool {
+        self.traits.embed_norm || self.traits.embed_width.is_some()
+    }
+
+    /// How far back a block sees, where that is less than everything.
+    pub fn window(&self, block: usize) -> Option<i64> {
+        self.sliding_window.filter(|_| !self.full_blocks.contains(&block))
+    }
+
     fn embed_params(&self, list: &mut ParamList) {
-        list.push(Param::TokenEmbedding, &[self.vocab, self.hidden]);
+        list.push(Param::TokenEmbedding, &[self.vocab, self.embed_width()]);
+        if let Some(width) = self.traits.embed_width {
+            list.push(Param::EmbedProjection, &[self.hidden, width]);
+        }
+        if self.traits.embed_norm {
+            list.norm(self, Param::EmbedNormWeight, Param::EmbedNormBias);
+        }
         if self.positions == Positions::Learned {
             list.push(Param::PositionEmbedding, &[self.max_positions + self.position_offset, self.hidden]);
         }
@@ -287,8 +364,14 @@ impl ModelSpec {
             let (weight, bias) = Param::of(linear);
             list.linear(weight, bias, out, input, has_bias);
             if linear == Linear::Output {
+                if self.traits.norms_around {
+                    list.push(Param::AttentionPostNormWeight, &[self.hidden]);
+                }
                 list.norm(self, Param::MlpNormWeight, Param::MlpNormBias);
             }
+        }
+        if self.traits.norms_around {
+            list.push(Param::MlpPostNormWeight, &[self.hidden]);
         }
     }
 
@@ -320,11 +403,17 @@ impl ModelSpec {
     }
 
     fn head_params(&self, list: &mut ParamList, head: HeadKind) {
-        list.norm(self, Param::FinalNormWeight, Param::FinalNormBias);
+        if !self.traits.no_final_norm {
+            list.norm(self, Param::FinalNormWeight, Param::FinalNormBias);
+        }
+        let width = self.embed_width();
+        if self.traits.embed_width.is_some() {
+            list.push(Param::HeadProjection, &[width, self.hidden]);
+        }
         match head {
             HeadKind::Lm if self.tied_head => {}
-            HeadKind::Lm => list.push(Param::LmHeadWeight, &[self.vocab, self.hidden]),
-            HeadKind::Scalar => list.linear(Param::ScalarHeadWeight, Param::ScalarHeadBias, 1, self.hidden, true),
+            HeadKind::Lm => list.push(Param::LmHeadWeight, &[self.vocab, width]),
+            HeadKind::Scalar => list.linear(Param::ScalarHeadWeight, Param::ScalarHeadBias, 1, width, true),
         }
     }
 }

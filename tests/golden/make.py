@@ -21,8 +21,8 @@ import torch
 import transformers
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
-from transformers import (MistralConfig, MistralForCausalLM, OPTConfig, OPTForCausalLM, Qwen2Config, Qwen2ForCausalLM,
-                          Qwen3Config, Qwen3ForCausalLM)
+from transformers import (BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM, OPTConfig, OPTForCausalLM,
+                          Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
 from transformers import (GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
                           LlamaForSequenceClassification)
 
@@ -257,6 +257,8 @@ def families():
         "opt": (OPTForCausalLM, OPTConfig(vocab_size=VOCAB, max_position_embeddings=48, hidden_size=32, word_embed_proj_dim=32,
                                           ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, dropout=0.0,
                                           bos_token_id=1, eos_token_id=2, pad_token_id=PAD)),
+        "bloom": (BloomForCausalLM, BloomConfig(vocab_size=VOCAB, hidden_size=24, n_layer=2, n_head=3, bos_token_id=1,
+                                                eos_token_id=2, pad_token_id=PAD)),
     }
 
 
@@ -439,6 +441,7 @@ def make_adapters():
     """Random adapters as PEFT writes them, and what PEFT computes with them, beside their base and merged into it."""
     rows, tensors, cases = sequences(), {}, {}
     for name, targets in (("gpt2", ["c_attn", "c_proj", "c_fc"]),
+                          ("bloom", ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]),
                           ("llama-gqa-untied", [f"{part}_proj" for part in ("q", "k", "v", "o", "gate", "up", "down")])):
         base = transformers.AutoModelForCausalLM.from_pretrained(HERE / "models" / name, attn_implementation="eager")
         torch.manual_seed(31)

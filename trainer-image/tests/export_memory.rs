@@ -7,6 +7,7 @@ use c10d::{ProcessGroup, Rendezvous};
 use rlhf_api::stage::{Linear, Lora, Offload, Precision, Sharding, Strategy};
 use rlhf_trainer::engine::{Backbone, ChunkLayout, Group, HEAD_SLICE_BYTES, Model, Placement, ScalarInit};
 use rlhf_trainer::lease::Lease;
+use rlhf_trainer::model::families::Layout;
 use rlhf_trainer::model::{Adapters, HeadKind, ModelWriter, Scores, Segment, Source, read_config};
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::json;
@@ -34,7 +35,7 @@ fn write_source(dir: &Path) {
             }
             let mut shape: Vec<usize> = parts[0].shape.iter().map(|&n| n as usize).collect();
             shape[0] *= parts.len();
-            if entry.transposed {
+            if entry.layout == Layout::Transposed {
                 shape.reverse();
             }
             shapes.push((entry.name, shape));

@@ -19,8 +19,8 @@ use tch::{Device, Kind, Reduction, Tensor};
 
 const CAUSAL: [&str; 3] = ["gpt2", "llama-gqa-untied", "llama-tied-headdim"];
 /// Models of further families, and with stretched rotary frequencies.
-const FAMILIES: [&str; 8] =
-    ["llama-linear", "llama-dynamic", "llama-llama3", "llama-yarn", "mistral", "qwen2", "qwen3", "opt"];
+const FAMILIES: [&str; 9] =
+    ["llama-linear", "llama-dynamic", "llama-llama3", "llama-yarn", "mistral", "qwen2", "qwen3", "opt", "bloom"];
 /// fp32 against fp32 with other kernels: logits are of the order of 10, so this is a few units in the last place.
 const LOGIT_TOLERANCE: f64 = 2e-4;
 
@@ -148,6 +148,7 @@ fn every_family_computes_what_transformers_computes() {
         let responses = generate(&model, &requests, &Decoding::Greedy, &[], new_tokens, &|| false).unwrap();
         let actual: Vec<Vec<i64>> = responses.into_iter().map(|r| r.tokens).collect();
         assert_eq!(actual, self::rows(&case["greedy"]), "{name}");
+        compare_with_scoring(name, &model, &requests, new_tokens);
         for recompute in [Recompute::None, Recompute::Block] {
             let mut model = load(&model_dir(name), HeadKind::Lm, recompute);
             let loss = run_backward(&mut model, &rows);
@@ -161,6 +162,21 @@ fn every_family_computes_what_transformers_computes() {
         let copy = tempfile::tempdir().unwrap();
         export(&copy.path().join("model"), &source, &model, SHARD_BYTES);
         same_weights(&model_dir(name), &copy.path().join("model"));
+    }
+}
+
+/// What a rollout says of its tokens, token by token over the cache, is what scoring the whole sequences says.
+fn compare_with_scoring(name: &str, model: &Model, requests: &[Request<'_>], new_tokens: usize) {
+    let responses = generate(model, requests, &Decoding::Greedy, &[], new_tokens, &|| false).unwrap();
+    let whole: Vec<Vec<i64>> = requests.iter().zip(&responses).map(|(q, r)| [q.prompt, &r.tokens].concat()).collect();
+    let whole: Vec<&[i64]> = whole.iter().map(Vec::as_slice).collect();
+    let scored = logits(model, &Batch::right_padded(&whole, Device::Cpu));
+    for ((request, response), logits) in requests.iter().zip(&responses).zip(&scored) {
+        for (i, (token, log_p)) in response.tokens.iter().zip(&response.log_p).enumerate() {
+            let law = logits.get((request.prompt.len() + i) as i64 - 1).log_softmax(-1, Kind::Double);
+            let off = (law.double_value(&[*token]) - log_p).abs();
+            assert!(off < 1e-4, "{name}, token {i} after {} of the prompt: off by {off}", request.prompt.len());
+        }
     }
 }
 
@@ -455,7 +471,9 @@ fn a_missing_shard_and_a_wrong_index_are_told_in_one_line() {
     assert!(text.contains("a shard of") && text.contains(&files[1]) && !text.contains('\n'), "{text}");
 }
 
-const ADAPTED: [&str; 2] = ["gpt2", "llama-gqa-untied"];
+const ADAPTED: [&str; 3] = ["gpt2", "llama-gqa-untied", "bloom"];
+/// Those whose queries, keys and values are one module to PEFT, with one A.
+const FUSED: [&str; 2] = ["gpt2", "bloom"];
 
 /// The golden model of this name with the adapters in a folder.
 fn adapted(name: &str, adapters: &Path) -> (Source, Model) {
@@ -518,8 +536,8 @@ fn written_adapters_are_those_that_were_read() {
         let mut expected = theirs.names();
         expected.sort_unstable();
         assert_eq!(names, expected, "{name}: PEFT's names");
-        // Queries, keys and values share one A in PEFT's GPT-2, and are written with one each.
-        let same = names.iter().filter(|n| !n.contains("c_attn"));
+        // Queries, keys and values share one A there, and are written with one each.
+        let same = names.iter().filter(|n| !n.contains("c_attn") && !n.contains("query_key_value"));
         assert!(same.clone().count() > 0);
         for tensor in same {
             assert!(ours.tensor(tensor).unwrap().data() == theirs.tensor(tensor).unwrap().data(), "{name}, {tensor}");
@@ -537,8 +555,7 @@ fn loss_and_every_gradient_of_adapters_equal_those_of_peft() {
         let (loss, reference) = (run_backward(&mut model, &rows), expected["loss"].as_f64().unwrap());
         assert!((loss - reference).abs() < 1e-5 * reference, "{name}: loss {loss}, expected {reference}");
         let lora = model.lora().unwrap().clone();
-        // Queries, keys and values share one A in PEFT's GPT-2.
-        let shared = if name == "gpt2" { 2 * source.spec.layers as i64 * 3 * source.spec.hidden } else { 0 };
+        let shared = if FUSED.contains(&name) { 2 * source.spec.layers as i64 * 3 * source.spec.hidden } else { 0 };
         assert_eq!(Some(model.trained_parameters() - shared), expected["trained_parameters"].as_i64(), "{name}");
         let params: Vec<Param> = source.spec.adapter_params(&lora).iter().map(|s| s.param).collect();
         let mut seen = 0;

@@ -134,6 +134,9 @@ fn cases() -> Vec<Case> {
         Case { lora: Some(lora), ..case }
     };
     vec![
+        case("sft", "bloom", (4, 4), 1, (Ddp, whole, None, Fp32)),
+        case("ppo", "bloom", (8, 2), 1, (Ddp, parameters, Block, Bf16)),
+        case("sft", "bloom", (4, 2), 2, (Zero3, whole, Block, Fp32)),
         case("sft", "gpt2", (4, 4), 1, (Ddp, whole, None, Fp32)),
         case("sft", "gpt2", (4, 4), 1, (Ddp, parameters, Block, Bf16)),
         case("sft", "llama", (4, 4), 1, (Ddp, whole, None, Bf16)),
@@ -175,6 +178,12 @@ fn plans_are_within_a_tenth_of_what_was_allocated() {
         json!({
             "model_type": "llama", "vocab_size": 8192, "hidden_size": 384, "num_hidden_layers": 6,
             "num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 1024,
+        }),
+    );
+    folder(
+        "bloom",
+        json!({
+            "model_type": "bloom", "vocab_size": 8192, "hidden_size": 384, "n_layer": 8, "n_head": 6,
         }),
     );
     let (cases, left_out): (Vec<_>, Vec<_>) =

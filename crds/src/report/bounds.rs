@@ -138,9 +138,11 @@ impl ModelSpec {
         let finite = |number: f64| number.is_finite() && (0.0..=1e18).contains(&number);
         let rotary = match self.positions {
             Positions::Rotary { theta } => finite(theta),
-            Positions::Learned => true,
+            Positions::Alibi | Positions::Learned => true,
         };
-        let numbers = [("normEps", finite(self.norm_eps)), ("ropeTheta", rotary)];
+        within("traits.embedWidth", self.embed_width(), 1, 1 << 20)?;
+        let caps = [self.traits.attention_cap, self.traits.logit_cap].into_iter().flatten().all(finite);
+        let numbers = [("normEps", finite(self.norm_eps)), ("ropeTheta", rotary), ("traits", caps)];
         let wrong = numbers.into_iter().find(|(_, right)| !right);
         wrong.map_or(Ok(()), |(field, _)| {
             Err(Unbelievable::Number { field, value: i64::MAX, least: 0, most: i64::MAX - 1 })

@@ -110,7 +110,7 @@ impl Setting {
     /// CUDA only flash attention shares keys and values among heads, in 16 bits, up to a head size of 256 and without a mask.
     fn fuses_attention(&self, spec: &ModelSpec, masked: bool) -> bool {
         let flash = !masked && self.bytes() < FP32 && spec.head_dim <= 256 && spec.head_dim % 8 == 0;
-        !self.shares_on_gpu(spec) || flash
+        spec.traits.attention_cap.is_none() && (!self.shares_on_gpu(spec) || flash)
     }
 
     /// Whether heads share keys and values on a GPU, where a kernel that takes a mask does not.
@@ -328,12 +328,15 @@ impl<'a> Placed<'a> {
         let input = self.slice_input(slice);
         match self.head {
             HeadKind::Lm => {
-                let (logits, weights) = (slice * self.spec.vocab as f64, hidden * self.spec.vocab as f64);
+                let width = self.spec.embed_width() as f64;
+                let (logits, weights) = (slice * self.spec.vocab as f64, width * self.spec.vocab as f64);
+                // What is capped is kept beside what comes of it.
+                let capped = if self.spec.traits.logit_cap.is_some() { FP32 * logits } else { 0.0 };
                 // A CPU widens it as a whole before it is added to the sum.
                 let widened = if self.setting.gpu || bytes == FP32 { 0.0 } else { FP32 * weights };
                 let frozen = self.trained == Trained::Adapters;
                 let last = if frozen { 0.0 } else { bytes * weights + (bytes * logits + input).max(widened) };
-                [(3.0 * FP32 * logits + input, positions > slice), (last, true)]
+                [(3.0 * FP32 * logits + capped + input, positions > slice), (last, true)]
             }
             HeadKind::Scalar => [(input + 2.0 * (FP32 + bytes) * slice * hidden, true); 2],
         }
@@ -393,6 +396,13 @@ impl<'a> Placed<'a> {
         }
         let (embed_flight, narrowing) = set.widened_in_flight(grads.embed);
         let rows = if grads.embed > 0.0 { FP32 * pass.tokens() * self.spec.hidden as f64 } else { 0.0 };
+        moments.extend((grads.embed > 0.0 && self.spec.refines_embedding()).then(|| DeviceBytes {
+            // Tokens' rows go through parameters once more.
+            fetched: set.fetched(chunks.embed) + set.gathering(chunks.embed),
+            gradients: set.arriving(grads.embed, FP32) + flight,
+            activations: 4.0 * input,
+            ..DeviceBytes::default()
+        }));
         moments.extend(
             [
                 (set.arriving(grads.embed, FP32) + flight, rows),
@@ -406,13 +416,17 @@ impl<'a> Placed<'a> {
                 ..DeviceBytes::default()
             }),
         );
+        let bias = pass.bias(self.spec, pass.time, true);
+        moments.iter_mut().for_each(|moment| moment.activations += bias);
         moments
     }
 
     /// A pass without a graph, the head at `positions` positions.
     pub fn score(&self, pass: &Pass<'_>, positions: f64) -> [DeviceBytes; 2] {
         // Log-probabilities and entropies: logits, log-softmax, and two tensors on the way to an entropy.
-        self.infer(pass, pass.time, positions, 4.0)
+        let [mut blocks, head] = self.infer(pass, pass.time, positions, 4.0);
+        blocks.activations += pass.bias(self.spec, pass.time, true);
+        [blocks, head]
     }
 
     fn infer(&self, pass: &Pass<'_>, keys: f64, positions: f64, slices: f64) -> [DeviceBytes; 2] {
@@ -446,7 +460,8 @@ impl<'a> Placed<'a> {
         let prompts = Pass { fused: prompts.fused || shares, ..prompts };
         let spread = if shares { 2.0 * prompts.tensor((spec.heads * spec.head_dim) as f64) } else { 0.0 };
         // The mask itself is there once as flags and once as numbers.
-        let mask = prompts.tokens() * prompts.time * (1.0 + set.bytes()) + spread;
+        let mask =
+            prompts.tokens() * prompts.time * (1.0 + set.bytes()) + spread + prompts.bias(spec, prompt.into(), false);
         // The sampler holds the logits, the law and its cumulative sums in fp64.
         let slices = 4.0;
         let prefill = self.infer(&prompts, prompt.into(), rows.into(), slices);

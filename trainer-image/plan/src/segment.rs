@@ -3,7 +3,7 @@
 //! Sizes are `f64`, whole numbers below 2^53, which no product of dimensions can make wrap. Shapes are taken as they are said
 //! to be, so nothing here runs as often, or takes as much room, as a dimension or the number of layers says.
 
-use rlhf_api::model::{HeadKind, Mlp, ModelSpec, Norm, ParamSpec, Segment};
+use rlhf_api::model::{HeadKind, Mlp, ModelSpec, Norm, ParamSpec, Positions, Segment};
 use rlhf_api::stage::{Linear, Lora};
 
 /// Each tensor of a chunk starts at a multiple of this many elements (64 bytes in fp32, a cache line and a vector register).
@@ -95,6 +95,30 @@ impl Pass<'_> {
             + self.saved_mlp(spec, self.keeps_input_of(&[Linear::Down]))
             + self.saved_adapters(spec)
             + self.saved_head_norms(spec)
+            + self.saved_norms_around(spec)
+    }
+
+    /// What autograd saves of the norms of what is added to the residual stream: their inputs, of which nothing else has need.
+    fn saved_norms_around(&self, spec: &ModelSpec) -> f64 {
+        if !spec.traits.norms_around {
+            return 0.0;
+        }
+        let input = if self.bytes < FP32 { 0.0 } else { self.input(spec) };
+        2.0 * (self.saved_norm(spec, false) + input)
+    }
+
+    /// The scaled input of a root-mean-square norm as wide as that, for the gradient of the norm's weight.
+    fn scaled(&self, spec: &ModelSpec, width: f64) -> f64 {
+        let bytes = if spec.traits.norms_from_one { FP32 } else { self.bytes };
+        if self.lora.is_none() { bytes * self.tokens() * width } else { 0.0 }
+    }
+
+    /// What is added to the scores of every block, and held as long as any of them runs, over `keys` keys a row: ALiBi's
+    /// numbers for each head, the same for all rows where pads are at their ends.
+    pub fn bias(&self, spec: &ModelSpec, keys: f64, same: bool) -> f64 {
+        let rows = if same { 1.0 } else { self.rows };
+        let heads = if spec.positions == Positions::Alibi { spec.heads as f64 } else { 0.0 };
+        rows * heads * self.time * keys * self.bytes
     }
 
     /// What autograd saves of the norms of queries and keys: their inputs in fp32, the scaled ones for the gradient of the
@@ -105,8 +129,7 @@ impl Pass<'_> {
         }
         let heads = (spec.heads + spec.kv_heads) as f64;
         let width = heads * spec.head_dim as f64;
-        let scaled = if self.lora.is_none() { self.tensor(width) } else { 0.0 };
-        FP32 * self.tokens() * (width + heads) + scaled
+        FP32 * self.tokens() * (width + heads) + self.scaled(spec, width)
     }
 
     /// What autograd saves of a norm and, where linears that follow need it, the norm's output.
@@ -118,8 +141,7 @@ impl Pass<'_> {
             // The scaled input too, for the gradient of the weight; and the input in fp32, where it is not the input itself.
             Norm::Rms => {
                 let widened = if self.bytes < FP32 { FP32 * self.tokens() * hidden } else { 0.0 };
-                let scaled = if self.lora.is_none() { self.tensor(hidden) } else { 0.0 };
-                output + scaled + widened + FP32 * self.tokens()
+                output + self.scaled(spec, hidden) + widened + FP32 * self.tokens()
             }
         }
     }
@@ -142,6 +164,12 @@ impl Pass<'_> {
     /// values for every head in fp32.
     fn saved_attention(&self, spec: &ModelSpec) -> f64 {
         let (query, _) = attention_widths(spec);
+        if spec.traits.attention_cap.is_some() {
+            // The capped scores, their softmax and the weights; queries once more, and keys and values for every head.
+            let narrowed = if self.bytes < FP32 { self.bytes } else { 0.0 };
+            let scores = self.tokens() * self.time * spec.heads as f64 * (self.bytes + FP32 + narrowed);
+            return 4.0 * self.tensor(query) + scores;
+        }
         if self.fused {
             self.tensor(query) + FP32 * self.tokens() * spec.heads as f64
         } else {

@@ -105,7 +105,7 @@ impl HeldLink {
     /// All parameters of the block with this index, whose adapters' output is multiplied by `scale`.
     pub(super) fn block<'p>(&'p self, block: usize, scale: f64, dropout: Option<&'p Dropout>) -> BlockParams<'p> {
         let adapter = self.adapter.as_ref().map(|held| Adapter { params: held.params(), scale, dropout, block });
-        BlockParams { base: self.base.params(), adapter }
+        BlockParams { base: self.base.params(), adapter, index: block }
     }
 
     /// The tensors of the chunk that is trained, in order.

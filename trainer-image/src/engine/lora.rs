@@ -43,7 +43,7 @@ impl Backbone {
     /// # Errors
     /// The device has no room.
     pub fn random(spec: &ModelSpec, head: HeadKind, placement: Placement, group: &Rc<Group>) -> Result<Self> {
-        Self::build(spec, head, placement, group, random_values)
+        Self::build(spec, head, placement, group, |_, specs| random_values(spec, specs))
     }
 
     fn build(
@@ -91,7 +91,7 @@ impl Backbone {
     /// # Errors
     /// The device has no room.
     pub fn random_scalar_model(&self, adapters: &Adapters, seed: u64, trainable: bool) -> Result<Model> {
-        self.scalar(random_values, Some(adapters), seed, trainable)
+        self.scalar(|_, specs| random_values(&self.spec, specs), Some(adapters), seed, trainable)
     }
 
     fn scalar(

@@ -89,7 +89,7 @@ impl Model {
     /// # Errors
     /// The device has no room.
     pub fn random(spec: &ModelSpec, head: HeadKind, placement: Placement, group: &Rc<Group>) -> Result<Self> {
-        Self::build(spec, head, placement, group, random_values)
+        Self::build(spec, head, placement, group, |_, specs| random_values(spec, specs))
     }
 
     fn build(
@@ -324,18 +324,14 @@ impl Model {
 }
 
 /// A segment's random start.
-pub(super) fn random_values(_: Segment, specs: &[ParamSpec]) -> Result<Vec<Tensor>> {
-    specs.iter().map(random_value).collect()
+pub(super) fn random_values(spec: &ModelSpec, specs: &[ParamSpec]) -> Result<Vec<Tensor>> {
+    specs.iter().map(|param| random_value(spec, param)).collect()
 }
 
-fn random_value(spec: &ParamSpec) -> Result<Tensor> {
+fn random_value(model: &ModelSpec, spec: &ParamSpec) -> Result<Tensor> {
     let options = (Kind::Float, Device::Cpu);
     Ok(match spec.param {
-        Param::AttentionNormWeight
-        | Param::MlpNormWeight
-        | Param::FinalNormWeight
-        | Param::QueryNormWeight
-        | Param::KeyNormWeight => Tensor::f_ones(&spec.shape, options)?,
+        norm if norm.is_norm_weight() && !model.traits.norms_from_one => Tensor::f_ones(&spec.shape, options)?,
         _ if spec.shape.len() < 2 => Tensor::f_zeros(&spec.shape, options)?,
         _ => Tensor::f_randn(&spec.shape, options)? * 0.02,
     })
@@ -378,7 +374,7 @@ fn scalar_init(spec: &ModelSpec, param: Param, shape: &[i64], init: ScalarInit) 
         return Ok(Tensor::f_zeros(shape, (Kind::Float, Device::Cpu))?);
     }
     let numel: i64 = shape.iter().product();
-    let std = 1.0 / ((spec.hidden + 1) as f64).sqrt();
+    let std = 1.0 / ((spec.embed_width() + 1) as f64).sqrt();
     let values: Vec<f32> = (0..numel).map(|i| (std * crate::random::normal(&[init.seed, i as u64])) as f32).collect();
     Ok(Tensor::from_slice(&values).f_view(shape)?)
 }

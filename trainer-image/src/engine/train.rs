@@ -191,17 +191,50 @@ impl Model {
         gradients[0].take().ok_or_else(|| Error::bug("a block's output does not depend on its input"))
     }
 
-    /// An embedding's gradient needs no parameters: it is `upstream`, added up by token and by position.
+    /// An embedding's gradient is `upstream`, added up by token and by position; it needs parameters only where a token's row
+    /// goes through some on its way.
     fn embed_backward(&mut self, batch: &Batch, upstream: &Tensor) -> Result<()> {
+        if self.links[0].trained().is_none() {
+            return Ok(());
+        }
+        let of_tokens = if self.spec.refines_embedding() {
+            self.refinement_backward(batch, upstream)?
+        } else {
+            transformer::scale_embedding(&self.spec, upstream)?
+        };
         let positions = transformer::position_rows(&self.spec, &batch.positions)?;
         let Some(chunk) = self.links[0].trained_mut() else { return Ok(()) };
-        let rows = upstream.f_reshape([-1, self.spec.hidden])?;
         let params: Vec<Param> = chunk.specs().map(|s| s.param).collect();
         for (slot, param) in params.into_iter().enumerate() {
-            let indices = if param == Param::PositionEmbedding { &positions } else { &batch.tokens };
-            chunk.accumulate_rows(slot, &indices.f_flatten(0, -1)?, &rows)?;
+            let (indices, rows) = match param {
+                Param::TokenEmbedding => (&batch.tokens, &of_tokens),
+                Param::PositionEmbedding => (&positions, upstream),
+                _ => continue,
+            };
+            let width = rows.size().last().copied().unwrap_or_default();
+            chunk.accumulate_rows(slot, &indices.f_flatten(0, -1)?, &rows.f_reshape([-1, width])?)?;
         }
         Ok(())
+    }
+
+    /// The gradient with regard to tokens' rows; those of the parameters that they go through are accumulated.
+    fn refinement_backward(&mut self, batch: &Batch, upstream: &Tensor) -> Result<Tensor> {
+        let held = self.links[0].fetch()?.ready()?;
+        let rows = tch::no_grad(|| transformer::token_rows(held.params(), &batch.tokens))?;
+        let rows = rows.f_detach()?.f_set_requires_grad(true)?;
+        let refined = transformer::refine(&self.spec, held.params(), &rows)?;
+        let table = |p: &Param| matches!(p, Param::TokenEmbedding | Param::PositionEmbedding);
+        let params: Vec<Param> = self.links[0].base().specs().map(|s| s.param).collect();
+        let through: Vec<&Tensor> =
+            params.iter().zip(held.trained()).filter(|(p, _)| !table(p)).map(|(_, t)| t).collect();
+        let inputs: Vec<&Tensor> = std::iter::once(&rows).chain(through).collect();
+        let mut gradients = c10d::grad(&[&refined], &[upstream], &inputs, false)?.into_iter();
+        let of_rows =
+            gradients.next().flatten().ok_or_else(|| Error::bug("an embedding does not depend on its rows"))?;
+        let all: Vec<Option<Tensor>> =
+            params.iter().map(|p| if table(p) { None } else { gradients.next().flatten() }).collect();
+        self.accumulate(0, &all)?;
+        Ok(of_rows)
     }
 
     /// Two exchanges are in flight at most, as each may need a chunk's room on the device.

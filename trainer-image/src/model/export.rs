@@ -3,7 +3,7 @@
 //! A model is written beside its place and takes it once it is whole, so a reader sees the old model or the new one and never
 //! half of one.
 
-use super::families::{Family, HfTensor};
+use super::families::{Family, HfTensor, Layout, dealt};
 use super::hf::{CONFIG, SCORE_MEAN, SCORE_STD, SCORE_WEIGHT, ScoreNormalisation, Source};
 use super::weights::Weights;
 use super::{HeadKind, ModelSpec, Param, Segment};
@@ -102,7 +102,12 @@ impl<'a> ModelWriter<'a> {
         for (entry, _) in stored(self.source.family, &self.source.spec, segment, self.head) {
             let find = |part: &Param| params.iter().position(|s| s.param == *part).and_then(|i| values.get(i));
             let parts: Vec<&Tensor> = entry.parts.iter().filter_map(find).collect();
-            self.weights.write(&entry, &parts)?;
+            if entry.layout == Layout::Heads {
+                let dealt = dealt(&parts, self.source.spec.heads)?;
+                self.weights.write(&entry, &dealt.iter().collect::<Vec<_>>())?;
+            } else {
+                self.weights.write(&entry, &parts)?;
+            }
         }
         Ok(())
     }
@@ -125,13 +130,13 @@ impl<'a> ModelWriter<'a> {
 /// The tensors of a checkpoint that hold a segment's parameters under this head, with their shapes.
 pub(super) fn stored(family: Family, spec: &ModelSpec, segment: Segment, head: HeadKind) -> Vec<(HfTensor, Vec<i64>)> {
     let params = spec.params(segment, head);
-    let score = HfTensor { name: SCORE_WEIGHT.into(), parts: vec![Param::ScalarHeadWeight], transposed: false };
+    let score = HfTensor::plain(SCORE_WEIGHT.into(), Param::ScalarHeadWeight);
     let shaped = |entry: HfTensor| {
         let find = |part: &Param| params.iter().find(|s| s.param == *part);
         let parts = entry.parts.iter().map(find).collect::<Option<Vec<_>>>()?;
         let mut shape = parts.first()?.shape.clone();
         *shape.first_mut()? = parts.iter().filter_map(|p| p.shape.first()).sum();
-        if entry.transposed {
+        if entry.layout == Layout::Transposed {
             shape.reverse();
         }
         Some((entry, shape))

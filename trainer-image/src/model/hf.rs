@@ -3,7 +3,7 @@
 //! Files are mapped into memory, and one tensor is copied at a time. [`super::export`] writes them.
 
 use super::export::stored;
-use super::families::{Config, Family, HfTensor};
+use super::families::{Config, Family, HfTensor, Layout, gathered};
 use super::{HeadKind, ModelSpec, Param, Segment};
 use crate::error::{Error, Result};
 use memmap2::Mmap;
@@ -183,7 +183,7 @@ impl Source {
     /// A score head that cannot be read, as that of a classifier of several labels, counts as none: most have no need of one.
     fn check_score(&mut self) {
         let Some(score) = self.tensors.get(SCORE_WEIGHT) else { return };
-        let Err(fault) = kind_as_asked(SCORE_WEIGHT, score, &[1, self.spec.hidden]) else { return };
+        let Err(fault) = kind_as_asked(SCORE_WEIGHT, score, &[1, self.spec.embed_width()]) else { return };
         self.warnings.push(format!("{fault}: the model counts as one without a score head"));
         self.tensors.remove(SCORE_WEIGHT);
         self.unscored = Some(fault);
@@ -317,7 +317,7 @@ impl Source {
         let location = self.find(entry);
         let location = location.ok_or_else(|| self.error(format!("tensor '{}' is missing", entry.name)))?;
         let whole = location.copy(&self.dir, &entry.name)?;
-        let whole = if entry.transposed {
+        let whole = if entry.layout == Layout::Transposed {
             whole.f_transpose(0, 1).map_err(|_| self.error(format!("tensor '{}' is not a matrix", entry.name)))?
         } else {
             whole
@@ -331,7 +331,10 @@ impl Source {
                 sizes.iter().sum::<i64>()
             )));
         }
-        let parts = whole.f_split_with_sizes(sizes, 0)?;
+        let parts = match entry.layout {
+            Layout::Heads => gathered(&whole, self.spec.heads, sizes.len() as i64)?,
+            Layout::Rows | Layout::Transposed => whole.f_split_with_sizes(sizes, 0)?,
+        };
         found.extend(entry.parts.iter().copied().zip(parts));
         Ok(())
     }

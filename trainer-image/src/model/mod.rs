@@ -5,6 +5,7 @@
 //! Shapes: `b` batch, `t` time, `h` hidden, `n` heads, `d` head dimension, `v` vocabulary.
 
 mod adapters;
+mod attention;
 mod batch;
 mod dropout;
 mod export;
@@ -21,7 +22,7 @@ pub use dropout::Dropout;
 pub use export::{ModelWriter, Scores};
 pub use hf::{ScoreNormalisation, Source, read_config};
 pub use peft::{base_of, read_adapters, write_adapters};
-pub use rlhf_api::model::{HeadKind, Mlp, ModelSpec, Norm, Param, ParamSpec, Positions, RopeScaling, Segment};
+pub use rlhf_api::model::{HeadKind, Mlp, ModelSpec, Norm, Param, ParamSpec, Positions, RopeScaling, Segment, Traits};
 pub use weights::SHARD_BYTES;
 
 #[cfg(test)]

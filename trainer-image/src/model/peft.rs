@@ -6,7 +6,7 @@
 
 use super::adapters::Adapters;
 use super::export::{self, Outgoing};
-use super::families::{Family, HfTensor};
+use super::families::{Family, HfTensor, Layout, dealt, gathered};
 use super::hf::{self, Location, Source};
 use super::{HeadKind, ModelSpec, Param, Segment};
 use crate::error::{Error, Result};
@@ -27,8 +27,7 @@ struct Module {
     /// The name of its tensor, without `.weight`.
     name: String,
     linears: Vec<Linear>,
-    /// Stored as `[in, out]`.
-    transposed: bool,
+    layout: Layout,
 }
 
 impl Module {
@@ -36,7 +35,7 @@ impl Module {
         let module = |entry: HfTensor| {
             let linears = entry.parts.iter().map(|p| p.as_weight()).collect::<Option<Vec<_>>>()?;
             let name = entry.name.strip_suffix(".weight")?.to_string();
-            Some(Self { name, linears, transposed: entry.transposed })
+            Some(Self { name, linears, layout: entry.layout })
         };
         export::stored(family, spec, Segment::Block(block), HeadKind::Lm)
             .into_iter()
@@ -128,6 +127,10 @@ fn read_block(
             location.copy(dir, &name)
         };
         let (a, b) = (tensor('A')?, tensor('B')?);
+        let b = match module.layout {
+            Layout::Heads => Tensor::f_cat(&gathered(&b, spec.heads, module.linears.len() as i64)?, 0)?,
+            Layout::Rows | Layout::Transposed => b,
+        };
         let shape = |param| specs.iter().find(|s| s.param == param).map_or(&[][..], |s| &s.shape[..]);
         let rank = i64::from(lora.rank);
         let shared = a.size().first() == Some(&rank);
@@ -221,6 +224,12 @@ fn factors(adapters: &Adapters, spec: &ModelSpec, block: usize, module: &Module)
     let of = |factor: fn(Linear) -> Param| module.linears.iter().map(|l| value(factor(*l))).collect::<Result<Vec<_>>>();
     let (a, b) = (of(Param::LoraA)?, of(Param::LoraB)?);
     let (a, b) = (Tensor::f_cat(&a, 0)?, Tensor::f_block_diag(&b)?);
+    let b = if module.layout == Layout::Heads {
+        let parts = b.f_chunk(module.linears.len() as i64, 0)?;
+        Tensor::f_cat(&dealt(&parts.iter().collect::<Vec<_>>(), spec.heads)?, 0)?
+    } else {
+        b
+    };
     Ok(vec![(module.key('A'), Outgoing::new(&a)?), (module.key('B'), Outgoing::new(&b)?)])
 }
 
@@ -244,7 +253,7 @@ fn config(adapters: &Adapters, source: &Source, base: &str, modules_to_save: &BT
         "target_modules": adapted.iter().map(|m| m.kind(0)).collect::<Vec<_>>(),
         "rank_pattern": pattern(&|n| json!(n as u32 * lora.rank)),
         "alpha_pattern": pattern(&|n| json!(n * lora.alpha())),
-        "fan_in_fan_out": adapted.iter().any(|m| m.transposed),
+        "fan_in_fan_out": adapted.iter().any(|m| m.layout == Layout::Transposed),
         "modules_to_save": (!modules_to_save.is_empty()).then_some(modules_to_save),
         "bias": "none",
         "use_rslora": false,

@@ -1,14 +1,20 @@
 //! Rotary positions (Su 2021), their frequencies stretched as the model's config asks: the formulas of
 //! `modeling_rope_utils.py` in `transformers` 5.24, in fp32 as there.
 
-use super::{ModelSpec, RopeScaling};
+use super::RopeScaling;
 use crate::error::Result;
 use std::f64::consts::PI;
 use tch::{Device, Kind, Tensor};
 
 /// Cosine and sine `[b, 1, t, d]` for each position, computed in fp32.
-pub(super) fn tables(spec: &ModelSpec, theta: f64, positions: &Tensor, kind: Kind) -> Result<(Tensor, Tensor)> {
-    let (frequencies, scale) = frequencies(spec.head_dim, theta, spec.rope_scaling, positions.device())?;
+pub(super) fn tables(
+    head_dim: i64,
+    theta: f64,
+    scaling: Option<RopeScaling>,
+    positions: &Tensor,
+    kind: Kind,
+) -> Result<(Tensor, Tensor)> {
+    let (frequencies, scale) = frequencies(head_dim, theta, scaling, positions.device())?;
     let angles = positions.to_kind(Kind::Float).f_unsqueeze(-1)?.f_mul(&frequencies)?.f_unsqueeze(1)?;
     let angles = Tensor::f_cat(&[&angles, &angles], -1)?;
     let scaled = |t: Tensor| if scale == 1.0 { Ok(t) } else { t.f_mul_scalar(scale) };

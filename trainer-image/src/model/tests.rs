@@ -257,7 +257,10 @@ fn what_is_not_supported_is_refused_by_the_fields_name_and_with_what_is() {
         Family::read(&families::Config { path, json: &config }).unwrap_err().message
     };
     let says = |message: String, parts: &[&str]| assert!(parts.iter().all(|p| message.contains(p)), "{message}");
-    says(refused(&|c| c["model_type"] = json!("t5")), &["model_type 't5'", "gpt2, llama, mistral, opt, qwen2, qwen3"]);
+    says(
+        refused(&|c| c["model_type"] = json!("t5")),
+        &["model_type 't5'", "bloom, gpt2, llama, mistral, opt, qwen2, qwen3"],
+    );
     says(
         refused(&|c| c["rope_scaling"] = json!({"type": "longrope"})),
         &["type 'longrope'", "default or linear or dynamic or llama3 or yarn"],
@@ -282,6 +285,12 @@ fn what_is_not_supported_is_refused_by_the_fields_name_and_with_what_is() {
         &["max_window_layers"],
     );
     says(refused(&|c| c["hidden_act"] = json!("gelu")), &["hidden_act 'gelu'", "silu"]);
+    says(
+        refused(&|c| {
+            (c["model_type"], c["apply_residual_connection_post_layernorm"]) = (json!("bloom"), json!(true));
+        }),
+        &["apply_residual_connection_post_layernorm true", "must be false"],
+    );
     let opt = |field: &str, value: Value| {
         let mut config = json!({"model_type": "opt", "vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 8});
         config[field] = value;

@@ -1,11 +1,13 @@
 //! The mathematics of each segment, over views of its parameters. Nothing here knows of ranks or shards.
 
+use super::attention::{cap, mix};
 use super::dropout::Dropout;
-use super::{Mlp, ModelSpec, Norm, Param, Positions, rope};
+use super::{Mlp, ModelSpec, Norm, Param};
 use crate::error::{Error, Result};
 use rlhf_api::stage::Linear;
-use std::cell::OnceCell;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
+
+pub use super::attention::{AttentionContext, LayerCache};
 
 /// A segment's parameters, as views into its chunk.
 #[derive(Debug)]
@@ -46,17 +48,20 @@ impl Params {
         let weight = self.get(weight)?;
         Ok(match spec.norm {
             Norm::Layer => x.f_layer_norm([spec.hidden], Some(weight), self.find(bias), spec.norm_eps, false)?,
-            Norm::Rms => rms_norm(x, weight, spec.norm_eps)?,
+            Norm::Rms => rms_norm(spec, x, weight)?,
         })
     }
 }
 
 /// Root-mean-square norm over the last dimension (Zhang and Sennrich 2019), in fp32.
-fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+fn rms_norm(spec: &ModelSpec, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let x32 = x.to_kind(Kind::Float);
     let variance = x32.f_square()?.f_mean_dim([-1].as_slice(), true, Kind::Float)?;
-    let scaled = x32.f_mul(&(variance + eps).f_rsqrt()?)?.to_kind(x.kind());
-    Ok(scaled.f_mul(weight)?)
+    let scaled = x32.f_mul(&(variance + spec.norm_eps).f_rsqrt()?)?;
+    if spec.traits.norms_from_one {
+        return Ok(scaled.f_mul(&weight.f_to_kind(Kind::Float)?.f_add_scalar(1.0)?)?.f_to_kind(x.kind())?);
+    }
+    Ok(scaled.to_kind(x.kind()).f_mul(weight)?)
 }
 
 /// What a block runs with: its own parameters, and its adapters where it has some.
@@ -66,6 +71,8 @@ pub struct BlockParams<'p> {
     pub base: &'p Params,
     /// Its adapters.
     pub adapter: Option<Adapter<'p>>,
+    /// Which block it is.
+    pub index: usize,
 }
 
 /// A block's adapters (LoRA, Hu 2021).
@@ -105,112 +112,12 @@ impl Adapter<'_> {
     }
 }
 
-/// Keys and values of one block's past tokens `[b, kv_heads, capacity, d]`, of which the first `filled` columns count.
-#[derive(Debug)]
-pub struct LayerCache {
-    keys: Tensor,
-    values: Tensor,
-    filled: i64,
-}
-
-impl LayerCache {
-    /// An empty cache for `rows` rows of up to `capacity` tokens, in the model's number format.
-    ///
-    /// # Errors
-    /// Where the device has no room.
-    pub fn new(spec: &ModelSpec, rows: i64, capacity: i64, kind: Kind, device: Device) -> Result<Self> {
-        let shape = [rows, spec.kv_heads, capacity, spec.head_dim];
-        let make = || Tensor::f_zeros(shape, (kind, device));
-        Ok(Self { keys: make()?, values: make()?, filled: 0 })
-    }
-
-    /// Keeps only the rows at these indices.
-    ///
-    /// # Errors
-    /// Where the device has no room.
-    pub fn keep_rows(&mut self, rows: &Tensor) -> Result<()> {
-        self.keys = self.keys.f_index_select(0, rows)?;
-        self.values = self.values.f_index_select(0, rows)?;
-        Ok(())
-    }
-
-    /// Appends `[b, kv_heads, t, d]` and returns all keys and values so far.
-    fn append(&mut self, keys: &Tensor, values: &Tensor) -> Result<(Tensor, Tensor)> {
-        let time = keys.size()[2];
-        self.keys.f_narrow(2, self.filled, time)?.f_copy_(keys)?;
-        self.values.f_narrow(2, self.filled, time)?.f_copy_(values)?;
-        self.filled += time;
-        Ok((self.keys.f_narrow(2, 0, self.filled)?, self.values.f_narrow(2, 0, self.filled)?))
-    }
-}
-
-/// What attention needs beside a block's input, the same for every block of one pass.
-#[derive(Debug)]
-pub struct AttentionContext {
-    rotary: Option<(Tensor, Tensor)>,
-    mask: Option<Tensor>,
-    causal: bool,
-    /// The mask within the sliding window, once it is known over how many keys.
-    windowed: OnceCell<Tensor>,
-}
-
-impl AttentionContext {
-    /// The context of a pass over tokens at `positions` `[b, t]`.
-    ///
-    /// With a `mask` `[b, 1, t, keys]` (true: may see) it alone decides; without, the causal rule does,
-    /// which for a single query over a cache means that it sees everything. Either way a model with a sliding window sees no
-    /// further back than that. `kind` is the model's number format.
-    ///
-    /// # Errors
-    /// Where libtorch fails.
-    pub fn new(spec: &ModelSpec, positions: &Tensor, mask: Option<&Tensor>, kind: Kind) -> Result<Self> {
-        let rotary = match spec.positions {
-            Positions::Rotary { theta } => Some(rope::tables(spec, theta, positions, kind)?),
-            Positions::Learned => None,
-        };
-        let causal = mask.is_none() && positions.size()[1] > 1;
-        Ok(Self { rotary, mask: mask.map(Tensor::shallow_clone), causal, windowed: OnceCell::new() })
-    }
-
-    /// What queries may see of the keys `[b, n, t, d]`: a mask where one is needed, and whether the causal rule holds beside it.
-    fn sight(&self, spec: &ModelSpec, time: i64, keys: &Tensor) -> Result<(Option<&Tensor>, bool)> {
-        let count = keys.size()[2];
-        let Some(window) = spec.sliding_window.filter(|window| count > *window) else {
-            return Ok((self.mask.as_ref(), self.causal));
-        };
-        if self.windowed.get().is_none() {
-            let seen = window_mask(window, time, count, keys.device())?;
-            let seen = match &self.mask {
-                Some(mask) => seen.f_logical_and(mask)?,
-                None => seen,
-            };
-            let _ = self.windowed.set(seen);
-        }
-        Ok((self.windowed.get(), false))
-    }
-}
-
-/// `[1, 1, t, keys]`: the last `t` of so many tokens see themselves and those before them, `window` in all.
-fn window_mask(window: i64, time: i64, keys: i64, device: Device) -> Result<Tensor> {
-    let options = (Kind::Int64, device);
-    let queries = Tensor::f_arange_start(keys - time, keys, options)?.f_unsqueeze(1)?;
-    let back = queries.f_sub(&Tensor::f_arange(keys, options)?.f_unsqueeze(0)?)?;
-    Ok(back.f_ge(0)?.f_logical_and(&back.f_lt(window)?)?.f_view([1, 1, time, keys])?)
-}
-
-/// Rotates the two halves of each head of `x` `[b, n, t, d]`.
-fn rotate(x: &Tensor, (cos, sin): &(Tensor, Tensor)) -> Result<Tensor> {
-    let half = x.size()[3] / 2;
-    let turned = Tensor::f_cat(&[&x.f_narrow(3, half, half)?.f_neg()?, &x.f_narrow(3, 0, half)?], -1)?;
-    Ok(x.f_mul(cos)?.f_add(&turned.f_mul(sin)?)?)
-}
-
 /// Token ids `[b, t]` and positions `[b, t]` to `[b, t, h]`.
 ///
 /// # Errors
 /// Where an id or a position is out of range, or libtorch fails.
 pub fn embed(spec: &ModelSpec, params: &Params, tokens: &Tensor, positions: &Tensor) -> Result<Tensor> {
-    let embedded = Tensor::f_embedding(params.get(Param::TokenEmbedding)?, tokens, -1, false, false)?;
+    let embedded = refine(spec, params, &token_rows(params, tokens)?)?;
     Ok(match params.find(Param::PositionEmbedding) {
         Some(table) => {
             let rows = position_rows(spec, positions)?;
@@ -218,6 +125,40 @@ pub fn embed(spec: &ModelSpec, params: &Params, tokens: &Tensor, positions: &Ten
         }
         None => embedded,
     })
+}
+
+/// The rows of the token embedding for ids `[b, t]`.
+///
+/// # Errors
+/// Where an id is out of range, or libtorch fails.
+pub fn token_rows(params: &Params, tokens: &Tensor) -> Result<Tensor> {
+    Ok(Tensor::f_embedding(params.get(Param::TokenEmbedding)?, tokens, -1, false, false)?)
+}
+
+/// What becomes of rows of the token embedding on their way to the first block.
+///
+/// # Errors
+/// Where libtorch fails.
+pub fn refine(spec: &ModelSpec, params: &Params, rows: &Tensor) -> Result<Tensor> {
+    let mut x = scale_embedding(spec, rows)?;
+    if let Some(weight) = params.find(Param::EmbedProjection) {
+        x = x.f_linear(weight, None::<&Tensor>)?;
+    }
+    if params.find(Param::EmbedNormWeight).is_some() {
+        x = params.norm(spec, &x, Param::EmbedNormWeight, Param::EmbedNormBias)?;
+    }
+    Ok(x)
+}
+
+/// Rows of the token embedding, or their gradient, times what they are multiplied by, which has their number format.
+///
+/// # Errors
+/// Where libtorch fails.
+pub fn scale_embedding(spec: &ModelSpec, rows: &Tensor) -> Result<Tensor> {
+    match spec.embed_scale {
+        Some(scale) => Ok(rows.f_mul(&Tensor::f_full([1], scale, (rows.kind(), rows.device()))?)?),
+        None => Ok(rows.shallow_clone()),
+    }
 }
 
 /// The rows of the table of positions in which these stand.
@@ -229,7 +170,7 @@ pub fn position_rows(spec: &ModelSpec, positions: &Tensor) -> Result<Tensor> {
     Ok(if offset == 0 { positions.shallow_clone() } else { positions.f_add_scalar(offset)? })
 }
 
-/// One block, `[b, t, h]` to `[b, t, h]`: pre-norm attention and feed-forward, each with its residual.
+/// One block, `[b, t, h]` to `[b, t, h]`: attention and feed-forward, each with its residual and its norms.
 ///
 /// # Errors
 /// Where libtorch fails.
@@ -240,10 +181,29 @@ pub fn block(
     context: &AttentionContext,
     cache: Option<&mut LayerCache>,
 ) -> Result<Tensor> {
-    let normed = params.base.norm(spec, x, Param::AttentionNormWeight, Param::AttentionNormBias)?;
-    let x = x.f_add(&attention(spec, params, &normed, context, cache)?)?;
-    let normed = params.base.norm(spec, &x, Param::MlpNormWeight, Param::MlpNormBias)?;
-    Ok(x.f_add(&mlp(spec, params, &normed)?)?)
+    let norms = [Param::AttentionNormWeight, Param::AttentionNormBias, Param::AttentionPostNormWeight];
+    let x = residual(spec, params.base, x, norms, |x| attention(spec, params, x, context, cache))?;
+    let norms = [Param::MlpNormWeight, Param::MlpNormBias, Param::MlpPostNormWeight];
+    residual(spec, params.base, &x, norms, |x| mlp(spec, params, x))
+}
+
+/// `x` and what a `part` of the block makes of it, with their norms: weight and bias of one, weight of what is added.
+fn residual(
+    spec: &ModelSpec,
+    params: &Params,
+    x: &Tensor,
+    [weight, bias, post]: [Param; 3],
+    part: impl FnOnce(&Tensor) -> Result<Tensor>,
+) -> Result<Tensor> {
+    if spec.norms_after {
+        return params.norm(spec, &x.f_add(&part(x)?)?, weight, bias);
+    }
+    let added = part(&params.norm(spec, x, weight, bias)?)?;
+    let added = match params.find(post) {
+        Some(weight) => rms_norm(spec, &added, weight)?,
+        None => added,
+    };
+    Ok(x.f_add(&added)?)
 }
 
 fn attention(
@@ -257,41 +217,32 @@ fn attention(
     let heads = |linear, count| -> Result<Tensor> {
         Ok(params.linear(x, linear)?.f_view([rows, time, count, spec.head_dim])?.f_transpose(1, 2)?)
     };
-    let normed = |x: Tensor, weight| match params.base.find(weight) {
-        Some(weight) => rms_norm(&x, weight, spec.norm_eps),
-        None => Ok(x),
+    let turned = |x: Tensor, norm| {
+        let x = match params.base.find(norm) {
+            Some(weight) => rms_norm(spec, &x, weight)?,
+            None => x,
+        };
+        context.turn(spec, params.index, x)
     };
-    let mut queries = normed(heads(Linear::Query, spec.heads)?, Param::QueryNormWeight)?;
-    let mut keys = normed(heads(Linear::Key, spec.kv_heads)?, Param::KeyNormWeight)?;
+    let queries = turned(heads(Linear::Query, spec.heads)?, Param::QueryNormWeight)?;
+    let mut keys = turned(heads(Linear::Key, spec.kv_heads)?, Param::KeyNormWeight)?;
     let mut values = heads(Linear::Value, spec.kv_heads)?;
-    if let Some(tables) = &context.rotary {
-        queries = rotate(&queries, tables)?;
-        keys = rotate(&keys, tables)?;
-    }
     if let Some(cache) = cache {
         (keys, values) = cache.append(&keys, &values)?;
     }
-    let mut grouped = spec.heads != spec.kv_heads;
-    let (mask, causal) = context.sight(spec, time, &keys)?;
-    if grouped && mask.is_some() && time > 1 && x.device().is_cuda() {
-        // No kernel for CUDA takes a mask and shared heads at once but by the whole matrix of weights, as the plan knows.
-        (keys, values, grouped) = (for_each_head(spec, &keys)?, for_each_head(spec, &values)?, false);
-    }
-    let mixed =
-        Tensor::f_scaled_dot_product_attention(&queries, &keys, &values, mask, 0.0, causal, None::<f64>, grouped)?;
+    let mixed = mix(spec, params.index, context, &queries, keys, values)?;
     let mixed = mixed.f_transpose(1, 2)?.f_reshape([rows, time, spec.heads * spec.head_dim])?;
     params.linear(&mixed, Linear::Output)
-}
-
-/// Keys or values `[b, kv_heads, t, d]` as `[b, heads, t, d]`, each beside the queries that share it.
-fn for_each_head(spec: &ModelSpec, shared: &Tensor) -> Result<Tensor> {
-    Ok(shared.f_repeat_interleave_self_int(spec.heads / spec.kv_heads, 1, None)?)
 }
 
 fn mlp(spec: &ModelSpec, params: BlockParams<'_>, x: &Tensor) -> Result<Tensor> {
     let up = params.linear(x, Linear::Up)?;
     let inner = match spec.mlp {
-        Mlp::SwiGlu => params.linear(x, Linear::Gate)?.f_silu()?.f_mul(&up)?,
+        Mlp::SwiGlu => {
+            let gate = params.linear(x, Linear::Gate)?;
+            let gate = if spec.gelu_gate { gate.f_gelu("tanh")? } else { gate.f_silu()? };
+            gate.f_mul(&up)?
+        }
         Mlp::Gelu => up.f_gelu("tanh")?,
         Mlp::Relu => up.f_relu()?,
     };
@@ -304,7 +255,13 @@ fn mlp(spec: &ModelSpec, params: BlockParams<'_>, x: &Tensor) -> Result<Tensor> 
 /// # Errors
 /// Where libtorch fails.
 pub fn head(spec: &ModelSpec, params: &Params, tied: Option<&Tensor>, x: &Tensor) -> Result<Tensor> {
-    let normed = params.norm(spec, x, Param::FinalNormWeight, Param::FinalNormBias)?;
+    let mut normed = match params.find(Param::FinalNormWeight) {
+        Some(_) => params.norm(spec, x, Param::FinalNormWeight, Param::FinalNormBias)?,
+        None => x.shallow_clone(),
+    };
+    if let Some(weight) = params.find(Param::HeadProjection) {
+        normed = normed.f_linear(weight, None::<&Tensor>)?;
+    }
     if let Some(weight) = params.find(Param::ScalarHeadWeight) {
         // In fp32: a score's rounding goes straight into a loss, and this costs next to nothing.
         let fp32 = |t: &Tensor| t.f_to_kind(Kind::Float);
@@ -321,24 +278,9 @@ pub fn head(spec: &ModelSpec, params: &Params, tied: Option<&Tensor>, x: &Tensor
         Some(known) if known < rows => &weight.f_narrow(0, 0, known)?,
         _ => weight,
     };
-    Ok(normed.f_linear(weight, None::<&Tensor>)?.to_kind(Kind::Float))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn keys_and_values_for_each_head_are_those_that_heads_share() {
-        let spec = ModelSpec { heads: 6, kv_heads: 2, ..memory_plan::preset("8b").unwrap() };
-        let random = |heads| Tensor::randn([2, heads, 5, 4], (Kind::Float, Device::Cpu));
-        let (queries, keys, values) = (random(6), random(2), random(2));
-        let mask = Tensor::ones([5, 5], (Kind::Bool, Device::Cpu)).tril(0).view([1, 1, 5, 5]);
-        let attend = |keys: &Tensor, values: &Tensor, grouped| {
-            Tensor::scaled_dot_product_attention(&queries, keys, values, Some(&mask), 0.0, false, None::<f64>, grouped)
-        };
-        let spread = |t: &Tensor| for_each_head(&spec, t).unwrap();
-        let gap = (attend(&keys, &values, true) - attend(&spread(&keys), &spread(&values), false)).abs().max();
-        assert!(gap.double_value(&[]) < 1e-6, "{gap:?}");
-    }
+    let logits = normed.f_linear(weight, None::<&Tensor>)?.to_kind(Kind::Float);
+    Ok(match spec.traits.logit_cap {
+        Some(limit) => cap(logits, limit)?,
+        None => logits,
+    })
 }

@@ -4,7 +4,7 @@
 //! own place in pieces of a few MiB: writing takes no memory to speak of, and tensors may come in any order. Weights above a
 //! shard's size are split as `transformers` splits them: tensors in order, a new file where one does not fit into the last.
 
-use super::families::HfTensor;
+use super::families::{HfTensor, Layout};
 use super::hf::{INDEX, WEIGHTS};
 use crate::error::{Error, Result};
 use crate::{files, safetensors_header};
@@ -98,10 +98,10 @@ impl Weights {
             offset += self.write_piece(place.file, offset, &piece)?;
             Ok(())
         };
-        if entry.transposed {
-            transposed(parts, &mut piece)?
-        } else {
-            joined(parts, &mut piece)?
+        match entry.layout {
+            Layout::Transposed => transposed(parts, &mut piece)?,
+            // Who writes parts head by head has dealt them out.
+            Layout::Rows | Layout::Heads => joined(parts, &mut piece)?,
         }
         if offset != place.offset + place.bytes {
             return Err(Error::bug(format!("the tensor '{}' has another size than its place", entry.name)));
@@ -255,7 +255,7 @@ mod tests {
     #[test]
     fn what_has_not_come_and_what_nobody_waits_for_is_a_bug() {
         let folder = tempfile::tempdir().unwrap();
-        let entry = |name: &str| HfTensor { name: name.into(), parts: vec![], transposed: false };
+        let entry = |name: &str| HfTensor { name: name.into(), parts: vec![], layout: Layout::Rows };
         let value = Tensor::ones([2, 3], (Kind::Float, Device::Cpu));
         let expected = [("a".to_string(), vec![2, 3]), ("b".to_string(), vec![4])];
         let mut weights = Weights::create(folder.path(), &expected, Kind::Float, SHARD_BYTES).unwrap();

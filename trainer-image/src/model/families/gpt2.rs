@@ -1,6 +1,6 @@
 //! GPT-2: layer norm, learned positions, biases everywhere, a tied head, weights stored as `[in, out]`.
 
-use super::{Config, Definition, HfTensor};
+use super::{Config, Definition, HfTensor, Layout};
 use crate::error::Result;
 use crate::model::{Mlp, ModelSpec, Norm, Param, Positions, Segment};
 
@@ -73,13 +73,13 @@ fn block(i: usize) -> Vec<HfTensor> {
     let conv = |name: &str, parts: &[Param]| HfTensor {
         name: format!("transformer.h.{i}.{name}"),
         parts: parts.to_vec(),
-        transposed: true,
+        layout: Layout::Transposed,
     };
     vec![
         plain("ln_1.weight", AttentionNormWeight),
         plain("ln_1.bias", AttentionNormBias),
         conv("attn.c_attn.weight", &[QueryWeight, KeyWeight, ValueWeight]),
-        HfTensor { transposed: false, ..conv("attn.c_attn.bias", &[QueryBias, KeyBias, ValueBias]) },
+        HfTensor { layout: Layout::Rows, ..conv("attn.c_attn.bias", &[QueryBias, KeyBias, ValueBias]) },
         conv("attn.c_proj.weight", &[OutputWeight]),
         plain("attn.c_proj.bias", OutputBias),
         plain("ln_2.weight", MlpNormWeight),

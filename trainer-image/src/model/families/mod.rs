@@ -1,6 +1,7 @@
 //! The supported families. Each file maps a Hugging Face config onto [`ModelSpec`] and tensor names onto
 //! [`Param`]s; the tables run both ways. Adding a family is adding one file, its module and its line in [`Family::ALL`].
 
+mod bloom;
 mod gpt2;
 mod llama;
 mod mistral;
@@ -13,6 +14,7 @@ use super::{HeadKind, ModelSpec, Param, Segment};
 use crate::error::{Error, Result};
 use serde_json::Value;
 use std::path::Path;
+use tch::Tensor;
 
 /// A model family: what tells its checkpoints from others'.
 #[derive(Debug)]
@@ -40,19 +42,48 @@ pub struct HfTensor {
     pub name: String,
     /// The parameters in it, in order.
     pub parts: Vec<Param>,
-    /// Stored as `[in, out]` (GPT-2's Conv1D).
-    pub transposed: bool,
+    /// How they lie in it.
+    pub layout: Layout,
+}
+
+/// How a tensor of a checkpoint holds its parameters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layout {
+    /// Below each other.
+    Rows,
+    /// As `[in, out]`, beside each other (GPT-2's Conv1D).
+    Transposed,
+    /// Head by head: the rows of each for the first head, then for the second (BLOOM).
+    Heads,
 }
 
 impl HfTensor {
-    fn plain(name: String, param: Param) -> Self {
-        Self { name, parts: vec![param], transposed: false }
+    pub(super) fn plain(name: String, param: Param) -> Self {
+        Self { name, parts: vec![param], layout: Layout::Rows }
     }
+}
+
+/// Parts that lie head by head, as the pieces that lie below each other.
+pub(super) fn dealt(parts: &[&Tensor], heads: i64) -> Result<Vec<Tensor>> {
+    let piece = |head: i64, part: &Tensor| {
+        let rows = part.size().first().copied().unwrap_or_default() / heads;
+        Ok(part.f_narrow(0, head * rows, rows)?)
+    };
+    (0..heads).flat_map(|head| parts.iter().map(move |part| piece(head, part))).collect()
+}
+
+/// As many parts as asked for, of one size, out of a tensor in which they lie head by head.
+pub(super) fn gathered(whole: &Tensor, heads: i64, parts: i64) -> Result<Vec<Tensor>> {
+    let (rows, rest) = (whole.size()[0], &whole.size()[1..]);
+    let by_head = whole.f_view([&[heads, parts, rows / (heads * parts)], rest].concat().as_slice())?;
+    let part = |i| Ok(by_head.f_select(1, i)?.f_reshape([&[rows / parts], rest].concat().as_slice())?);
+    (0..parts).map(part).collect()
 }
 
 impl Family {
     /// Every family.
-    pub const ALL: [Family; 6] = [
+    pub const ALL: [Family; 7] = [
+        Family(&bloom::FAMILY),
         Family(&gpt2::FAMILY),
         Family(&llama::FAMILY),
         Family(&mistral::FAMILY),
@@ -128,6 +159,12 @@ impl Config<'_> {
             Some(n) if (1..=1 << 31).contains(&n) => Ok(n),
             _ => Err(self.error(format!("field '{field}' is missing or not a positive whole number"))),
         }
+    }
+
+    /// The first of these fields that is there: names under which a family's configs have one thing.
+    fn first_of<'f>(&self, fields: [&'f str; 2]) -> &'f str {
+        let [field, other] = fields;
+        if self.json.get(field).is_none_or(Value::is_null) && self.json.get(other).is_some() { other } else { field }
     }
 
     fn size_or(&self, field: &str, default: i64) -> Result<i64> {
