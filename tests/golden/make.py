@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 from transformers import (BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM, OPTConfig, OPTForCausalLM,
                           Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
 from transformers import (GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
-                          LlamaForSequenceClassification)
+                          LlamaForSequenceClassification, OPTForSequenceClassification)
 
 HERE = Path(__file__).resolve().parent
 ASSETS = HERE.parent.parent / ".cache" / "assets"
@@ -113,6 +113,13 @@ def llama_config(width, **more):
                        pad_token_id=PAD, **more)
 
 
+def opt_350m_config(width, **more):
+    """As opt-350m, which has norms after each residual, and embeddings of another width."""
+    return OPTConfig(vocab_size=VOCAB, max_position_embeddings=48, hidden_size=width, word_embed_proj_dim=width // 2,
+                     ffn_dim=2 * width, num_hidden_layers=2, num_attention_heads=4, dropout=0.0, do_layer_norm_before=False,
+                     bos_token_id=1, eos_token_id=2, pad_token_id=PAD, **more)
+
+
 def causal_models():
     """Name -> (model, seed, how config.json spells the RoPE base)."""
     untied = llama_config(32, num_key_value_heads=2, rope_theta=5e5, tie_word_embeddings=False, rms_norm_eps=1e-5)
@@ -129,6 +136,7 @@ def classifiers():
     llama = llama_config(16, num_key_value_heads=2, rope_theta=5e5, num_labels=1)
     return {
         "gpt2-score": (randomize(GPT2ForSequenceClassification(gpt2_config(16, num_labels=1)), 4), 4, None),
+        "opt-350m-score": (randomize(OPTForSequenceClassification(opt_350m_config(16, num_labels=1)), 6), 6, None),
         "llama-score": (randomize(LlamaForSequenceClassification(llama), 5), 5, "rope_parameters"),
     }
 
@@ -257,6 +265,7 @@ def families():
         "opt": (OPTForCausalLM, OPTConfig(vocab_size=VOCAB, max_position_embeddings=48, hidden_size=32, word_embed_proj_dim=32,
                                           ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, dropout=0.0,
                                           bos_token_id=1, eos_token_id=2, pad_token_id=PAD)),
+        "opt-350m": (OPTForCausalLM, opt_350m_config(32)),
         "bloom": (BloomForCausalLM, BloomConfig(vocab_size=VOCAB, hidden_size=24, n_layer=2, n_head=3, bos_token_id=1,
                                                 eos_token_id=2, pad_token_id=PAD)),
     }

@@ -19,8 +19,18 @@ use tch::{Device, Kind, Reduction, Tensor};
 
 const CAUSAL: [&str; 3] = ["gpt2", "llama-gqa-untied", "llama-tied-headdim"];
 /// Models of further families, and with stretched rotary frequencies.
-const FAMILIES: [&str; 9] =
-    ["llama-linear", "llama-dynamic", "llama-llama3", "llama-yarn", "mistral", "qwen2", "qwen3", "opt", "bloom"];
+const FAMILIES: [&str; 10] = [
+    "llama-linear",
+    "llama-dynamic",
+    "llama-llama3",
+    "llama-yarn",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "opt",
+    "opt-350m",
+    "bloom",
+];
 /// fp32 against fp32 with other kernels: logits are of the order of 10, so this is a few units in the last place.
 const LOGIT_TOLERANCE: f64 = 2e-4;
 
@@ -322,7 +332,7 @@ fn scores_equal_those_of_sequence_classifiers() {
     let golden_values = json("transformers.json");
     let rows = rows(&golden_values["ids"]);
     let rows: Vec<&[i64]> = rows.iter().map(Vec::as_slice).collect();
-    for name in ["gpt2-score", "llama-score"] {
+    for name in ["gpt2-score", "llama-score", "opt-350m-score"] {
         let model = load(&model_dir(name), HeadKind::Scalar, Recompute::None);
         let expected: Vec<f64> = golden_values["classifiers"][name]["scores"]
             .as_array()

@@ -150,6 +150,8 @@ fn cases() -> Vec<Case> {
         case("sft", "gpt2", (4, 2), 2, (Zero3, whole, Block, Fp32)),
         case("sft", "gpt2", (4, 2), 2, (Zero2, optimizer, Block, Fp32)),
         case("ppo", "gpt2", (4, 2), 2, (Zero3, parameters, Block, Bf16)),
+        case("ppo", "opt-350m", (8, 2), 1, (Ddp, whole, None, Fp32)),
+        case("sft", "opt-350m", (4, 2), 2, (Zero3, whole, Block, Bf16)),
         adapted(8, &Linear::ALL, case("sft", "gpt2", (4, 4), 1, (Ddp, whole, None, Fp32))),
         adapted(4, &[Linear::Query, Linear::Value], case("sft", "llama", (4, 4), 1, (Ddp, whole, None, Bf16))),
         adapted(64, &Linear::ALL, case("reward", "llama", (16, 16), 1, (Ddp, parameters, Block, Fp32))),
@@ -184,6 +186,13 @@ fn plans_are_within_a_tenth_of_what_was_allocated() {
         "bloom",
         json!({
             "model_type": "bloom", "vocab_size": 8192, "hidden_size": 384, "n_layer": 8, "n_head": 6,
+        }),
+    );
+    folder(
+        "opt-350m",
+        json!({
+            "model_type": "opt", "vocab_size": 8192, "hidden_size": 384, "num_hidden_layers": 8, "num_attention_heads": 6,
+            "ffn_dim": 1536, "word_embed_proj_dim": 192, "do_layer_norm_before": false,
         }),
     );
     let (cases, left_out): (Vec<_>, Vec<_>) =

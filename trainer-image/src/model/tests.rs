@@ -160,6 +160,7 @@ fn a_shape_that_cannot_be_is_refused() {
         (qwen3, "hidden_size", json!(1 << 30), "hidden is 1073741824"),
         (llama(), "intermediate_size", json!(1 << 30), "ffn is 1073741824"),
         (gpt2.clone(), "n_embd", json!(1 << 30), "hidden is 1073741824"),
+        (opt.clone(), "word_embed_proj_dim", json!(1 << 30), "embedWidth is 1073741824"),
         (opt, "ffn_dim", json!(1 << 30), "ffn is 1073741824"),
         (llama(), "rms_norm_eps", json!(-1e-6), "rms_norm_eps is -0.000001"),
         (gpt2, "layer_norm_epsilon", json!(1e30), "layer_norm_epsilon"),
@@ -297,6 +298,7 @@ fn what_is_not_supported_is_refused_by_the_fields_name_and_with_what_is() {
         let path = Path::new("config.json");
         Family::read(&families::Config { path, json: &config }).unwrap_err().message
     };
-    says(opt("do_layer_norm_before", json!(false)), &["do_layer_norm_before false", "must be true"]);
-    says(opt("word_embed_proj_dim", json!(4)), &["word_embed_proj_dim"]);
+    says(opt("activation_function", json!("gelu")), &["activation_function 'gelu'", "relu"]);
+    says(opt("layer_norm_elementwise_affine", json!(false)), &["layer_norm_elementwise_affine false", "must be true"]);
+    says(opt("word_embed_proj_dim", json!(0)), &["word_embed_proj_dim"]);
 }

@@ -1,8 +1,9 @@
-//! OPT: layer norm, learned positions from row 2 on, ReLU, biases everywhere, a tied head.
+//! OPT: layer norm, learned positions from row 2 on, ReLU, biases everywhere, a tied head; the one of 350 million parameters
+//! normalises after each residual, and has embeddings of another width.
 
 use super::{Config, Definition, HfTensor, gpt2};
 use crate::error::Result;
-use crate::model::{Mlp, ModelSpec, Param, Segment};
+use crate::model::{Mlp, ModelSpec, Param, Segment, Traits};
 
 pub(super) const FAMILY: Definition = Definition {
     model_type: "opt",
@@ -14,13 +15,10 @@ pub(super) const FAMILY: Definition = Definition {
 
 fn spec(config: &Config<'_>) -> Result<ModelSpec> {
     config.one_of("activation_function", "relu", &["relu"])?;
-    config.must_be("do_layer_norm_before", true)?;
-    config.must_be("_remove_final_layer_norm", false)?;
     config.must_be("layer_norm_elementwise_affine", true)?;
     let base = gpt2::base(config, ["hidden_size", "num_hidden_layers", "num_attention_heads"])?;
-    if config.size_or("word_embed_proj_dim", base.hidden)? != base.hidden {
-        return Err(config.error("word_embed_proj_dim other than hidden_size is not supported"));
-    }
+    let width = config.size_or("word_embed_proj_dim", base.hidden)?;
+    let before = config.flag("do_layer_norm_before", true);
     let bias = config.flag("enable_bias", true);
     Ok(ModelSpec {
         ffn: config.size("ffn_dim")?,
@@ -30,6 +28,12 @@ fn spec(config: &Config<'_>) -> Result<ModelSpec> {
         qkv_bias: bias,
         attention_output_bias: bias,
         mlp_bias: bias,
+        norms_after: !before,
+        traits: Traits {
+            embed_width: (width != base.hidden).then_some(width),
+            no_final_norm: !before || config.flag("_remove_final_layer_norm", false),
+            ..Traits::default()
+        },
         ..base
     })
 }
@@ -40,11 +44,13 @@ fn tensors(segment: Segment) -> Vec<HfTensor> {
         Segment::Embed => vec![
             plain("model.decoder.embed_tokens.weight", Param::TokenEmbedding),
             plain("model.decoder.embed_positions.weight", Param::PositionEmbedding),
+            plain("model.decoder.project_in.weight", Param::EmbedProjection),
         ],
         Segment::Block(i) => block(i),
         Segment::Head => vec![
             plain("model.decoder.final_layer_norm.weight", Param::FinalNormWeight),
             plain("model.decoder.final_layer_norm.bias", Param::FinalNormBias),
+            plain("model.decoder.project_out.weight", Param::HeadProjection),
             plain("lm_head.weight", Param::LmHeadWeight),
         ],
     }
