@@ -21,7 +21,8 @@ import torch
 import transformers
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
-from transformers import (BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM, OPTConfig, OPTForCausalLM,
+from transformers import (BloomConfig, BloomForCausalLM, Gemma2Config, Gemma2ForCausalLM, Gemma3ForCausalLM,
+                          Gemma3TextConfig, MistralConfig, MistralForCausalLM, OPTConfig, OPTForCausalLM,
                           Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
 from transformers import (GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
                           LlamaForSequenceClassification, OPTForSequenceClassification)
@@ -95,8 +96,11 @@ def make_glassllm():
 def randomize(model, seed):
     """Draws every parameter anew, so that no bias is zero, no norm is one and attention is far from uniform."""
     torch.manual_seed(seed)
+    from_one = "Gemma" in type(model).__name__      # its norms add one to their weights
     for name, parameter in model.named_parameters():
-        spread, centre = (0.1, float(name.endswith("weight"))) if parameter.dim() == 1 else (0.4, 0.0)
+        spread, centre = (0.1, float(name.endswith("weight") and not from_one)) if parameter.dim() == 1 else (0.4, 0.0)
+        if from_one and "embed_tokens" in name:
+            spread = 0.08       # it is scaled up, and would drown what the blocks add
         parameter.data = torch.randn_like(parameter) * spread + centre
     model.set_attn_implementation("eager")
     return model.eval()
@@ -261,6 +265,15 @@ def families():
         "llama-yarn": (LlamaForCausalLM, llama(rope_type="yarn", factor=4.0, original_max_position_embeddings=12)),
         "mistral": (MistralForCausalLM, MistralConfig(**shape, sliding_window=4, head_dim=8)),
         "qwen2": (Qwen2ForCausalLM, Qwen2Config(**shape, tie_word_embeddings=True)),
+        "qwen2-windows": (Qwen2ForCausalLM, Qwen2Config(**shape, use_sliding_window=True, sliding_window=4,
+                                                        max_window_layers=1)),
+        "gemma2": (Gemma2ForCausalLM, Gemma2Config(**shape, head_dim=12, sliding_window=4, query_pre_attn_scalar=16,
+                                                   attn_logit_softcapping=3.0, final_logit_softcapping=1.0)),
+        "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig(
+            **shape, head_dim=12, sliding_window=4, query_pre_attn_scalar=16,
+            layer_types=["sliding_attention", "full_attention"],
+            rope_parameters={"full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e5},
+                             "sliding_attention": {"rope_type": "default", "rope_theta": 1e3}})),
         "qwen3": (Qwen3ForCausalLM, Qwen3Config(**shape, head_dim=12, tie_word_embeddings=False)),
         "opt": (OPTForCausalLM, OPTConfig(vocab_size=VOCAB, max_position_embeddings=48, hidden_size=32, word_embed_proj_dim=32,
                                           ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, dropout=0.0,

@@ -19,7 +19,7 @@ use tch::{Device, Kind, Reduction, Tensor};
 
 const CAUSAL: [&str; 3] = ["gpt2", "llama-gqa-untied", "llama-tied-headdim"];
 /// Models of further families, and with stretched rotary frequencies.
-const FAMILIES: [&str; 10] = [
+const FAMILIES: [&str; 13] = [
     "llama-linear",
     "llama-dynamic",
     "llama-llama3",
@@ -30,6 +30,9 @@ const FAMILIES: [&str; 10] = [
     "opt",
     "opt-350m",
     "bloom",
+    "gemma2",
+    "gemma3",
+    "qwen2-windows",
 ];
 /// fp32 against fp32 with other kernels: logits are of the order of 10, so this is a few units in the last place.
 const LOGIT_TOLERANCE: f64 = 2e-4;

@@ -137,6 +137,10 @@ fn cases() -> Vec<Case> {
         case("sft", "bloom", (4, 4), 1, (Ddp, whole, None, Fp32)),
         case("ppo", "bloom", (8, 2), 1, (Ddp, parameters, Block, Bf16)),
         case("sft", "bloom", (4, 2), 2, (Zero3, whole, Block, Fp32)),
+        case("sft", "gemma2", (4, 4), 1, (Ddp, whole, None, Fp32)),
+        case("sft", "gemma2", (4, 4), 1, (Ddp, whole, None, Bf16)),
+        case("ppo", "gemma3", (8, 2), 1, (Ddp, parameters, Block, Fp32)),
+        case("sft", "gemma3", (4, 4), 1, (Ddp, whole, None, Bf16)),
         case("sft", "gpt2", (4, 4), 1, (Ddp, whole, None, Fp32)),
         case("sft", "gpt2", (4, 4), 1, (Ddp, parameters, Block, Bf16)),
         case("sft", "llama", (4, 4), 1, (Ddp, whole, None, Bf16)),
@@ -195,6 +199,16 @@ fn plans_are_within_a_tenth_of_what_was_allocated() {
             "ffn_dim": 1536, "word_embed_proj_dim": 192, "do_layer_norm_before": false,
         }),
     );
+    for (family, model_type) in [("gemma2", "gemma2"), ("gemma3", "gemma3_text")] {
+        folder(
+            family,
+            json!({
+                "model_type": model_type, "vocab_size": 8192, "hidden_size": 384, "num_hidden_layers": 6,
+                "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64, "intermediate_size": 1024,
+                "sliding_window": 64,
+            }),
+        );
+    }
     let (cases, left_out): (Vec<_>, Vec<_>) =
         cases().into_iter().partition(|case| cpu_multiplies(case.strategy.precision));
     if !left_out.is_empty() {

@@ -260,7 +260,7 @@ fn what_is_not_supported_is_refused_by_the_fields_name_and_with_what_is() {
     let says = |message: String, parts: &[&str]| assert!(parts.iter().all(|p| message.contains(p)), "{message}");
     says(
         refused(&|c| c["model_type"] = json!("t5")),
-        &["model_type 't5'", "bloom, gpt2, llama, mistral, opt, qwen2, qwen3"],
+        &["model_type 't5'", "bloom, gemma2, gemma3_text, gpt2, llama, mistral, opt, qwen2, qwen3"],
     );
     says(
         refused(&|c| c["rope_scaling"] = json!({"type": "longrope"})),
@@ -280,11 +280,35 @@ fn what_is_not_supported_is_refused_by_the_fields_name_and_with_what_is() {
     );
     says(
         refused(&|c| {
-            (c["model_type"], c["use_sliding_window"], c["max_window_layers"], c["num_hidden_layers"]) =
-                (json!("qwen2"), json!(true), json!(1), json!(2))
+            (c["model_type"], c["layer_types"], c["sliding_window"]) =
+                (json!("mistral"), json!(["full_attention"]), json!(4))
         }),
-        &["max_window_layers"],
+        &["layer_types", "mistral"],
     );
+    let qwen = |types: Value| {
+        refused(&|c| {
+            (c["model_type"], c["use_sliding_window"], c["layer_types"]) = (json!("qwen2"), json!(true), types.clone())
+        })
+    };
+    says(
+        qwen(json!(["chunked_attention"])),
+        &["layer_types", "chunked_attention", "sliding_attention or full_attention"],
+    );
+    says(qwen(json!([])), &["layer_types has 0 entries for 1 blocks"]);
+    let gemma = |of: &'static str, field: &'static str, value: Value| {
+        refused(&|c| (c["model_type"], c[field]) = (json!(of), value.clone()))
+    };
+    says(gemma("gemma2", "hidden_activation", json!("gelu")), &["hidden_activation 'gelu'", "gelu_pytorch_tanh"]);
+    says(gemma("gemma2", "use_bidirectional_attention", json!(true)), &["use_bidirectional_attention true"]);
+    says(gemma("gemma2", "final_logit_softcapping", json!(0)), &["final_logit_softcapping"]);
+    says(gemma("gemma2", "sliding_window", Value::Null), &["sliding_window is missing"]);
+    says(gemma("gemma3_text", "attn_logit_softcapping", json!(50.0)), &["attn_logit_softcapping", "gemma3_text"]);
+    says(gemma("gemma3_text", "rope_parameters", json!({"rope_theta": 1e6})), &["rope_parameters.full_attention"]);
+    says(gemma("gemma3_text", "rope_scaling", json!({"rope_type": "longrope"})), &["rope_type 'longrope'"]);
+    let local = json!({"full_attention": {}, "sliding_attention": {"rope_type": "linear", "factor": 2.0}});
+    says(gemma("gemma3_text", "rope_parameters", local), &["rope_parameters.sliding_attention", "default"]);
+    // The model that sees pictures, too, is another one.
+    says(gemma("gemma3", "vision_config", json!({})), &["model_type 'gemma3'", "gemma3_text"]);
     says(refused(&|c| c["hidden_act"] = json!("gelu")), &["hidden_act 'gelu'", "silu"]);
     says(
         refused(&|c| {
@@ -301,4 +325,35 @@ fn what_is_not_supported_is_refused_by_the_fields_name_and_with_what_is() {
     says(opt("activation_function", json!("gelu")), &["activation_function 'gelu'", "relu"]);
     says(opt("layer_norm_elementwise_affine", json!(false)), &["layer_norm_elementwise_affine false", "must be true"]);
     says(opt("word_embed_proj_dim", json!(0)), &["word_embed_proj_dim"]);
+}
+
+/// Before version 5, and as hubs have it: no types of blocks, the bases apart, the scaling of the ones that see everything.
+#[test]
+fn gemma_3_is_read_as_both_versions_of_transformers_write_it() {
+    let base = json!({
+        "model_type": "gemma3_text", "vocab_size": 12, "hidden_size": 8, "num_hidden_layers": 7, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 4, "intermediate_size": 16, "sliding_window": 8,
+    });
+    let read = |more: Value| {
+        let mut config = base.clone();
+        more.as_object().unwrap().iter().for_each(|(k, v)| config[k] = v.clone());
+        Family::read(&families::Config { path: Path::new("config.json"), json: &config }).unwrap().1
+    };
+    let old = read(json!({
+        "rope_theta": 2e6, "rope_local_base_freq": 2e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    }));
+    let sliding = ["sliding_attention"; 5];
+    let types: Vec<&str> = sliding.into_iter().chain(["full_attention", "sliding_attention"]).collect();
+    let new = read(json!({
+        "layer_types": types,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 2e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+        },
+    }));
+    assert_eq!(old, new);
+    assert_eq!((old.full_blocks.as_slice(), old.window(0), old.window(5)), ([5].as_slice(), Some(8), None));
+    let (silent, linear) = (read(json!({})), Some(RopeScaling::Linear { factor: 8.0 }));
+    assert_eq!((old.local_theta, old.rope_scaling), (Some(2e4), linear));
+    assert_eq!((silent.positions, silent.local_theta), (Positions::Rotary { theta: 1e6 }, Some(1e4)));
 }

@@ -2,6 +2,8 @@
 //! [`Param`]s; the tables run both ways. Adding a family is adding one file, its module and its line in [`Family::ALL`].
 
 mod bloom;
+mod gemma2;
+mod gemma3;
 mod gpt2;
 mod llama;
 mod mistral;
@@ -82,8 +84,10 @@ pub(super) fn gathered(whole: &Tensor, heads: i64, parts: i64) -> Result<Vec<Ten
 
 impl Family {
     /// Every family.
-    pub const ALL: [Family; 7] = [
+    pub const ALL: [Family; 9] = [
         Family(&bloom::FAMILY),
+        Family(&gemma2::FAMILY),
+        Family(&gemma3::FAMILY),
         Family(&gpt2::FAMILY),
         Family(&llama::FAMILY),
         Family(&mistral::FAMILY),
@@ -208,20 +212,53 @@ impl Config<'_> {
         Err(self.error(format!("{field} {} is not supported; it must be {supported}", !supported)))
     }
 
-    /// How far back every block sees, where `layer_types` and the fields of the family let it see less than everything.
-    fn window(&self, default: Option<i64>, layers: usize) -> Result<Option<i64>> {
-        let window = match self.json.get("sliding_window") {
-            None => default,
-            Some(Value::Null) => None,
-            Some(_) => Some(self.size("sliding_window")?),
+    /// How far back blocks with a window see, and the blocks that have none. `slides` says it of a block where `layer_types` is
+    /// silent; `default` counts where `sliding_window` is.
+    fn windows(
+        &self,
+        default: Option<i64>,
+        layers: usize,
+        slides: impl Fn(usize) -> bool,
+    ) -> Result<(Option<i64>, Vec<usize>)> {
+        let kind = |kind: &Value| match kind.as_str() {
+            Some("sliding_attention") => Ok(true),
+            Some("full_attention") => Ok(false),
+            _ => Err(self.error(format!(
+                "layer_types {kind} is not supported; supported is sliding_attention or full_attention"
+            ))),
         };
-        let Some(types) = self.json.get("layer_types").and_then(Value::as_array) else { return Ok(window) };
-        let sliding = types.iter().take(layers).filter(|t| *t == "sliding_attention").count();
-        match sliding {
-            0 => Ok(None),
-            n if n == layers && window.is_some() => Ok(window),
-            _ => Err(self
-                .error("layer_types that mix full and sliding attention are not supported; all blocks must be alike")),
+        let sliding: Vec<bool> = match self.json.get("layer_types").filter(|types| !types.is_null()) {
+            None => (0..layers).map(slides).collect(),
+            Some(types) => types.as_array().into_iter().flatten().map(kind).collect::<Result<_>>()?,
+        };
+        if sliding.len() < layers {
+            return Err(self.error(format!("layer_types has {} entries for {layers} blocks", sliding.len())));
+        }
+        let full: Vec<usize> = (0..layers).filter(|&block| !sliding[block]).collect();
+        if full.len() == layers {
+            return Ok((None, vec![]));
+        }
+        match self.window(default)? {
+            None => Err(self.error("layer_types has sliding attention, and sliding_window is missing")),
+            window => Ok((window, full)),
+        }
+    }
+
+    /// What `sliding_window` says.
+    fn window(&self, default: Option<i64>) -> Result<Option<i64>> {
+        match self.json.get("sliding_window") {
+            None => Ok(default),
+            Some(Value::Null) => Ok(None),
+            Some(_) => self.size("sliding_window").map(Some),
+        }
+    }
+
+    /// The bound of a soft cap; null is none.
+    fn cap(&self, field: &str, default: Option<f64>) -> Result<Option<f64>> {
+        match self.json.get(field) {
+            None => Ok(default),
+            Some(Value::Null) => Ok(None),
+            Some(_) => self.positive(field).map(Some),
         }
     }
 

@@ -14,21 +14,15 @@ pub(super) const FAMILY: Definition = Definition {
 
 fn spec(config: &Config<'_>) -> Result<ModelSpec> {
     let base = llama::base(config, 32_768, None)?;
-    Ok(ModelSpec { qkv_bias: true, sliding_window: window(config, base.layers)?, ..base })
+    let (sliding_window, full_blocks) = windows(config, base.layers)?;
+    Ok(ModelSpec { qkv_bias: true, sliding_window, full_blocks, ..base })
 }
 
 /// The window counts where `use_sliding_window` says so, from block `max_window_layers` on.
-pub(super) fn window(config: &Config<'_>, layers: usize) -> Result<Option<i64>> {
+pub(super) fn windows(config: &Config<'_>, layers: usize) -> Result<(Option<i64>, Vec<usize>)> {
     if !config.flag("use_sliding_window", false) {
-        return Ok(None);
+        return Ok((None, vec![]));
     }
-    if config.json.get("layer_types").is_none() && config.size_or("max_window_layers", 28)? >= layers as i64 {
-        return Ok(None);
-    }
-    if config.json.get("layer_types").is_none() && config.number_or("max_window_layers", 28.0)? > 0.0 {
-        return Err(config.error(
-            "max_window_layers between 0 and the number of blocks is not supported; all blocks must see equally far",
-        ));
-    }
-    config.window(Some(4096), layers)
+    let (window, first) = (config.window(Some(4096))?, config.number_or("max_window_layers", 28.0)?);
+    config.windows(Some(4096), layers, |block| window.is_some() && block as f64 >= first)
 }

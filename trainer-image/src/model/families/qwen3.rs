@@ -14,12 +14,7 @@ pub(super) const FAMILY: Definition = Definition {
 
 fn spec(config: &Config<'_>) -> Result<ModelSpec> {
     let base = llama::base(config, 32_768, Some(128))?;
+    let (sliding_window, full_blocks) = qwen2::windows(config, base.layers)?;
     let bias = config.flag("attention_bias", false);
-    Ok(ModelSpec {
-        qkv_bias: bias,
-        attention_output_bias: bias,
-        qk_norm: true,
-        sliding_window: qwen2::window(config, base.layers)?,
-        ..base
-    })
+    Ok(ModelSpec { qkv_bias: bias, attention_output_bias: bias, qk_norm: true, sliding_window, full_blocks, ..base })
 }
