@@ -9,7 +9,7 @@
 
 mod bounds;
 
-pub use bounds::{MAX_DOCUMENT_BYTES, Unbelievable};
+pub use bounds::{MAX_DOCUMENT_BYTES, MAX_LAYERS, Unbelievable};
 
 use crate::model::ModelSpec;
 use schemars::JsonSchema;

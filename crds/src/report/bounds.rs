@@ -21,6 +21,8 @@ const MAX_NAME: usize = 64;
 const MAX_TEXT: usize = 4096;
 /// Most characters of what a trainer says that it does.
 const MAX_DOING: usize = 512;
+/// Most blocks of a model.
+pub const MAX_LAYERS: usize = 1 << 12;
 /// Most models and datasets of a job.
 const MAX_SHAPES: usize = 64;
 
@@ -129,7 +131,7 @@ impl ModelSpec {
     pub fn check(&self) -> Result<(), Unbelievable> {
         within("vocab", self.vocab, 1, 1 << 26)?;
         within("hidden", self.hidden, 1, 1 << 20)?;
-        within("layers", i64::try_from(self.layers).unwrap_or(i64::MAX), 1, 1 << 12)?;
+        within("layers", i64::try_from(self.layers).unwrap_or(i64::MAX), 1, MAX_LAYERS as i64)?;
         within("heads", self.heads, 1, 1 << 14)?;
         within("kvHeads", self.kv_heads, 1, self.heads)?;
         within("headDim", self.head_dim, 1, 1 << 16)?;
@@ -210,6 +212,15 @@ mod tests {
         let mut model = shape();
         model["normEps"] = json!(1e300);
         assert!(said(model).1.is_some());
+        let with = |traits: Value| {
+            let mut model = shape();
+            model["traits"] = traits;
+            said(model)
+        };
+        assert!(with(json!({"embedWidth": 512, "normsAround": 1.0, "attentionCap": 50})).0.prepared.is_some());
+        for wrong in [json!({"embedWidth": 0}), json!({"embedWidth": 1u64 << 40}), json!({"logitCap": -1.0})] {
+            assert!(with(wrong.clone()).0.prepared.is_none(), "{wrong}");
+        }
     }
 
     #[test]

@@ -107,7 +107,8 @@ impl Setting {
     }
 
     /// Whether attention runs in a kernel that never holds all weights. libtorch's CPU kernel takes everything; of those for
-    /// CUDA only flash attention shares keys and values among heads, in 16 bits, up to a head size of 256 and without a mask.
+    /// CUDA only flash attention shares keys and values among heads, in 16 bits, up to a head size of 256 and without a mask. None
+    /// caps scores.
     fn fuses_attention(&self, spec: &ModelSpec, masked: bool) -> bool {
         let flash = !masked && self.bytes() < FP32 && spec.head_dim <= 256 && spec.head_dim % 8 == 0;
         spec.traits.attention_cap.is_none() && (!self.shares_on_gpu(spec) || flash)

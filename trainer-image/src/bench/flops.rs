@@ -34,7 +34,7 @@ pub(super) fn adapters(spec: &ModelSpec, lora: Option<&Lora>, tokens: u64) -> f6
 /// Operations of the head over some positions.
 pub(super) fn head(spec: &ModelSpec, head: HeadKind, positions: u64) -> f64 {
     let width = if head == HeadKind::Lm { spec.vocab } else { 1 };
-    2.0 * (spec.hidden * width) as f64 * positions as f64
+    2.0 * (spec.embed_width() * width) as f64 * positions as f64
 }
 
 /// How a model learns.

@@ -162,7 +162,8 @@ pub(super) fn mix(
     let (mask, causal) = context.sight(spec, block, time, &keys)?;
     let masked_on_gpu = mask.is_some() && time > 1 && queries.device().is_cuda();
     if grouped && (masked_on_gpu || spec.traits.attention_cap.is_some()) {
-        // No kernel for CUDA takes a mask and shared heads at once but by the whole matrix of weights, as the plan knows.
+        // No kernel for CUDA takes a mask and shared heads at once but by the whole matrix of weights, as the plan knows; nor
+        // does the product by which scores are capped.
         (keys, values, grouped) = (for_each_head(spec, &keys)?, for_each_head(spec, &values)?, false);
     }
     if let Some(limit) = spec.traits.attention_cap {

@@ -128,7 +128,10 @@ fn read_block(
         };
         let (a, b) = (tensor('A')?, tensor('B')?);
         let b = match module.layout {
-            Layout::Heads => Tensor::f_cat(&gathered(&b, spec.heads, module.linears.len() as i64)?, 0)?,
+            Layout::Heads => {
+                let parts = gathered(&b, spec.heads, module.linears.len() as i64);
+                Tensor::f_cat(&parts.map_err(|_| misshapen(dir, module))?, 0)?
+            }
             Layout::Rows | Layout::Transposed => b,
         };
         let shape = |param| specs.iter().find(|s| s.param == param).map_or(&[][..], |s| &s.shape[..]);
@@ -138,11 +141,7 @@ fn read_block(
         for (i, linear) in (0i64..).zip(&module.linears) {
             let rows = shape(Param::LoraB(*linear)).first().copied().unwrap_or_default();
             let start = if shared { 0 } else { i * rank };
-            let part = |t: &Tensor, dim, start, len| {
-                t.f_narrow(dim, start, len).map_err(|_| {
-                    Error::input(format!("{}: '{}' has adapters of another shape", dir.display(), module.name))
-                })
-            };
+            let part = |t: &Tensor, dim, start, len| t.f_narrow(dim, start, len).map_err(|_| misshapen(dir, module));
             found.insert(Param::LoraA(*linear), part(&a, 0, start, rank)?);
             found.insert(Param::LoraB(*linear), part(&part(&b, 0, row, rows)?, 1, start, rank)?);
             row += rows;
@@ -160,6 +159,10 @@ fn read_block(
         None => Err(missing(dir, &format!("{:?}", spec.param))),
     };
     specs.iter().map(checked).collect()
+}
+
+fn misshapen(dir: &Path, module: &Module) -> Error {
+    Error::input(format!("{}: '{}' has adapters of another shape", dir.display(), module.name))
 }
 
 fn missing(dir: &Path, name: &str) -> Error {

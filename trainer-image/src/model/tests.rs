@@ -135,6 +135,7 @@ fn a_shape_that_cannot_be_is_refused() {
     let gpt2 = json!({"model_type": "gpt2", "vocab_size": 9, "n_embd": 8, "n_layer": 1, "n_head": 2});
     let opt = json!({"model_type": "opt", "vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 8});
     let qwen3 = json!({"model_type": "qwen3", "vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8});
+    let gemma3 = json!({"model_type": "gemma3_text", "vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 8});
     let rope = |more: Value| {
         let mut all = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0});
         more.as_object().unwrap().iter().for_each(|(k, v)| all[k] = v.clone());
@@ -155,6 +156,7 @@ fn a_shape_that_cannot_be_is_refused() {
         (llama(), "num_hidden_layers", json!(1_000_000_000_000u64), "num_hidden_layers"),
         (llama(), "num_hidden_layers", json!(1 << 30), "layers is 1073741824"),
         (gpt2.clone(), "n_layer", json!(1 << 30), "layers is 1073741824"),
+        (gemma3, "num_hidden_layers", json!(1 << 30), "layers is 1073741824"),
         (llama(), "vocab_size", json!(1 << 30), "vocab is 1073741824"),
         (llama(), "hidden_size", json!(1 << 30), "hidden is 1073741824"),
         (qwen3, "hidden_size", json!(1 << 30), "hidden is 1073741824"),

@@ -3,7 +3,7 @@
 
 use super::{Config, Definition, gemma2, rope};
 use crate::error::Result;
-use crate::model::{ModelSpec, Positions, Traits};
+use crate::model::{ModelSpec, Positions, RopeScaling, Traits};
 use serde_json::{Value, json};
 
 pub(super) const FAMILY: Definition = Definition {
@@ -44,7 +44,7 @@ fn rotary(
     kind: &str,
     theta: &str,
     default: f64,
-) -> Result<(Positions, Option<crate::model::RopeScaling>)> {
+) -> Result<(Positions, Option<RopeScaling>)> {
     let mut parameters = match config.json.get("rope_parameters") {
         None | Some(Value::Null) => json!({}),
         Some(kinds) => match kinds.get(kind) {

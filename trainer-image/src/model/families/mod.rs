@@ -14,6 +14,7 @@ mod rope;
 
 use super::{HeadKind, ModelSpec, Param, Segment};
 use crate::error::{Error, Result};
+use rlhf_api::report::MAX_LAYERS;
 use serde_json::Value;
 use std::path::Path;
 use tch::Tensor;
@@ -76,7 +77,10 @@ pub(super) fn dealt(parts: &[&Tensor], heads: i64) -> Result<Vec<Tensor>> {
 
 /// As many parts as asked for, of one size, out of a tensor in which they lie head by head.
 pub(super) fn gathered(whole: &Tensor, heads: i64, parts: i64) -> Result<Vec<Tensor>> {
-    let (rows, rest) = (whole.size()[0], &whole.size()[1..]);
+    let size = whole.size();
+    let Some((&rows, rest)) = size.split_first() else {
+        return Err(Error::input("a tensor that holds parts head by head is a single number"));
+    };
     let by_head = whole.f_view([&[heads, parts, rows / (heads * parts)], rest].concat().as_slice())?;
     let part = |i| Ok(by_head.f_select(1, i)?.f_reshape([&[rows / parts], rest].concat().as_slice())?);
     (0..parts).map(part).collect()
@@ -220,6 +224,8 @@ impl Config<'_> {
         layers: usize,
         slides: impl Fn(usize) -> bool,
     ) -> Result<(Option<i64>, Vec<usize>)> {
+        // Whoever says that there are more is refused for that.
+        let layers = layers.min(MAX_LAYERS);
         let kind = |kind: &Value| match kind.as_str() {
             Some("sliding_attention") => Ok(true),
             Some("full_attention") => Ok(false),
