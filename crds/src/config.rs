@@ -4,7 +4,7 @@
 //! [`CONFIG_FILE`]; what differs by pod or attempt travels in the environment variables of [`mod@env`].
 
 use crate::reference::VOLUME_SCHEME;
-use crate::stage::{CheckpointPolicy, StageKind, Strategy};
+use crate::stage::{CheckpointPolicy, Export, StageKind, Strategy};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -131,6 +131,9 @@ pub struct StageConfig {
     /// Which of them stay once the stage has succeeded.
     #[serde(default)]
     pub keep_checkpoints: KeepCheckpoints,
+    /// How the stage's model is written.
+    #[serde(default)]
+    pub export: Export,
     /// Seeds every random choice.
     pub seed: u64,
     /// Where things are on the volume.

@@ -670,6 +670,28 @@ pub struct Strategy {
     pub precision: Precision,
 }
 
+/// How a stage's model is written.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Export {
+    /// The number format of its weights; without it, that of the model from which the stage starts. What does not fit into
+    /// fp16 is refused once the model is trained.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dtype: Option<Precision>,
+    /// Weights that are more than this are split into several files with an index, none of which is larger, unless one tensor
+    /// is; such as `5G`, which is the default. From `1M` on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 16), extend("x-kubernetes-validations" = shard_size()))]
+    pub max_shard_size: Option<String>,
+}
+
+fn shard_size() -> serde_json::Value {
+    serde_json::json!([{
+        "rule": r"self.matches('^[1-9][0-9]{0,5}(\\.[0-9]{1,3})?(M|G|T|Mi|Gi|Ti)$')",
+        "message": "maxShardSize is an amount of bytes of 1M or more, such as 5G or 512Mi",
+    }])
+}
+
 /// When a checkpoint is written and how many are kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]

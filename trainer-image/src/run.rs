@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::files;
 use rlhf_api::config::{StageConfig, StagePaths};
 use rlhf_api::report::Output;
-use rlhf_api::stage::StageKind;
+use rlhf_api::stage::{Export, StageKind};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -24,7 +24,7 @@ const DONE: &str = "output.json";
 /// Differences between two configs that are named.
 const NAMED: usize = 3;
 
-/// What a stage is asked to do, as far as what it learns depends on it.
+/// What a stage is asked to do, as far as what it leaves depends on it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Asked {
@@ -32,6 +32,8 @@ struct Asked {
     kind: StageKind,
     seed: u64,
     paths: StagePaths,
+    #[serde(default)]
+    export: Export,
 }
 
 /// Tells a run from others that were begun in the same folder.
@@ -105,10 +107,10 @@ pub struct Run {
 impl Run {
     /// The run of a stage on the volume.
     pub fn new(config: &StageConfig, volume: &Path) -> Self {
-        let StageConfig { stage, kind, seed, paths, .. } = config.clone();
+        let StageConfig { stage, kind, seed, paths, export, .. } = config.clone();
         let model = volume.join(&paths.output);
         let dir = model.parent().map_or(model.clone(), PathBuf::from);
-        Self { dir, model, asked: Asked { stage, kind, seed, paths } }
+        Self { dir, model, asked: Asked { stage, kind, seed, paths, export } }
     }
 
     /// The folder: the stage's model, checkpoints, samples and learning curves lie in it.
@@ -277,7 +279,7 @@ mod tests {
             assert_eq!(run(change).begin().unwrap(), id);
         }
         type Change = (fn(&mut Value), &'static [&'static str]);
-        let other: [Change; 3] = [
+        let other: [Change; 4] = [
             (
                 |c| c["kind"]["sft"]["optimizer"]["learningRate"] = json!(0.01),
                 &["kind.sft.optimizer.learningRate was 0.001 and is 0.01"],
@@ -290,6 +292,7 @@ mod tests {
                 |c| c["kind"]["sft"]["dataset"] = json!({"source": "volume://other.jsonl"}),
                 &["\"volume://d.jsonl\" and is \"volume://other.jsonl\""],
             ),
+            (|c| c["export"] = json!({"dtype": "bf16"}), &["export.dtype was null and is \"bf16\""]),
         ];
         for (change, parts) in other {
             let error = run(change).begin().unwrap_err();
@@ -303,6 +306,7 @@ mod tests {
         let path = first.dir().join(BEGUN);
         let mut begun: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
         begun["kind"]["sft"].as_object_mut().unwrap().remove("trainOnPrompt").unwrap();
+        begun.as_object_mut().unwrap().remove("export").unwrap();
         std::fs::write(&path, begun.to_string()).unwrap();
         assert_eq!(first.begin().unwrap(), id);
     }

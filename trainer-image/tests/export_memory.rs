@@ -8,7 +8,7 @@ use rlhf_api::stage::{Linear, Lora, Offload, Precision, Sharding, Strategy};
 use rlhf_trainer::engine::{Backbone, ChunkLayout, Group, HEAD_SLICE_BYTES, Model, Placement, ScalarInit};
 use rlhf_trainer::lease::Lease;
 use rlhf_trainer::model::families::Layout;
-use rlhf_trainer::model::{Adapters, HeadKind, ModelWriter, Scores, Segment, Source, read_config};
+use rlhf_trainer::model::{Adapters, Format, HeadKind, ModelWriter, Scores, Segment, Source, read_config};
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::json;
 use std::net::TcpListener;
@@ -86,8 +86,9 @@ fn export(case: Case, source: &Source, target: &Path) -> [u64; 2] {
             *before.lock().unwrap() = now(false);
         }
         group.barrier().unwrap();
-        let mut writer = (rank == 0)
-            .then(|| ModelWriter::create(target, source, HeadKind::Lm, 100_000_000, &Lease::default()).unwrap());
+        let format = Format { kind: source.kind, shard_bytes: 100_000_000 };
+        let mut writer =
+            (rank == 0).then(|| ModelWriter::create(target, source, HeadKind::Lm, format, &Lease::default()).unwrap());
         model.parameters(source, |part| writer.as_mut().unwrap().write(part.segment, &part.values)).unwrap();
         if let Some(writer) = writer {
             writer.finish(Scores::default(), |_| Ok(())).unwrap();

@@ -7,7 +7,8 @@ use rlhf_api::stage::{Recompute, Strategy};
 use rlhf_trainer::engine::{Backbone, Group, HEAD_SLICE_BYTES, Model, Placement, ScalarInit, SegmentValues};
 use rlhf_trainer::lease::Lease;
 use rlhf_trainer::model::{
-    Adapters, Batch, HeadKind, ModelWriter, Param, SHARD_BYTES, Scores, Segment, Source, read_adapters, write_adapters,
+    Adapters, Batch, Format, HeadKind, ModelWriter, Param, SHARD_BYTES, Scores, Segment, Source, read_adapters,
+    write_adapters,
 };
 use rlhf_trainer::rollout::{Decoding, Request, generate};
 use safetensors::SafeTensors;
@@ -370,7 +371,8 @@ fn logits_of_a_trained_model_equal_those_of_its_own_code() {
 
 /// Writes a model, adapters merged, in files of at most so many bytes.
 fn export(dir: &Path, source: &Source, model: &Model, shard_bytes: u64) {
-    let mut writer = ModelWriter::create(dir, source, model.head_kind(), shard_bytes, &Lease::default()).unwrap();
+    let format = Format { kind: source.kind, shard_bytes };
+    let mut writer = ModelWriter::create(dir, source, model.head_kind(), format, &Lease::default()).unwrap();
     model.parameters(source, |part| writer.write(part.segment, &part.values)).unwrap();
     writer.finish(Scores::default(), |_| Ok(())).unwrap();
 }

@@ -27,7 +27,7 @@ use crate::choice::{StrategyOverride, StrategySpec};
 use crate::config::KeepCheckpoints;
 use crate::names;
 use crate::reference::{MAX_STAGE_NAME, ModelRef, Produces};
-use crate::stage::{CheckpointPolicy, Ppo, RewardModel, Sft, StageKind};
+use crate::stage::{CheckpointPolicy, Export, Ppo, RewardModel, Sft, StageKind};
 use kube::{CustomResource, KubeSchema, ResourceExt};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -166,6 +166,7 @@ pub struct VolumeClaim {
 #[x_kube(
     validation = rules::one_kind(),
     validation = rules::same_stage(),
+    validation = rules::immutable_option("export"),
     validation = Rule::new("!has(self.ppo) || self.ppo.rolloutBatchSize % self.ppo.batch.globalSize == 0").message(
         "ppo.rolloutBatchSize must be a multiple of ppo.batch.globalSize, the mini-batch; change one of them"
     ),
@@ -199,6 +200,9 @@ pub struct Stage {
     /// When checkpoints are written. May change while the job is suspended.
     #[serde(default)]
     pub checkpoint: CheckpointPolicy,
+    /// How the stage's model is written.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub export: Option<Export>,
     /// Seeds every random choice of the stage.
     #[serde(default = "default_seed")]
     #[schemars(range(min = 0, max = 4_294_967_295u32))]

@@ -128,6 +128,7 @@ fn stage_config(job: &RLHFJob, stage: &Stage) -> Result<StageConfig, SpecError> 
         kind,
         strategy: None,
         checkpoint: stage.checkpoint,
+        export: stage.export.clone().unwrap_or_default(),
         keep_checkpoints: job.spec.storage.keep_checkpoints,
         seed: stage.seed.into(),
         collective_timeout_seconds: job.compute(stage).collective_timeout_seconds,

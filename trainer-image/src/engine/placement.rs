@@ -1,7 +1,8 @@
 //! What a strategy's settings mean for one model: where its chunks live, in which number format, and who keeps what.
 
 use crate::error::Result;
-use rlhf_api::stage::{Offload, Precision, Sharding, Strategy};
+use crate::model::number_format;
+use rlhf_api::stage::{Offload, Sharding, Strategy};
 use tch::{Device, Kind, Tensor};
 
 /// Where a model is placed and how it is run.
@@ -20,11 +21,7 @@ pub struct Placement {
 impl Placement {
     /// The number format of the working copy and of activations.
     pub fn kind(&self) -> Kind {
-        match self.strategy.precision {
-            Precision::Fp32 => Kind::Float,
-            Precision::Bf16 => Kind::BFloat16,
-            Precision::Fp16 => Kind::Half,
-        }
+        number_format(self.strategy.precision)
     }
 
     /// Each rank keeps its part of the parameters only.

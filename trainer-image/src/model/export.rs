@@ -5,11 +5,13 @@
 
 use super::families::{Family, HfTensor, Layout, dealt};
 use super::hf::{CONFIG, SCORE_MEAN, SCORE_STD, SCORE_WEIGHT, ScoreNormalisation, Source};
-use super::weights::Weights;
+use super::weights::{SHARD_BYTES, Weights};
 use super::{HeadKind, ModelSpec, Param, Segment};
 use crate::error::{Error, Result};
 use crate::files::{self, NewDir};
 use crate::lease::Lease;
+use memory_plan::parse_bytes;
+use rlhf_api::stage::{Export, Precision};
 use safetensors::tensor::{Dtype, View};
 use serde_json::{Value, json};
 use std::borrow::Cow;
@@ -55,6 +57,42 @@ impl View for Outgoing {
     }
 }
 
+/// How a model's weights are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Format {
+    /// Their number format.
+    pub kind: Kind,
+    /// The largest file, unless one tensor is larger.
+    pub shard_bytes: u64,
+}
+
+impl Format {
+    /// As asked for, and where nothing is, in the number format `start` of the model from which the stage starts.
+    ///
+    /// # Errors
+    /// The size of a shard is no amount of bytes.
+    pub fn asked(asked: &Export, start: Kind) -> Result<Self> {
+        let bytes = |text: &String| {
+            parse_bytes(text).ok_or_else(|| {
+                Error::config(format!(
+                    "export.maxShardSize '{text}' is no amount of bytes; write one such as 5G or 512Mi"
+                ))
+            })
+        };
+        let shard_bytes = asked.max_shard_size.as_ref().map_or(Ok(SHARD_BYTES), bytes)?;
+        Ok(Self { kind: asked.dtype.map_or(start, number_format), shard_bytes })
+    }
+}
+
+/// The number format of a precision.
+pub fn number_format(precision: Precision) -> Kind {
+    match precision {
+        Precision::Fp32 => Kind::Float,
+        Precision::Bf16 => Kind::BFloat16,
+        Precision::Fp16 => Kind::Half,
+    }
+}
+
 /// What the config of a model with a scalar head says of its scores.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Scores {
@@ -70,27 +108,28 @@ pub struct ModelWriter<'a> {
     dir: NewDir,
     source: &'a Source,
     head: HeadKind,
+    kind: Kind,
     weights: Weights,
 }
 
 impl<'a> ModelWriter<'a> {
-    /// Begins writing a model that was trained from `source` beside nothing else into `dir`, in files of at most `shard_bytes`
-    /// and in the number format of `source`; it takes its place if `lease` holds then.
+    /// Begins writing a model that was trained from `source` beside nothing else into `dir`; it takes its place if `lease`
+    /// holds then.
     ///
     /// Of a scalar head only the weight is written, as `transformers` has no bias there: a reward model's bias is part of its
     /// normalisation.
     ///
     /// # Errors
     /// Names the path where storage failed.
-    pub fn create(dir: &Path, source: &'a Source, head: HeadKind, shard_bytes: u64, lease: &Lease) -> Result<Self> {
+    pub fn create(dir: &Path, source: &'a Source, head: HeadKind, format: Format, lease: &Lease) -> Result<Self> {
         let dir = NewDir::create(dir, lease)?;
         let segments = source.spec.segments().into_iter();
         let tensors: Vec<_> = segments
             .flat_map(|segment| stored(source.family, &source.spec, segment, head))
             .map(|(entry, shape)| (entry.name, shape))
             .collect();
-        let weights = Weights::create(dir.path(), &tensors, source.kind, shard_bytes)?;
-        Ok(Self { dir, source, head, weights })
+        let weights = Weights::create(dir.path(), &tensors, format.kind, format.shard_bytes)?;
+        Ok(Self { dir, source, head, kind: format.kind, weights })
     }
 
     /// Writes a segment's parameters, which are in the order of [`ModelSpec::params`].
@@ -119,7 +158,7 @@ impl<'a> ModelWriter<'a> {
     /// Names the path where storage failed, or the lease was lost.
     pub fn finish(self, about: Scores, extra: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
         self.weights.finish()?;
-        let config = exported_config(self.source, self.head, about);
+        let config = exported_config(self.source, self.head, self.kind, about);
         let config = serde_json::to_vec_pretty(&config).map_err(|e| Error::bug(e.to_string()))?;
         files::write(&self.dir.path().join(CONFIG), &config)?;
         extra(self.dir.path())?;
@@ -145,17 +184,18 @@ pub(super) fn stored(family: Family, spec: &ModelSpec, segment: Segment, head: H
 }
 
 /// The start model's config with what the trained model changed.
-fn exported_config(source: &Source, head: HeadKind, about: Scores) -> Value {
+fn exported_config(source: &Source, head: HeadKind, kind: Kind, about: Scores) -> Value {
     let mut config = source.config.clone();
     config["architectures"] = json!([source.family.architecture(head)]);
-    for dtype in ["torch_dtype", "dtype"] {
-        if config.get(dtype).is_some() {
-            config[dtype] = json!(match source.kind {
-                Kind::Half => "float16",
-                Kind::BFloat16 => "bfloat16",
-                _ => "float32",
-            });
-        }
+    let name = match kind {
+        Kind::Half => "float16",
+        Kind::BFloat16 => "bfloat16",
+        _ => "float32",
+    };
+    let named: Vec<&str> = ["torch_dtype", "dtype"].into_iter().filter(|field| config.get(*field).is_some()).collect();
+    // Some readers go by the config alone, and take fp32 where it says nothing.
+    for field in if named.is_empty() { vec!["torch_dtype"] } else { named } {
+        config[field] = json!(name);
     }
     if head == HeadKind::Scalar {
         config["num_labels"] = json!(1);

@@ -19,7 +19,7 @@ mod weights;
 pub use adapters::{Adapters, merge_adapters};
 pub use batch::Batch;
 pub use dropout::Dropout;
-pub use export::{ModelWriter, Scores};
+pub use export::{Format, ModelWriter, Scores, number_format};
 pub use hf::{ScoreNormalisation, Source, read_config};
 pub use peft::{base_of, read_adapters, write_adapters};
 pub use rlhf_api::model::{HeadKind, Mlp, ModelSpec, Norm, Param, ParamSpec, Positions, RopeScaling, Segment, Traits};

@@ -204,11 +204,12 @@ fn a_folder_that_holds_no_model_says_what_it_holds() {
     check(Source::open(dir.path()), &["pytorch_model.bin", "safetensors"]);
 }
 
-/// Writes the model of a folder as it is, trained by nothing.
-fn export(from: &Path, head: HeadKind, about: Scores) -> TempDir {
+/// Writes the model of a folder, trained by nothing.
+fn export(from: &Path, head: HeadKind, about: Scores, asked: Value) -> TempDir {
     let source = Source::open(from).unwrap();
     let to = tempfile::tempdir().unwrap();
-    let mut writer = ModelWriter::create(&to.path().join("m"), &source, head, SHARD_BYTES, &Lease::default()).unwrap();
+    let format = Format::asked(&serde_json::from_value(asked).unwrap(), source.kind).unwrap();
+    let mut writer = ModelWriter::create(&to.path().join("m"), &source, head, format, &Lease::default()).unwrap();
     for segment in source.spec.segments() {
         let values = source.segment(segment, head).unwrap();
         let shape = |i: usize| source.spec.params(segment, head)[i].shape.clone();
@@ -227,7 +228,7 @@ fn export(from: &Path, head: HeadKind, about: Scores) -> TempDir {
 fn a_model_is_written_in_the_number_format_of_its_start_and_bit_for_bit() {
     for (dtype, name) in [(Dtype::BF16, "bfloat16"), (Dtype::F16, "float16"), (Dtype::F32, "float32")] {
         let start = model(&llama(), dtype, |_| ());
-        let to = export(start.path(), HeadKind::Lm, Scores::default());
+        let to = export(start.path(), HeadKind::Lm, Scores::default(), json!({}));
         let read = |dir: &Path| std::fs::read(dir.join("model.safetensors")).unwrap();
         let (a, b) = (read(start.path()), read(&to.path().join("m")));
         let (a, b) = (SafeTensors::deserialize(&a).unwrap(), SafeTensors::deserialize(&b).unwrap());
@@ -242,9 +243,52 @@ fn a_model_is_written_in_the_number_format_of_its_start_and_bit_for_bit() {
 }
 
 #[test]
+fn a_model_is_written_as_asked_for_whatever_its_start_is() {
+    let mut config = llama();
+    config.as_object_mut().unwrap().remove("torch_dtype");
+    for (asked, kind, name) in
+        [("fp32", Kind::Float, "float32"), ("bf16", Kind::BFloat16, "bfloat16"), ("fp16", Kind::Half, "float16")]
+    {
+        let start = model(&config, Dtype::F32, |_| ());
+        let to = export(start.path(), HeadKind::Lm, Scores::default(), json!({"dtype": asked, "maxShardSize": "600"}));
+        let (before, after) = (Source::open(start.path()).unwrap(), Source::open(&to.path().join("m")).unwrap());
+        assert_eq!((after.kind, after.config["torch_dtype"].as_str()), (kind, Some(name)));
+        assert!(to.path().join("m/model.safetensors.index.json").exists());
+        for segment in before.spec.segments() {
+            let of = |source: &Source| source.segment(segment, HeadKind::Lm).unwrap().into_iter().flatten();
+            for (a, b) in of(&before).zip(of(&after)) {
+                assert_eq!(a.to_kind(kind).to_kind(Kind::Float), b, "{asked}, {segment:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_size_of_shards_that_is_none_is_refused_and_a_weight_too_large_for_fp16_not_written_as_infinity() {
+    let asked = |size: &str| {
+        let asked = serde_json::from_value(json!({"maxShardSize": size})).unwrap();
+        Format::asked(&asked, Kind::BFloat16).map(|format| (format.kind, format.shard_bytes))
+    };
+    assert_eq!(asked("1.5Gi").unwrap(), (Kind::BFloat16, 3 << 29));
+    let error = asked("5GB").unwrap_err();
+    assert!(error.exit.code() == 64 && error.message.contains("maxShardSize '5GB'"), "{error}");
+    let large = |t: &mut Tensors| t.get_mut(EMBEDDING).unwrap().1[..4].copy_from_slice(&7e4f32.to_le_bytes());
+    let start = model(&llama(), Dtype::F32, large);
+    let source = Source::open(start.path()).unwrap();
+    let format = Format { kind: Kind::Half, shard_bytes: SHARD_BYTES };
+    let to = tempfile::tempdir().unwrap();
+    let mut writer =
+        ModelWriter::create(&to.path().join("m"), &source, HeadKind::Lm, format, &Lease::default()).unwrap();
+    let values: Vec<Tensor> =
+        source.segment(Segment::Embed, HeadKind::Lm).unwrap().into_iter().map(Option::unwrap).collect();
+    let error = writer.write(Segment::Embed, &values).unwrap_err();
+    assert!(error.message.contains("too large for float16") && error.message.contains("export.dtype"), "{error}");
+}
+
+#[test]
 fn a_reward_model_says_how_its_scores_are_read() {
     let start = model(&llama(), Dtype::F32, |_| ());
-    let to = export(start.path(), HeadKind::Scalar, Scores { normalisation: None, pad: Some(7) });
+    let to = export(start.path(), HeadKind::Scalar, Scores { normalisation: None, pad: Some(7) }, json!({}));
     let config: Value = serde_json::from_slice(&std::fs::read(to.path().join("m/config.json")).unwrap()).unwrap();
     assert_eq!(config["pad_token_id"], 7);
     assert_eq!(config["problem_type"], "regression");

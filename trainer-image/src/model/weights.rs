@@ -124,7 +124,7 @@ impl Weights {
             return Err(Error::new(
                 ExitCode::NotFinite,
                 format!(
-                    "{}: a weight is too large for float16, the number format of the start model; start from a model in bfloat16 or float32",
+                    "{}: a weight is too large for float16, in which the model is to be written; write export.dtype bf16 or fp32",
                     path.display()
                 ),
             ));

@@ -6,7 +6,7 @@
 use super::Parts;
 use crate::error::{Error, Result};
 use crate::files;
-use crate::model::{Adapters, ModelSpec, Source};
+use crate::model::{Adapters, Format, ModelSpec, Source};
 use crate::tokenizer::Tokenizer;
 use rlhf_api::config::{PrepareConfig, StageConfig};
 use rlhf_api::stage::StageKind;
@@ -41,7 +41,7 @@ pub(super) struct Trained<'a> {
     pub model: &'a ModelSpec,
     /// In PPO, that of the critic.
     pub critic: &'a ModelSpec,
-    /// The number format in which the model is written: that of its start.
+    /// The number format in which the model is written.
     pub kind: Kind,
 }
 
@@ -133,6 +133,7 @@ impl Models {
             }
         }
         self.check_targets(stage)?;
+        let kind = Format::asked(&stage.export, kind)?.kind;
         let made = Known { spec: start, kind, scores: None, scoreless: None, headless: None };
         self.known.insert(paths.output.clone(), made);
         Ok(())
@@ -159,7 +160,8 @@ impl Models {
         };
         let start = self.known.get(&paths.start_model)?;
         let critic = paths.critic_model.as_ref().or(first).unwrap_or(&paths.start_model);
-        Some(Trained { model: &start.spec, critic: &self.known.get(critic)?.spec, kind: start.kind })
+        let made = self.known.get(&paths.output)?;
+        Some(Trained { model: &start.spec, critic: &self.known.get(critic)?.spec, kind: made.kind })
     }
 
     fn check_role(&self, path: &str, known: &Known, role: Role) -> Result<()> {

@@ -320,6 +320,14 @@ fn a_length_beyond_the_models_positions_is_refused_with_the_setting_to_lower() {
 }
 
 #[test]
+fn a_size_of_shards_that_is_none_is_refused_before_any_device_is_taken() {
+    let volume = volume();
+    prepare(volume.path(), |stages| stages[0]["export"] = json!({"dtype": "bf16", "maxShardSize": "2G"})).unwrap();
+    let error = prepare(volume.path(), |stages| stages[2]["export"] = json!({"maxShardSize": "2GB"})).unwrap_err();
+    check(&error, 64, &["stage 'ppo'", "export.maxShardSize '2GB'", "512Mi"]);
+}
+
+#[test]
 fn a_source_outside_the_volume_is_refused() {
     let volume = volume();
     let error = prepare(volume.path(), |stages| {

@@ -8,7 +8,7 @@ use crate::engine::{Model, SegmentValues};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::model::{
-    Adapters, HeadKind, ModelWriter, SHARD_BYTES, ScoreNormalisation, Scores, Segment, Source, write_adapters,
+    Adapters, Format, HeadKind, ModelWriter, ScoreNormalisation, Scores, Segment, Source, write_adapters,
 };
 use crate::tokenizer::Tokenizer;
 use std::path::{Path, PathBuf};
@@ -24,9 +24,10 @@ pub(super) fn write(
     let (path, base_model, head) = (context.path(&paths.output), context.path(&paths.base_model), model.head_kind());
     let beside = adapter_dir(&path);
     let lease = context.lease();
+    let format = Format::asked(&context.config.export, source.kind)?;
     let mut writer = None;
     context.group.while_first(|| {
-        writer = Some(ModelWriter::create(&path, source, head, SHARD_BYTES, &lease)?);
+        writer = Some(ModelWriter::create(&path, source, head, format, &lease)?);
         Ok(())
     })?;
     let mut adapters = model.lora().map(|lora| Adapters { lora: lora.clone(), blocks: vec![] });

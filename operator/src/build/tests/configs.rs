@@ -24,6 +24,16 @@ fn configs_say_where_each_stage_starts_and_writes() {
 }
 
 #[test]
+fn a_stage_is_told_how_its_model_is_written() {
+    let mut job = job();
+    job.spec.stages[1].export = serde_json::from_value(json!({"dtype": "bf16", "maxShardSize": "2G"})).unwrap();
+    let data = build(&job, 0, 1).config_map.data.unwrap();
+    let told = |task: &str| serde_json::from_str::<serde_json::Value>(&data[task]).unwrap()["export"].clone();
+    assert_eq!(told("judge.json"), json!({"dtype": "bf16", "maxShardSize": "2G"}));
+    assert_eq!(told("act.json"), json!({}));
+}
+
+#[test]
 fn prepare_is_told_every_stage_in_order() {
     let children = build(&job(), 0, 1);
     assert_eq!(children.config_map.immutable, Some(true));
