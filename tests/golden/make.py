@@ -486,6 +486,32 @@ def make_adapters():
     write_json("peft.json", {"source": f"peft {peft.__version__} with torch {torch.__version__}, fp32 on CPU", "cases": cases})
 
 
+# --- 7: what torch.save writes -----------------------------------------------------------------------------------------
+
+def make_pytorch():
+    """Two of the models as `pytorch_model.bin`: in one file, head and embedding one matrix, and in shards of bf16; and odd tensors."""
+    folder = HERE / "pytorch"
+    (folder / "sharded").mkdir(parents=True, exist_ok=True)
+    state = lambda name, dtype: transformers.AutoModelForCausalLM.from_pretrained(  # noqa: E731
+        HERE / "models" / name, dtype=dtype).state_dict()
+    torch.save(state("llama-tied-headdim", torch.float32), folder / "llama-tied-headdim.bin")
+    whole = state("gpt2", torch.bfloat16)
+    names, weight_map = sorted(whole), {}
+    for i, part in enumerate((names[:9], names[9:]), 1):
+        file = f"pytorch_model-{i:05}-of-00002.bin"
+        torch.save({name: whole[name] for name in part}, folder / "sharded" / file)
+        weight_map.update({name: file for name in part})
+    index = {"metadata": {"total_size": sum(t.numel() * 2 for t in whole.values())}, "weight_map": weight_map}
+    (folder / "sharded" / "pytorch_model.bin.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    numbers = torch.arange(24, dtype=torch.float32)
+    torch.save({
+        "whole": numbers.reshape(4, 6), "row": numbers.reshape(4, 6)[2], "transposed": numbers.reshape(4, 6).t(),
+        "every_third": numbers[1::3], "half": numbers[:6].half(), "bfloat16": numbers[:6].bfloat16(),
+        "parameter": torch.nn.Parameter(numbers[:2].clone()), "scalar": numbers[5], "empty": torch.zeros(0, 3),
+        "steps": torch.tensor([7]), "repeated": numbers[3:4].expand(2, 3),
+    }, folder / "odd.bin")
+
+
 def main():
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
@@ -495,6 +521,7 @@ def main():
     make_losses()
     make_adamw()
     make_adapters()
+    make_pytorch()
     for path in HERE.rglob("*.safetensors"):
         path.chmod(0o644)
     total = sum(path.stat().st_size for path in HERE.rglob("*") if path.is_file())

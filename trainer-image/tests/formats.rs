@@ -7,7 +7,27 @@ mod common;
 use common::{Volume, reward, sft};
 use rlhf_trainer::model::Source;
 use serde_json::json;
+use std::path::Path;
 use tch::Kind;
+
+/// The rank with the other half of the model maps the file, too.
+#[test]
+fn a_model_as_torch_saves_it_trains_as_the_one_in_safetensors() {
+    let train = |torch: bool| {
+        let volume = Volume::new("llama-tied-headdim");
+        if torch {
+            let base = volume.path("models/base");
+            std::fs::remove_file(base.join("model.safetensors")).unwrap();
+            let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/pytorch/llama-tied-headdim.bin");
+            std::fs::copy(golden, base.join("pytorch_model.bin")).unwrap();
+        }
+        let mut launch = sft().processes(2).with("/maxSteps", json!(3));
+        launch.config["strategy"] = json!({"sharding": "zero3"});
+        volume.succeed(&launch);
+        volume.weights("sft")
+    };
+    assert!(train(true) == train(false), "the trained weights differ");
+}
 
 /// The stage after it begins with what the one before has written.
 #[test]

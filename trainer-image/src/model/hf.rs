@@ -1,24 +1,17 @@
-//! Models in Hugging Face layout, as they are read: `config.json` and `model.safetensors` (or shards with an index).
-//!
-//! Files are mapped into memory, and one tensor is copied at a time. [`super::export`] writes them.
+//! Models in Hugging Face layout, as they are read: `config.json` and the tensors that fit it. [`super::tensors`] finds them, and
+//! [`super::export`] writes them.
 
 use super::export::stored;
 use super::families::{Config, Family, HfTensor, Layout, gathered};
+use super::tensors::{Location, kind_as_asked, locate_all};
 use super::{HeadKind, ModelSpec, Param, Segment};
 use crate::error::{Error, Result};
-use memmap2::Mmap;
-use safetensors::tensor::{Dtype, Metadata, SafeTensors};
 use serde_json::Value;
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use tch::{Kind, Tensor};
 
 pub(super) const CONFIG: &str = "config.json";
-pub(super) const WEIGHTS: &str = "model.safetensors";
-pub(super) const INDEX: &str = "model.safetensors.index.json";
-/// Weights in Python's own format, which runs code when it is read.
-const PICKLES: [&str; 2] = ["pytorch_model.bin", "pytorch_model.bin.index.json"];
 /// What old checkpoints hold beside their parameters: tensors that follow from the config.
 const BUFFERS: [&str; 3] = [".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq"];
 pub(super) const SCORE_WEIGHT: &str = "score.weight";
@@ -55,45 +48,6 @@ pub struct Source {
     /// Why the score head that the file has cannot be read.
     unscored: Option<String>,
     tensors: HashMap<String, Location>,
-}
-
-/// A tensor in a file that is mapped into memory.
-#[derive(Debug)]
-pub(super) struct Location {
-    map: Arc<Mmap>,
-    offset: usize,
-    shape: Vec<i64>,
-    dtype: Dtype,
-}
-
-impl Location {
-    /// Whether both hold the same numbers, written alike.
-    fn equals(&self, other: &Self) -> bool {
-        let bytes = |l: &Self| {
-            let length = l.shape.iter().map(|&n| n as usize).product::<usize>() * l.dtype.bitsize() / 8;
-            l.offset..l.offset + length
-        };
-        self.dtype == other.dtype
-            && self.shape == other.shape
-            && self.map.get(bytes(self)) == other.map.get(bytes(other))
-    }
-
-    /// An fp32 copy of the tensor called `name` in a file in `dir`.
-    pub(super) fn copy(&self, dir: &Path, name: &str) -> Result<Tensor> {
-        let error = |what: String| Error::input(format!("{}: tensor '{name}' {what}", dir.display()));
-        let kind = kind_of(self.dtype)
-            .ok_or_else(|| Error::input(format!("{}: {}", dir.display(), unsupported(name, self.dtype))))?;
-        let view = c10d::from_mmap(self.map.clone(), self.offset, &self.shape, kind)?;
-        let copy = view.f_to_dtype(Kind::Float, false, true)?;
-        // The extremes are not finite where any number is not, and finding them takes no memory.
-        if copy.numel() > 0 {
-            let (least, most) = copy.f_aminmax(None, false)?;
-            if !(least.f_double_value(&[])?.is_finite() && most.f_double_value(&[])?.is_finite()) {
-                return Err(error("holds NaN or infinity".into()));
-            }
-        }
-        Ok(copy)
-    }
 }
 
 /// Reads and checks only the config of the model in `dir`.
@@ -327,7 +281,7 @@ impl Source {
             return Err(self.error(format!(
                 "tensor '{}' has shape {:?}, but config.json asks for {} rows",
                 entry.name,
-                location.shape,
+                location.shape(),
                 sizes.iter().sum::<i64>()
             )));
         }
@@ -341,92 +295,5 @@ impl Source {
 
     fn error(&self, what: String) -> Error {
         Error::input(format!("{}: {what}", self.dir.display()))
-    }
-}
-
-/// The tensors of a model: those of its one file, or of the shards that its index names, each where the index says.
-fn locate_all(dir: &Path) -> Result<HashMap<String, Location>> {
-    let (single, index) = (dir.join(WEIGHTS), dir.join(INDEX));
-    let mut tensors = HashMap::new();
-    if !single.exists() && !index.exists() {
-        if let Some(error) = super::peft::not_a_model(dir) {
-            return Err(error);
-        }
-        if let Some(pickle) = PICKLES.iter().find(|name| dir.join(name).exists()) {
-            return Err(Error::input(format!(
-                "{}: the weights are in {pickle}, which is not read; save the model as safetensors (save_pretrained of transformers does)",
-                dir.display()
-            )));
-        }
-    }
-    if single.exists() || !index.exists() {
-        locate(&single, &mut tensors)?;
-        return Ok(tensors);
-    }
-    for (file, names) in read_index(&index)? {
-        let mut shard = HashMap::new();
-        locate(&dir.join(&file), &mut shard).map_err(|e| e.context(format!("a shard of {}", index.display())))?;
-        for name in names {
-            let location = shard.remove(&name).ok_or_else(|| {
-                Error::input(format!("{}: tensor '{name}' is not in '{file}', as 'weight_map' says", index.display()))
-            })?;
-            tensors.insert(name, location);
-        }
-    }
-    Ok(tensors)
-}
-
-/// An index's shards, and the tensors that are in each.
-fn read_index(index: &Path) -> Result<BTreeMap<String, Vec<String>>> {
-    let wrong = |what: String| Error::input(format!("{}: {what}", index.display()));
-    let text = std::fs::read_to_string(index).map_err(|e| Error::unreadable(index, &e))?;
-    let json: Value = serde_json::from_str(&text).map_err(|e| wrong(e.to_string()))?;
-    let map = json.get("weight_map").and_then(Value::as_object);
-    let map = map.ok_or_else(|| wrong("field 'weight_map' is missing or not an object".into()))?;
-    let mut shards: BTreeMap<String, Vec<String>> = BTreeMap::new();
-    for (name, file) in map {
-        let file = file.as_str().filter(|f| !f.is_empty() && !f.contains(['/', '\\']) && !f.starts_with('.'));
-        let file = file.ok_or_else(|| {
-            wrong(format!(
-                "'weight_map' gives tensor '{name}' {}, which is not the name of a file beside it",
-                map[name]
-            ))
-        })?;
-        shards.entry(file.into()).or_default().push(name.clone());
-    }
-    Ok(shards)
-}
-
-/// Adds the tensors of one safetensors file, every range checked by its header's own rules.
-pub(super) fn locate(path: &Path, tensors: &mut HashMap<String, Location>) -> Result<()> {
-    let wrong = |e: &dyn std::fmt::Display| Error::input(format!("{}: {e}", path.display()));
-    let map = c10d::map_file(path).map_err(|e| Error::unreadable(path, &e))?;
-    let (header, metadata): (usize, Metadata) = SafeTensors::read_metadata(&map).map_err(|e| wrong(&e))?;
-    for (name, info) in metadata.tensors() {
-        let shape = info.shape.iter().map(|&n| n as i64).collect();
-        let offset = header + 8 + info.data_offsets.0;
-        tensors.insert(name, Location { map: map.clone(), offset, shape, dtype: info.dtype });
-    }
-    Ok(())
-}
-
-/// A tensor's number format, or what is wrong with that or with its shape.
-fn kind_as_asked(name: &str, location: &Location, shape: &[i64]) -> std::result::Result<Kind, String> {
-    if location.shape != shape {
-        return Err(format!("tensor '{name}' has shape {:?}, but config.json asks for {shape:?}", location.shape));
-    }
-    kind_of(location.dtype).ok_or_else(|| unsupported(name, location.dtype))
-}
-
-fn unsupported(name: &str, dtype: Dtype) -> String {
-    format!("tensor '{name}' has type {dtype:?}; F32, F16 and BF16 are supported")
-}
-
-fn kind_of(dtype: Dtype) -> Option<Kind> {
-    match dtype {
-        Dtype::F32 => Some(Kind::Float),
-        Dtype::F16 => Some(Kind::Half),
-        Dtype::BF16 => Some(Kind::BFloat16),
-        _ => None,
     }
 }

@@ -13,6 +13,8 @@ pub mod families;
 mod hf;
 mod peft;
 mod rope;
+mod tensors;
+mod torch;
 pub mod transformer;
 mod weights;
 

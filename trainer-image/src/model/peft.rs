@@ -7,7 +7,8 @@
 use super::adapters::Adapters;
 use super::export::{self, Outgoing};
 use super::families::{Family, HfTensor, Layout, dealt, gathered};
-use super::hf::{self, Location, Source};
+use super::hf::Source;
+use super::tensors::{self, Location};
 use super::{HeadKind, ModelSpec, Param, Segment};
 use crate::error::{Error, Result};
 use crate::files;
@@ -101,7 +102,7 @@ pub fn read_adapters(dir: &Path, family: Family, spec: &ModelSpec) -> Result<Ada
     }
     let (rank, alpha, dropout) = (number("r")? as u32, number("lora_alpha")?, number("lora_dropout")?);
     let mut tensors = HashMap::new();
-    hf::locate(&dir.join(WEIGHTS), &mut tensors)?;
+    tensors::locate(&dir.join(WEIGHTS), &mut tensors)?;
     let adapted = |m: &Module| tensors.contains_key(&m.key('A'));
     let targets: BTreeSet<Linear> =
         Module::of_block(family, spec, 0).into_iter().filter(adapted).flat_map(|m| m.linears).collect();

@@ -5,7 +5,7 @@
 //! shard's size are split as `transformers` splits them: tensors in order, a new file where one does not fit into the last.
 
 use super::families::{HfTensor, Layout};
-use super::hf::{INDEX, WEIGHTS};
+use super::tensors::{INDEX, WEIGHTS};
 use crate::error::{Error, Result};
 use crate::{files, safetensors_header};
 use rlhf_api::report::ExitCode;
