@@ -13,11 +13,12 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Dataset {
-    /// A JSON Lines file on the job's volume, as `volume://path/to/file.jsonl`.
+    /// A file of JSON Lines (which gzip or Zstandard may pack) or Parquet on the job's volume, as
+    /// `volume://path/to/file.jsonl`.
     #[schemars(regex(pattern = VOLUME_URI_PATTERN), length(max = 512))]
     pub source: String,
     /// Share of the records held out for evaluation. The split depends only on the stage's seed and on the record's line
-    /// number (for preferences and prompts: on its prompt, so that no prompt is in both halves), and so is the same on
+    /// or row (for preferences and prompts: on its prompt, so that no prompt is in both halves), and so is the same on
     /// every rank and after every restart.
     #[serde(default = "default_eval_fraction")]
     #[schemars(range(min = 0.0, max = 0.5))]

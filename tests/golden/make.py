@@ -4,8 +4,8 @@
     python3 -m venv VENV && VENV/bin/pip install -r tests/golden/requirements.txt
     tests/assets/fetch.sh && VENV/bin/python tests/golden/make.py
 
-Made with torch 2.11.0, transformers 5.24.0, numpy 2.2.6, safetensors 0.8.0, tokenizers 0.23.3, peft 0.21.2 and glassllm 0.1.0, on CPU
-with one thread. What each file holds is in README.md. Run again, it writes the same numbers but for the last bits of
+Made with torch 2.11.0, transformers 5.24.0, numpy 2.2.6, safetensors 0.8.0, tokenizers 0.23.3, peft 0.21.2, pyarrow 26.0.1 and glassllm
+0.1.0, on CPU with one thread. What each file holds is in README.md. Run again, it writes the same numbers but for the last bits of
 floating-point sums, which depend on the CPU.
 """
 import hashlib
@@ -17,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import peft
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import transformers
 from safetensors.numpy import save_file
@@ -512,6 +514,39 @@ def make_pytorch():
     }, folder / "odd.bin")
 
 
+# --- 8: tables ---------------------------------------------------------------------------------------------------------
+
+def make_parquet():
+    """Records as Parquet, and the same as JSON Lines; and tables that are refused."""
+    folder = HERE / "parquet"
+    folder.mkdir(exist_ok=True)
+    turn = lambda role: lambda content, **more: {"role": role, "content": content, **more}  # noqa: E731
+    user, assistant = turn("user"), turn("assistant")
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"b": 1.5, "a": [1, 2]}}}]
+    dialogues = [
+        {"messages": [user("x"), assistant("y", weight=0), user("q"), assistant("z", weight=1)], "tools": None},
+        {"messages": [user("k", name="U"), assistant("", tool_calls=[call]),
+                      {"role": "tool", "content": "3", "tool_call_id": "i"}, assistant("m")], "tools": tools},
+        {"messages": [user("l\nl"), assistant("n", reasoning_content="o")], "tools": []},
+    ]
+    answered = [{**d, "messages": d["messages"][:-1]} for d in dialogues]
+    pairs = [{"prompt": f"p{i % 7}", "chosen": f"c{i}", "rejected": f"r{i}", "score": math.nan, "image": b"\xff\xd8"}
+             for i in range(300)]
+    for name, records, how in (
+            ("dialogues", dialogues, {"compression": "zstd", "row_group_size": 2}),
+            ("asked", answered, {"compression": "gzip"}),
+            ("pairs", pairs, {"compression": "snappy", "row_group_size": 100})):
+        pq.write_table(pa.Table.from_pylist(records), folder / f"{name}.parquet", **how)
+        said = [{key: value for key, value in r.items() if key not in ("score", "image")} for r in records]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in said), encoding="utf-8")
+    prompts = [{"prompt": "x"}, {"prompt": None}]
+    pq.write_table(pa.Table.from_pylist(prompts), folder / "null.parquet")
+    pq.write_table(pa.Table.from_pylist(prompts), folder / "brotli.parquet", compression="brotli")
+    pq.write_table(pa.table({"text": [b"x", b"\xff"]}), folder / "bytes.parquet", compression="none")
+    pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), folder / "empty.parquet")
+
+
 def main():
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
@@ -522,6 +557,7 @@ def main():
     make_adamw()
     make_adapters()
     make_pytorch()
+    make_parquet()
     for path in HERE.rglob("*.safetensors"):
         path.chmod(0o644)
     total = sum(path.stat().st_size for path in HERE.rglob("*") if path.is_file())

@@ -3,7 +3,7 @@
 //! Whatever a message says is handed to the template, as `transformers` does; a key that neither templates nor the trainer
 //! know is an error, since what it says would be lost without a word.
 
-use super::jsonl::{Record, kind};
+use super::records::{Record, kind};
 use crate::error::{Error, Result};
 use crate::tokenizer::{Dialogue, Message};
 use serde_json::{Map, Value};

@@ -1,14 +1,17 @@
 //! Prompts for PPO.
 
 use super::dialogue;
-use super::jsonl::{self, Record};
+use super::records::{self, Record, Wanted};
 use super::split::{About, Collector, Split};
 use crate::error::Result;
 use crate::tokenizer::Tokenizer;
 use rlhf_api::stage::Ppo;
 use std::path::Path;
 
-const EXPECTED: &str = r#"{"prompt": string}, or {"prompt": [message, ...]} or {"messages": [message, ...]}"#;
+const WANTED: Wanted = Wanted {
+    fields: &["prompt", "messages", "tools", "chat_template_kwargs"],
+    expected: r#"{"prompt": string}, or {"prompt": [message, ...]} or {"messages": [message, ...]}"#,
+};
 
 /// A prompt to be answered.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,7 +29,7 @@ pub struct Prompt {
 /// Names the file, line and field of a record that cannot be used; or says that there is none.
 pub fn load_prompts(path: &Path, settings: &Ppo, tokenizer: &Tokenizer, seed: u64) -> Result<Split<Prompt>> {
     let mut prompts = Collector::new(seed);
-    let file = jsonl::read(path, EXPECTED, |record| {
+    let file = records::read(path, &WANTED, |record| {
         let (text, tokens) = encode(record, tokenizer)?;
         if tokens.is_empty() {
             return Err(record.error("the prompt is empty, and the tokenizer has no beginning-of-sequence token that could stand for it; write a prompt"));
@@ -47,7 +50,7 @@ pub fn load_prompts(path: &Path, settings: &Ppo, tokenizer: &Tokenizer, seed: u6
 /// Names the line and field of a record that cannot be used.
 pub fn read_dialogues(path: &Path, tokenizer: &Tokenizer) -> Result<Vec<Vec<i64>>> {
     let mut all = Vec::new();
-    jsonl::read(path, EXPECTED, |record| {
+    records::read(path, &WANTED, |record| {
         all.push(encode(record, tokenizer)?.1);
         Ok(())
     })?;

@@ -1,7 +1,7 @@
 //! Preferences and rankings for reward models.
 
 use super::dialogue::{self, Found};
-use super::jsonl::{self, Record};
+use super::records::{self, Record, Wanted};
 use super::split::{About, Collector, Dropped, Split};
 use crate::error::Result;
 use crate::tokenizer::Tokenizer;
@@ -9,7 +9,10 @@ use rlhf_api::stage::RewardModel;
 use std::collections::HashSet;
 use std::path::Path;
 
-const EXPECTED: &str = r#"{"prompt": string, "chosen": string, "rejected": string}, or whole dialogues {"chosen": string, "rejected": string}, each of these also as a list of messages, or {"prompt": string, "ranked": [best, ..., worst]}"#;
+const WANTED: Wanted = Wanted {
+    fields: &["prompt", "chosen", "rejected", "ranked", "tools", "chat_template_kwargs"],
+    expected: r#"{"prompt": string, "chosen": string, "rejected": string}, or whole dialogues {"chosen": string, "rejected": string}, each of these also as a list of messages, or {"prompt": string, "ranked": [best, ..., worst]}"#,
+};
 
 /// Two or more responses to one prompt.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,7 +34,7 @@ pub struct Ranking {
 pub fn load_rankings(path: &Path, settings: &RewardModel, tokenizer: &Tokenizer, seed: u64) -> Result<Split<Ranking>> {
     let mut rankings = Collector::new(seed);
     let max_length = settings.max_length as usize;
-    let file = jsonl::read(path, EXPECTED, |record| {
+    let file = records::read(path, &WANTED, |record| {
         let Encoded { prompt, prompt_len, mut responses, empty } = encode(record, tokenizer)?;
         let excess = responses.iter().map(Vec::len).max().unwrap_or_default().saturating_sub(max_length);
         let begin = tokenizer.begin_length().min(prompt_len);
@@ -45,7 +48,7 @@ pub fn load_rankings(path: &Path, settings: &RewardModel, tokenizer: &Tokenizer,
             rankings.drop_record(Dropped::Unusable);
             return Ok(());
         }
-        let line = record.line.to_le_bytes();
+        let line = record.key();
         let key = if prompt.is_empty() { &line[..] } else { prompt.as_bytes() };
         let about = About { truncated: excess > 0, empty };
         let sequences = responses.clone();

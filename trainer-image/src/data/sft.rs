@@ -1,7 +1,7 @@
 //! Samples for supervised fine-tuning.
 
 use super::dialogue;
-use super::jsonl::{self, Record};
+use super::records::{self, Record, Wanted};
 use super::split::{About, Collector, Dropped, Split};
 use crate::error::Result;
 use crate::tokenizer::Tokenizer;
@@ -23,13 +23,13 @@ pub struct SftSample {
 /// Names the file, line and field of a record that cannot be used; or says that none can.
 pub fn load_sft(path: &Path, settings: &Sft, tokenizer: &Tokenizer, seed: u64) -> Result<Split<SftSample>> {
     let mut samples = Collector::new(seed);
-    let file = jsonl::read(path, expected(settings.format), |record| {
+    let file = records::read(path, &wanted(settings.format), |record| {
         let Encoded { sample: whole, empty } = encode(record, settings, tokenizer)?;
         let length = whole.tokens.len();
         match cut(whole, settings.max_length as usize) {
             Some(sample) => {
                 let (tokens, truncated) = (sample.tokens.clone(), sample.tokens.len() < length);
-                samples.keep(&record.line.to_le_bytes(), sample, [&tokens[..]], About { truncated, empty });
+                samples.keep(&record.key(), sample, [&tokens[..]], About { truncated, empty });
             }
             None => samples.drop_record(Dropped::WithoutTarget),
         }
@@ -39,19 +39,23 @@ pub fn load_sft(path: &Path, settings: &Sft, tokenizer: &Tokenizer, seed: u64) -
     samples.split(path, file, settings.dataset.eval_fraction, &why)
 }
 
-fn expected(format: SftFormat) -> &'static str {
-    match format {
-        SftFormat::Text => r#"{"text": string} (format text)"#,
-        SftFormat::PromptCompletion => {
-            r#"{"prompt": string, "completion": string}, or both as lists of messages (format promptCompletion)"#
-        }
-        SftFormat::Instruction => {
-            r#"{"instruction": string, "input": string or left out, "output": string} (format instruction)"#
-        }
-        SftFormat::Chat => {
-            r#"{"messages": [{"role": string, "content": string}, ...], "tools": list or left out} (format chat)"#
-        }
-    }
+fn wanted(format: SftFormat) -> Wanted {
+    let (fields, expected): (&[&str], _) = match format {
+        SftFormat::Text => (&["text"], r#"{"text": string} (format text)"#),
+        SftFormat::PromptCompletion => (
+            &["prompt", "completion", "tools", "chat_template_kwargs"],
+            r#"{"prompt": string, "completion": string}, or both as lists of messages (format promptCompletion)"#,
+        ),
+        SftFormat::Instruction => (
+            &["instruction", "input", "output"],
+            r#"{"instruction": string, "input": string or left out, "output": string} (format instruction)"#,
+        ),
+        SftFormat::Chat => (
+            &["messages", "tools", "chat_template_kwargs"],
+            r#"{"messages": [{"role": string, "content": string}, ...], "tools": list or left out} (format chat)"#,
+        ),
+    };
+    Wanted { fields, expected }
 }
 
 /// A record's whole sample, nothing cut, and whether a response in it is empty.

@@ -13,17 +13,17 @@ fn dataset(eval: f64) -> Value {
     json!({"source": "volume://d.jsonl", "evalFraction": eval})
 }
 
-fn sft(format: &str, max_length: u32, eval: f64) -> Sft {
+pub(super) fn sft(format: &str, max_length: u32, eval: f64) -> Sft {
     let optimizer = json!({"learningRate": 0.1});
     serde_json::from_value(json!({"dataset": dataset(eval), "format": format, "epochs": 1, "batch": {"globalSize": 1}, "maxLength": max_length, "optimizer": optimizer})).unwrap()
 }
 
-fn reward(max_length: u32, eval: f64) -> RewardModel {
+pub(super) fn reward(max_length: u32, eval: f64) -> RewardModel {
     let optimizer = json!({"learningRate": 0.1});
     serde_json::from_value(json!({"dataset": dataset(eval), "epochs": 1, "batch": {"globalSize": 1}, "maxLength": max_length, "optimizer": optimizer})).unwrap()
 }
 
-fn ppo(max_prompt_length: u32, eval: f64) -> Ppo {
+pub(super) fn ppo(max_prompt_length: u32, eval: f64) -> Ppo {
     let optimizer = json!({"learningRate": 0.1});
     serde_json::from_value(json!({
         "rewards": [{"name": "liked", "model": {"stage": "r"}}], "prompts": dataset(eval), "iterations": 1, "rolloutBatchSize": 1, "batch": {"globalSize": 1}, "maxPromptLength": max_prompt_length,
@@ -328,11 +328,13 @@ fn a_packed_file_is_read_as_what_is_in_it() {
         assert!(error.exit.code() == 65 && error.message.contains("cannot be unpacked"), "{error}");
     }
     let (_dir, path) = file(b"PAR1\x15");
-    assert!(load_prompts(&path, &ppo(3, 0.0), &plain(), 0).unwrap_err().message.contains("Parquet"));
+    assert!(
+        load_prompts(&path, &ppo(3, 0.0), &plain(), 0).unwrap_err().message.contains("the Parquet file cannot be read")
+    );
 }
 
 /// Messages as their template gets them: this one writes a message as JSON.
-fn as_json() -> Tokenizer {
+pub(super) fn as_json() -> Tokenizer {
     let template = "{{ tools | tojson if tools else '' }}{% for m in messages %}{{ m | tojson }}{% endfor %}{% if add_generation_prompt %}{{ mode or '' }}>{% endif %}";
     changed(|_, config| config["chat_template"] = json!(template)).1.unwrap()
 }

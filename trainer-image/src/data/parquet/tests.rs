@@ -1,0 +1,95 @@
+//! Tables that pyarrow has written.
+
+use super::super::{load_prompts, load_rankings, load_sft, tests};
+use crate::error::Result;
+use crate::tokenizer::fixture::plain;
+use sha2::{Digest, Sha256};
+use std::path::{Path, PathBuf};
+
+fn golden(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/parquet").join(name)
+}
+
+/// Everything that is read of a file, as text.
+fn all<T: std::fmt::Debug>(load: impl Fn(&Path) -> Result<super::super::Split<T>>, name: &str) -> String {
+    let path = golden(name);
+    let mut split = load(&path).unwrap();
+    let bytes: [u8; 32] = Sha256::digest(std::fs::read(path).unwrap()).into();
+    assert_eq!(std::mem::take(&mut split.file), bytes, "{name}: the hash is that of the file's bytes");
+    format!("{split:?}")
+}
+
+#[test]
+fn a_table_is_read_as_its_rows_in_json_lines() {
+    let chat = tests::sft("chat", 400, 0.3);
+    let asked = tests::ppo(400, 0.3);
+    let pairs = tests::reward(32, 0.3);
+    let json = tests::as_json();
+    for suffix in [".parquet", ".jsonl"] {
+        assert!(all(|p| load_sft(p, &chat, &plain(), 1), &format!("dialogues{suffix}")).contains("records: 3"));
+    }
+    let same = |load: &dyn Fn(&str) -> String, name: &str| {
+        assert_eq!(load(&format!("{name}.parquet")), load(&format!("{name}.jsonl")), "{name}");
+    };
+    same(&|name| all(|p| load_sft(p, &chat, &plain(), 1), name), "dialogues");
+    // What the template is given, word for word: names, calls, tools, and no null.
+    same(&|name| all(|p| load_prompts(p, &asked, &json, 1), name), "asked");
+    let text = all(|p| load_prompts(p, &asked, &json, 1), "asked.parquet");
+    assert!(text.contains("tool_call_id") && text.contains("parameters") && !text.contains("null"), "{text}");
+    same(&|name| all(|p| load_rankings(p, &pairs, &plain(), 1), name), "pairs");
+}
+
+fn refused(name: &str, parts: &[&str]) {
+    let path = golden(name);
+    let result = match name {
+        "bytes.parquet" => load_sft(&path, &tests::sft("text", 9, 0.0), &plain(), 1).map(drop),
+        _ => load_prompts(&path, &tests::ppo(9, 0.0), &plain(), 1).map(drop),
+    };
+    let error = result.unwrap_err();
+    assert_eq!(error.exit.code(), 65, "{error}");
+    assert!(error.message.contains(name) && parts.iter().all(|part| error.message.contains(part)), "{error}");
+}
+
+#[test]
+fn what_is_wrong_with_a_table_is_told_with_its_row() {
+    refused("null.parquet", &[": row 2: field 'prompt' is null, not a string; expected {\"prompt\": string}"]);
+    refused("bytes.parquet", &[": row 2: a column holds bytes that are no text in UTF-8", "(format text)"]);
+    refused("brotli.parquet", &["cannot be read", "brotli"]);
+    refused("empty.parquet", &["the file has no record"]);
+}
+
+#[test]
+fn a_table_without_the_columns_says_which_it_has() {
+    let error = load_sft(&golden("pairs.parquet"), &tests::sft("chat", 9, 0.0), &plain(), 1).unwrap_err();
+    let columns = "has the columns [prompt, chosen, rejected, score, image], and none that is looked for";
+    assert!(error.message.contains(columns) && error.message.contains("(format chat)"), "{error}");
+    let error = load_sft(&golden("pairs.parquet"), &tests::sft("promptCompletion", 9, 0.0), &plain(), 1).unwrap_err();
+    assert!(error.message.contains(": row 1: field 'completion' is missing"), "{error}");
+}
+
+/// Some of what is damaged makes the library panic.
+#[test]
+fn a_damaged_table_is_an_error_or_read_and_never_anything_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("d.parquet");
+    let whole = std::fs::read(golden("dialogues.parquet")).unwrap();
+    let settings = tests::sft("chat", 400, 0.0);
+    let read = |bytes: &[u8]| {
+        std::fs::write(&path, bytes).unwrap();
+        load_sft(&path, &settings, &plain(), 1)
+    };
+    let cut = read(&whole[..whole.len() - 9]).unwrap_err();
+    assert!(cut.exit.code() == 65 && cut.message.contains("the Parquet file cannot be read"), "{cut}");
+    let mut errors = 0;
+    for at in (4..whole.len()).step_by(3) {
+        for flip in [0x01, 0x80] {
+            let mut bytes = whole.clone();
+            bytes[at] ^= flip;
+            if let Err(error) = read(&bytes) {
+                errors += 1;
+                assert!(error.exit.code() == 65 && error.message.contains("d.parquet"), "{error}");
+            }
+        }
+    }
+    assert!(errors > 100, "{errors}");
+}
