@@ -8,22 +8,97 @@ use crate::decimal;
 use crate::reference::{ModelRef, Named, Produces, VOLUME_URI_PATTERN};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
-/// A file of records, and which part of it is held out.
+/// Files of records, and which part of them is held out: exactly one of `source` and `sources`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[schemars(extend("x-kubernetes-validations" = dataset_rules()))]
 #[serde(rename_all = "camelCase")]
 pub struct Dataset {
     /// A file of JSON Lines (which gzip or Zstandard may pack) or Parquet on the job's volume, as
     /// `volume://path/to/file.jsonl`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(regex(pattern = VOLUME_URI_PATTERN), length(max = 512))]
-    pub source: String,
-    /// Share of the records held out for evaluation. The split depends only on the stage's seed and on the record's line
-    /// or row (for preferences and prompts: on its prompt, so that no prompt is in both halves), and so is the same on
+    pub source: Option<String>,
+    /// Several such files, whose records are mixed.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(min = 1, max = 16))]
+    pub sources: Vec<DataSource>,
+    /// What the fields of a record are called in `source` and `evalSource`, where it is not as the format calls them:
+    /// `{prompt: question, completion: answer}`.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(extend("maxProperties" = 16, "additionalProperties" = field_name()))]
+    pub fields: BTreeMap<String, String>,
+    /// A file of its own whose records are those for evaluation. Of the others then none is held out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = VOLUME_URI_PATTERN), length(max = 512))]
+    pub eval_source: Option<String>,
+    /// Share of the records held out for evaluation. The split depends only on the stage's seed and on the record's file and
+    /// line or row (for preferences and prompts: on its prompt, so that no prompt is in both halves), and so is the same on
     /// every rank and after every restart.
     #[serde(default = "default_eval_fraction")]
     #[schemars(range(min = 0.0, max = 0.5))]
     #[serde(deserialize_with = "decimal::read")]
     pub eval_fraction: f64,
+    /// What becomes of a record that cannot be read, or lacks what the format needs.
+    #[serde(default)]
+    pub on_bad_record: OnBadRecord,
+}
+
+/// One of several files of records.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct DataSource {
+    /// The file, as a dataset's `source`.
+    #[schemars(regex(pattern = VOLUME_URI_PATTERN), length(max = 512))]
+    pub source: String,
+    /// How often an epoch has each of its training records: 2 twice; 0.5 leaves out half of them, in every epoch the same.
+    #[serde(default = "default_one", deserialize_with = "decimal::read")]
+    #[schemars(range(min = 0.001, max = 1000.0))]
+    pub weight: f64,
+    /// What the fields of a record are called in this file, as a dataset's `fields`.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(extend("maxProperties" = 16, "additionalProperties" = field_name()))]
+    pub fields: BTreeMap<String, String>,
+}
+
+/// What becomes of a record that cannot be used.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub enum OnBadRecord {
+    /// It is an error, which prepare tells with file and line.
+    #[default]
+    Fail,
+    /// It is left out, counted and told.
+    Skip,
+}
+
+fn dataset_rules() -> serde_json::Value {
+    serde_json::json!([
+        {
+            "rule": "has(self.source) != has(self.sources)",
+            "message": "a dataset has exactly one of source (a file) and sources (several)",
+        },
+        {
+            "rule": "!has(self.sources) || !has(self.fields) || has(self.evalSource)",
+            "message": "fields beside sources speaks of evalSource, and there is none; write the fields of each source beside it",
+        },
+    ])
+}
+
+fn field_name() -> serde_json::Value {
+    serde_json::json!({"type": "string", "minLength": 1, "maxLength": 128})
+}
+
+impl Dataset {
+    /// Every file that it names, with the field below the dataset that does.
+    pub fn files(&self) -> Vec<(String, &str)> {
+        let one = self.source.as_deref().map(|source| ("source".to_owned(), source));
+        let several =
+            self.sources.iter().enumerate().map(|(i, part)| (format!("sources[{i}].source"), part.source.as_str()));
+        let eval = self.eval_source.as_deref().map(|source| ("evalSource".to_owned(), source));
+        one.into_iter().chain(several).chain(eval).collect()
+    }
 }
 
 fn default_eval_fraction() -> f64 {
@@ -569,7 +644,7 @@ impl StageKind {
         }
     }
 
-    /// The file that it learns from, and its field.
+    /// What it learns from, and its field.
     pub fn dataset(&self) -> (&'static str, &Dataset) {
         match self {
             StageKind::Sft(s) => ("dataset", &s.dataset),

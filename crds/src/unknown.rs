@@ -25,7 +25,11 @@ impl ModelRef {
 impl Dataset {
     /// As [`ModelRef::unknown`].
     fn unknown(&self, field: &str) -> Option<String> {
-        is_elsewhere(&self.source).then(|| format!("{field}.source"))
+        let files = self.files();
+        let elsewhere =
+            files.iter().find(|(_, source)| is_elsewhere(source)).map(|(part, _)| format!("{field}.{part}"));
+        let nowhere = self.source.is_none() && self.sources.is_empty();
+        elsewhere.or_else(|| nowhere.then(|| field.to_owned()))
     }
 }
 
@@ -75,7 +79,7 @@ mod tests {
     fn what_a_newer_definition_lets_a_stage_say_is_named() {
         assert_eq!(ppo(|_| ()).unknown(), None);
         type Change = fn(&mut Value);
-        let cases: [(Change, &str); 7] = [
+        let cases: [(Change, &str); 9] = [
             (|p| p["advantage"] = json!({"groupRelative": {}}), "ppo.advantage"),
             (|p| p["rewards"][0] = json!({"name": "tests", "http": {"url": "https://x"}}), "ppo.rewards[tests]"),
             (|p| p["start"] = json!({"hub": {}}), "ppo.start"),
@@ -83,6 +87,8 @@ mod tests {
             (|p| p["critic"] = json!({"source": "s3://a/b"}), "ppo.critic.source"),
             (|p| p["rewards"][0]["model"] = json!({"source": "hf://a/b"}), "ppo.rewards[liked].model.source"),
             (|p| p["prompts"]["source"] = json!("hf://datasets/a"), "ppo.prompts.source"),
+            (|p| p["prompts"] = json!({"sources": [{"source": "s3://a/b"}]}), "ppo.prompts.sources[0].source"),
+            (|p| p["prompts"] = json!({"generated": {}}), "ppo.prompts"),
         ];
         for (change, field) in cases {
             assert_eq!(ppo(change).unknown().as_deref(), Some(field));

@@ -3,7 +3,7 @@
 use rlhf_api::report::ExitCode;
 
 /// An error that ends a worker. Its message says what was wrong, where, and what to do.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 #[error("{message}")]
 pub struct Error {
     /// How the process ends.

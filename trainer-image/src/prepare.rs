@@ -5,7 +5,7 @@
 mod models;
 mod room;
 
-use crate::data::{self, Summary, dataset_path};
+use crate::data::{self, Files, Summary};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::model::ModelSpec;
@@ -91,7 +91,8 @@ pub fn run(config: &PrepareConfig, volume: &Path, telemetry: &Telemetry) -> Resu
     }
     room::tell(&config.stages, &models, volume)?;
     let mut check = |stage: &StageConfig| {
-        parts.begin(format!("stage '{}': {}", stage.stage, stage.kind.dataset().1.source));
+        let files: Vec<_> = stage.kind.dataset().1.files().into_iter().map(|(_, source)| source).collect();
+        parts.begin(format!("stage '{}': {}", stage.stage, files.join(", ")));
         let report = check_dataset(stage, volume, &models.tokenizer)?;
         models
             .check_tokens(stage, report.dataset.highest_id)
@@ -156,11 +157,11 @@ fn check_dataset(stage: &StageConfig, volume: &Path, tokenizer: &Tokenizer) -> R
     let load = || {
         let seed = stage.seed;
         Ok(match &stage.kind {
-            StageKind::Sft(s) => data::load_sft(&dataset_path(volume, &s.dataset)?, s, tokenizer, seed)?.summary,
+            StageKind::Sft(s) => data::load_sft(&Files::of(volume, &s.dataset)?, s, tokenizer, seed)?.summary,
             StageKind::RewardModel(s) => {
-                data::load_rankings(&dataset_path(volume, &s.dataset)?, s, tokenizer, seed)?.summary
+                data::load_rankings(&Files::of(volume, &s.dataset)?, s, tokenizer, seed)?.summary
             }
-            StageKind::Ppo(s) => data::load_prompts(&dataset_path(volume, &s.prompts)?, s, tokenizer, seed)?.summary,
+            StageKind::Ppo(s) => data::load_prompts(&Files::of(volume, &s.prompts)?, s, tokenizer, seed)?.summary,
         })
     };
     let dataset = load().map_err(|e: Error| Error::new(e.exit, format!("stage '{}': {}", stage.stage, e.message)))?;
@@ -169,7 +170,7 @@ fn check_dataset(stage: &StageConfig, volume: &Path, tokenizer: &Tokenizer) -> R
 }
 
 fn log(stage: &StageConfig, dataset: &Summary) {
-    let Summary { records, train, eval, dropped, truncated, tokens, longest_tokens, .. } = *dataset;
+    let Summary { records, train, eval, dropped, truncated, tokens, longest_tokens, .. } = dataset.clone();
     tracing::info!(
         stage = stage.stage,
         records,

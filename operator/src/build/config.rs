@@ -114,8 +114,10 @@ fn job_ref(job: &RLHFJob) -> JobRef {
 
 fn stage_config(job: &RLHFJob, stage: &Stage) -> Result<StageConfig, SpecError> {
     let kind = stage.kind().ok_or_else(|| SpecError::Kind(stage.name.clone()))?;
-    let dataset = kind.dataset();
-    location(format!("spec.stages[{}].{}.{}.source", stage.name, kind.name(), dataset.0), &dataset.1.source)?;
+    let (field, dataset) = kind.dataset();
+    for (part, source) in dataset.files() {
+        location(format!("spec.stages[{}].{}.{field}.{part}", stage.name, kind.name()), source)?;
+    }
     if let StageKind::Ppo(ppo) = &kind
         && ppo.lora.as_ref().is_some_and(|lora| lora.dropout != 0.0)
     {

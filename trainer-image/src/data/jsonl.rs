@@ -1,6 +1,7 @@
 //! JSON Lines: one object a line, read as a stream. A file may be packed by gzip or Zstandard, which its first bytes say.
 
-use super::records::{Hashed, Place, Record, Wanted, kind};
+use super::files::DataFile;
+use super::records::{Hashed, Place, Record, Visit, Wanted, kind};
 use crate::error::{Error, Result};
 use serde_json::{Map, Value};
 use std::io::{BufRead, BufReader, Read};
@@ -13,13 +14,8 @@ const MAX_LINE_BYTES: usize = 64 << 20;
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
 /// Hands each line's object to `visit`.
-pub(super) fn read(
-    path: &Path,
-    file: Hashed,
-    wanted: &Wanted,
-    mut visit: impl FnMut(&Record<'_>) -> Result<()>,
-) -> Result<()> {
-    let expected = wanted.expected;
+pub(super) fn read(data: &DataFile, file: Hashed, wanted: &Wanted, visit: Visit<'_>) -> Result<()> {
+    let (path, expected) = (data.path.as_path(), &data.expected(wanted));
     let (mut reader, packed) = unpacked(path, file)?;
     let mut bytes = Vec::new();
     let mut first = true;
@@ -46,8 +42,13 @@ pub(super) fn read(
             )));
         }
         let place = Place::Line(path, line);
-        let fields = parse(text).map_err(|what| place.error(format!("{what}; expected {expected}")))?;
-        visit(&Record { place, expected, fields, bytes: text })?;
+        let fields = parse(text).map_err(|what| place.error(format!("{what}; expected {expected}")));
+        let cut = bytes.len() > MAX_LINE_BYTES && !bytes.ends_with(b"\n");
+        let record = fields.map(|fields| Record { file: data, place, expected, fields, bytes: text });
+        visit(record.as_ref().map_err(Clone::clone))?;
+        if cut {
+            reader.skip_until(b'\n').map_err(failed)?;
+        }
     }
     Ok(())
 }

@@ -2,6 +2,7 @@
 //!
 //! - A file is read line by line, or row by row; a byte order mark and blank lines are skipped and fields that no format knows
 //!   are ignored. The first record that cannot be used ends the reading with an error that names file, line or row, and field.
+//! - Several files are one dataset, each with its weight; those for evaluation may lie in a file of their own.
 //! - Prompt and response are encoded as one text, and dialogues as their template renders them. What is to be learnt or
 //!   scored ends with an end token: one is appended where the text does not end in one.
 //! - The split is a function of the seed and of the record's line or row (fine-tuning) or its prompt (rankings and
@@ -10,6 +11,7 @@
 //! Nothing here touches a device.
 
 mod dialogue;
+mod files;
 mod jsonl;
 pub mod order;
 mod parquet;
@@ -19,30 +21,12 @@ mod records;
 mod sft;
 mod split;
 
+pub use files::Files;
 pub use prompts::{Prompt, load_prompts, read_dialogues};
 pub use rankings::{Ranking, load_rankings};
 pub use records::records_read;
 pub use sft::{SftSample, load_sft};
 pub use split::{Split, Summary};
-
-use crate::error::{Error, Result};
-use rlhf_api::config::volume_path;
-use rlhf_api::stage::Dataset;
-use std::path::{Path, PathBuf};
-
-/// Where a dataset lies below the mounted `volume`.
-///
-/// # Errors
-/// If its source is not a location on the volume.
-pub fn dataset_path(volume: &Path, dataset: &Dataset) -> Result<PathBuf> {
-    let relative = volume_path(&dataset.source).ok_or_else(|| {
-        Error::config(format!(
-            "dataset source '{}' is not a file on the job's volume; write volume://path/to/file.jsonl",
-            dataset.source
-        ))
-    })?;
-    Ok(volume.join(relative))
-}
 
 #[cfg(test)]
 mod tests;

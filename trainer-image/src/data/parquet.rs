@@ -4,7 +4,8 @@
 //! A row becomes what it would be in JSON Lines. In a table every struct has all the fields that any has, so a null within one
 //! says that the field is not there.
 
-use super::records::{Place, Record, Wanted};
+use super::files::DataFile;
+use super::records::{Place, Record, Visit, Wanted};
 use crate::error::{Error, Result};
 use parquet::errors::ParquetError;
 use parquet::file::reader::{FileReader, SerializedFileReader};
@@ -14,33 +15,29 @@ use serde::ser::{Error as _, SerializeMap, SerializeSeq};
 use serde::{Serialize, Serializer};
 use std::fs::File;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::Path;
 
 /// How such a file begins.
 pub(super) const MAGIC: &[u8; 4] = b"PAR1";
 
 /// Hands each row to `visit`.
-pub(super) fn read(
-    path: &Path,
-    file: &File,
-    wanted: &Wanted,
-    mut visit: impl FnMut(&Record<'_>) -> Result<()>,
-) -> Result<()> {
-    let table = Table { path, rows: 0 };
+pub(super) fn read(data: &DataFile, file: &File, wanted: &Wanted, visit: Visit<'_>) -> Result<()> {
+    let (path, expected) = (data.path.as_path(), &data.expected(wanted));
+    let mut table = Table { data, rows: 0 };
     let file = file.try_clone().map_err(|e| Error::storage(path, e))?;
     let reader = table.guard(|| SerializedFileReader::new(file))?;
     let columns = table.columns(reader.metadata().file_metadata().schema(), wanted)?;
-    let mut table = table;
     for group in 0..reader.num_row_groups() {
         let group = table.guard(|| reader.get_row_group(group))?;
         let mut rows = table.guard(|| group.get_row_iter(Some(columns.clone())))?;
         while let Some(row) = table.guard(|| rows.next().transpose())? {
             table.rows += 1;
             let place = Place::Row(path, table.rows);
-            let wrong = |e: serde_json::Error| place.error(format!("{e}; expected {}", wanted.expected));
-            let bytes = serde_json::to_vec(&Whole(&row)).map_err(wrong)?;
-            let fields = serde_json::from_slice(&bytes).map_err(wrong)?;
-            visit(&Record { place, expected: wanted.expected, fields, bytes: &bytes })?;
+            let wrong = |e: serde_json::Error| place.error(format!("{e}; expected {expected}"));
+            let row = serde_json::to_vec(&Whole(&row)).and_then(|bytes| Ok((serde_json::from_slice(&bytes)?, bytes)));
+            match row.map_err(wrong) {
+                Ok((fields, bytes)) => visit(Ok(&Record { file: data, place, expected, fields, bytes: &bytes }))?,
+                Err(error) => visit(Err(error))?,
+            }
         }
     }
     Ok(())
@@ -48,7 +45,7 @@ pub(super) fn read(
 
 /// A file that is being read.
 struct Table<'a> {
-    path: &'a Path,
+    data: &'a DataFile,
     /// Rows that have been read.
     rows: u64,
 }
@@ -59,25 +56,26 @@ impl Table<'_> {
         let after = if self.rows > 0 { format!(", after row {}", self.rows) } else { String::new() };
         match catch_unwind(AssertUnwindSafe(read)) {
             Ok(Ok(value)) => Ok(value),
-            Ok(Err(ParquetError::External(e))) if is_storage(&*e) => Err(Error::storage(self.path, e)),
+            Ok(Err(ParquetError::External(e))) if is_storage(&*e) => Err(Error::storage(&self.data.path, e)),
             Ok(Err(e)) => {
-                Err(Error::input(format!("{}: the Parquet file cannot be read{after}: {e}", self.path.display())))
+                Err(Error::input(format!("{}: the Parquet file cannot be read{after}: {e}", self.data.path.display())))
             }
-            Err(_) => Err(Error::input(format!("{}: the Parquet file is damaged{after}", self.path.display()))),
+            Err(_) => Err(Error::input(format!("{}: the Parquet file is damaged{after}", self.data.path.display()))),
         }
     }
 
     /// The columns that are looked at.
     fn columns(&self, schema: &Type, wanted: &Wanted) -> Result<Type> {
         let all = schema.get_fields();
-        let some: Vec<_> = all.iter().filter(|column| wanted.fields.contains(&column.name())).cloned().collect();
+        let looked_for: Vec<_> = wanted.fields.iter().map(|field| self.data.field(field)).collect();
+        let some: Vec<_> = all.iter().filter(|column| looked_for.contains(&column.name())).cloned().collect();
         if some.is_empty() {
             let names: Vec<_> = all.iter().map(|column| column.name()).collect();
             return Err(Error::input(format!(
                 "{}: the table has the columns [{}], and none that is looked for; expected {}",
-                self.path.display(),
+                self.data.path.display(),
                 names.join(", "),
-                wanted.expected
+                self.data.expected(wanted)
             )));
         }
         self.guard(|| Type::group_type_builder(schema.name()).with_fields(some).build())

@@ -1,8 +1,9 @@
 //! Prompts for PPO.
 
 use super::dialogue;
+use super::files::{DataFile, Files};
 use super::records::{self, Record, Wanted};
-use super::split::{About, Collector, Split};
+use super::split::{About, Split};
 use crate::error::Result;
 use crate::tokenizer::Tokenizer;
 use rlhf_api::stage::Ppo;
@@ -22,14 +23,13 @@ pub struct Prompt {
     pub text: String,
 }
 
-/// Reads the records at `path`. Prompts longer than `maxPromptLength` lose their beginning, but not their BOS; an empty
+/// Reads the records of files. Prompts longer than `maxPromptLength` lose their beginning, but not their BOS; an empty
 /// prompt is BOS alone.
 ///
 /// # Errors
 /// Names the file, line and field of a record that cannot be used; or says that there is none.
-pub fn load_prompts(path: &Path, settings: &Ppo, tokenizer: &Tokenizer, seed: u64) -> Result<Split<Prompt>> {
-    let mut prompts = Collector::new(seed);
-    let file = records::read(path, &WANTED, |record| {
+pub fn load_prompts(files: &Files, settings: &Ppo, tokenizer: &Tokenizer, seed: u64) -> Result<Split<Prompt>> {
+    files.read(&WANTED, seed, "", |record, prompts| {
         let (text, tokens) = encode(record, tokenizer)?;
         if tokens.is_empty() {
             return Err(record.error("the prompt is empty, and the tokenizer has no beginning-of-sequence token that could stand for it; write a prompt"));
@@ -40,8 +40,7 @@ pub fn load_prompts(path: &Path, settings: &Ppo, tokenizer: &Tokenizer, seed: u6
         let key = text.clone();
         prompts.keep(key.as_bytes(), Prompt { tokens: tokens.clone(), text }, [&tokens[..]], about);
         Ok(())
-    })?;
-    prompts.split(path, file, settings.prompts.eval_fraction, "")
+    })
 }
 
 /// The prompts of a file, whole, each with at least one token or as the tokenizer leaves it.
@@ -50,8 +49,8 @@ pub fn load_prompts(path: &Path, settings: &Ppo, tokenizer: &Tokenizer, seed: u6
 /// Names the line and field of a record that cannot be used.
 pub fn read_dialogues(path: &Path, tokenizer: &Tokenizer) -> Result<Vec<Vec<i64>>> {
     let mut all = Vec::new();
-    records::read(path, &WANTED, |record| {
-        all.push(encode(record, tokenizer)?.1);
+    records::read(&DataFile::alone(path), &WANTED, |record| {
+        all.push(encode(record?, tokenizer)?.1);
         Ok(())
     })?;
     Ok(all)

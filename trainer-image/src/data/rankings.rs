@@ -1,13 +1,13 @@
 //! Preferences and rankings for reward models.
 
 use super::dialogue::{self, Found};
-use super::records::{self, Record, Wanted};
-use super::split::{About, Collector, Dropped, Split};
+use super::files::Files;
+use super::records::{Record, Wanted};
+use super::split::{About, Dropped, Split};
 use crate::error::Result;
 use crate::tokenizer::Tokenizer;
 use rlhf_api::stage::RewardModel;
 use std::collections::HashSet;
-use std::path::Path;
 
 const WANTED: Wanted = Wanted {
     fields: &["prompt", "chosen", "rejected", "ranked", "tools", "chat_template_kwargs"],
@@ -21,7 +21,7 @@ pub struct Ranking {
     pub responses: Vec<Vec<i64>>,
 }
 
-/// Reads the records at `path`. Of sequences longer than `maxLength` the prompt loses its beginning (but not its BOS), in all
+/// Reads the records of files. Of sequences longer than `maxLength` the prompt loses its beginning (but not its BOS), in all
 /// of a record's sequences alike, so that each response is scored whole and at its end. Where a response has no room even so,
 /// the prompt stays, and the sequences lose their ends; a record of whose responses two are then the same is dropped.
 ///
@@ -31,10 +31,17 @@ pub struct Ranking {
 ///
 /// # Errors
 /// Names the file, line and field of a record that cannot be used; or says that none can.
-pub fn load_rankings(path: &Path, settings: &RewardModel, tokenizer: &Tokenizer, seed: u64) -> Result<Split<Ranking>> {
-    let mut rankings = Collector::new(seed);
+pub fn load_rankings(
+    files: &Files,
+    settings: &RewardModel,
+    tokenizer: &Tokenizer,
+    seed: u64,
+) -> Result<Split<Ranking>> {
     let max_length = settings.max_length as usize;
-    let file = records::read(path, &WANTED, |record| {
+    let why = format!(
+        "within maxLength {max_length} their responses are the same; raise maxLength, or check that the responses differ"
+    );
+    files.read(&WANTED, seed, &why, |record, rankings| {
         let Encoded { prompt, prompt_len, mut responses, empty } = encode(record, tokenizer)?;
         let excess = responses.iter().map(Vec::len).max().unwrap_or_default().saturating_sub(max_length);
         let begin = tokenizer.begin_length().min(prompt_len);
@@ -54,11 +61,7 @@ pub fn load_rankings(path: &Path, settings: &RewardModel, tokenizer: &Tokenizer,
         let sequences = responses.clone();
         rankings.keep(key, Ranking { responses }, sequences.iter().map(Vec::as_slice), about);
         Ok(())
-    })?;
-    let why = format!(
-        "within maxLength {max_length} their responses are the same; raise maxLength, or check that the responses differ"
-    );
-    rankings.split(path, file, settings.dataset.eval_fraction, &why)
+    })
 }
 
 /// A record's whole sequences, nothing cut.

@@ -1,5 +1,6 @@
 //! Records on their way from a file, whose first bytes say what it is: JSON Lines or Parquet.
 
+use super::files::DataFile;
 use super::{jsonl, parquet};
 use crate::error::{Error, Result};
 use crate::files;
@@ -63,6 +64,7 @@ impl Display for Place<'_> {
 
 /// A line's object or a table's row, and where it stands.
 pub(super) struct Record<'a> {
+    pub file: &'a DataFile,
     pub place: Place<'a>,
     pub expected: &'a str,
     pub fields: Map<String, Value>,
@@ -97,24 +99,33 @@ impl Read for Hashed {
     }
 }
 
-/// Hands each record of the file at `path` to `visit`. Returns the hash of the file's bytes.
-pub(super) fn read(path: &Path, wanted: &Wanted, mut visit: impl FnMut(&Record<'_>) -> Result<()>) -> Result<[u8; 32]> {
+/// What is done with a record, or with what is wrong with it.
+pub(super) type Visit<'v> = &'v mut dyn FnMut(Result<&Record<'_>>) -> Result<()>;
+
+/// Hands each record of a file to `visit`. Returns the hash of the file's bytes.
+pub(super) fn read(
+    file: &DataFile,
+    wanted: &Wanted,
+    mut visit: impl FnMut(Result<&Record<'_>>) -> Result<()>,
+) -> Result<[u8; 32]> {
+    file.check(wanted)?;
+    let (data, path) = (file, file.path.as_path());
     let failed = |e| Error::storage(path, e);
     let file = open(path)?;
     let mut magic = [0; parquet::MAGIC.len()];
     let is_parquet = file.read_at(&mut magic, 0).map_err(failed)? == magic.len() && magic == *parquet::MAGIC;
-    let visit = |record: &Record<'_>| {
+    let mut visit = |record: Result<&Record<'_>>| {
         visit(record)?;
         READ.fetch_add(1, Ordering::Relaxed);
         Ok(())
     };
     let hashed = if is_parquet {
         // It is read from its end on, and in parts.
-        parquet::read(path, &file, wanted, visit)?;
+        parquet::read(data, &file, wanted, &mut visit)?;
         Hashed::new(open(path)?)
     } else {
         let hashed = Hashed::new(file);
-        jsonl::read(path, hashed.clone(), wanted, visit)?;
+        jsonl::read(data, hashed.clone(), wanted, &mut visit)?;
         hashed
     };
     hashed.digest().map_err(failed)
@@ -139,9 +150,11 @@ pub(super) fn kind(value: &Value) -> &'static str {
 }
 
 impl Record<'_> {
-    /// The number of its line or row as bytes, which tells it from the file's others.
-    pub fn key(&self) -> [u8; 8] {
-        self.place.number().to_le_bytes()
+    /// What tells it from the dataset's others: the number of its line or row, and after the first file the file's.
+    pub fn key(&self) -> Vec<u8> {
+        let file = self.file.index.to_le_bytes();
+        let file = if self.file.index == 0 { &[][..] } else { &file };
+        [&self.place.number().to_le_bytes()[..], file].concat()
     }
 
     /// An input error at this line or row.
@@ -156,13 +169,13 @@ impl Record<'_> {
 
     /// A field that is there and not null.
     pub fn get(&self, field: &str) -> Option<&Value> {
-        self.fields.get(field).filter(|v| !v.is_null())
+        self.fields.get(self.file.field(field)).filter(|v| !v.is_null())
     }
 
     /// A field as a template gets it, its keys in the order in which they are written; `None` where it is not there or null.
     pub fn ordered(&self, field: &str) -> Result<Option<minijinja::Value>> {
         let all: minijinja::Value = serde_json::from_slice(self.bytes).map_err(|e| self.error(e))?;
-        let value = all.get_attr(field).map_err(|e| self.error(e))?;
+        let value = all.get_attr(self.file.field(field)).map_err(|e| self.error(e))?;
         Ok(Some(value).filter(|v| !v.is_undefined() && !v.is_none()))
     }
 
@@ -189,6 +202,6 @@ impl Record<'_> {
     }
 
     fn required(&self, field: &str) -> Result<&Value> {
-        self.fields.get(field).ok_or_else(|| self.missing(field))
+        self.fields.get(self.file.field(field)).ok_or_else(|| self.missing(field))
     }
 }

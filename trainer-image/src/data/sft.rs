@@ -1,12 +1,12 @@
 //! Samples for supervised fine-tuning.
 
 use super::dialogue;
-use super::records::{self, Record, Wanted};
-use super::split::{About, Collector, Dropped, Split};
+use super::files::Files;
+use super::records::{Record, Wanted};
+use super::split::{About, Dropped, Split};
 use crate::error::Result;
 use crate::tokenizer::Tokenizer;
 use rlhf_api::stage::{Sft, SftFormat};
-use std::path::Path;
 
 /// A sequence to learn from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -17,13 +17,13 @@ pub struct SftSample {
     pub target: Vec<bool>,
 }
 
-/// Reads the records at `path`. Samples longer than `maxLength` lose their end; one that has no target left is dropped.
+/// Reads the records of files. Samples longer than `maxLength` lose their end; one that has no target left is dropped.
 ///
 /// # Errors
 /// Names the file, line and field of a record that cannot be used; or says that none can.
-pub fn load_sft(path: &Path, settings: &Sft, tokenizer: &Tokenizer, seed: u64) -> Result<Split<SftSample>> {
-    let mut samples = Collector::new(seed);
-    let file = records::read(path, &wanted(settings.format), |record| {
+pub fn load_sft(files: &Files, settings: &Sft, tokenizer: &Tokenizer, seed: u64) -> Result<Split<SftSample>> {
+    let why = format!("no target token is left within maxLength {}; raise maxLength", settings.max_length);
+    files.read(&wanted(settings.format), seed, &why, |record, samples| {
         let Encoded { sample: whole, empty } = encode(record, settings, tokenizer)?;
         let length = whole.tokens.len();
         match cut(whole, settings.max_length as usize) {
@@ -34,9 +34,7 @@ pub fn load_sft(path: &Path, settings: &Sft, tokenizer: &Tokenizer, seed: u64) -
             None => samples.drop_record(Dropped::WithoutTarget),
         }
         Ok(())
-    })?;
-    let why = format!("no target token is left within maxLength {}; raise maxLength", settings.max_length);
-    samples.split(path, file, settings.dataset.eval_fraction, &why)
+    })
 }
 
 fn wanted(format: SftFormat) -> Wanted {

@@ -3,15 +3,14 @@
 use crate::error::{Error, Result};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
-use std::path::Path;
 
 /// The figures of a dataset.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Summary {
-    /// Records in the file.
+    /// Records in the files.
     pub records: u64,
-    /// Records to train on.
+    /// Records to train on in an epoch, each as often as its file's weight says.
     pub train: u64,
     /// Records held out for evaluation.
     pub eval: u64,
@@ -21,11 +20,15 @@ pub struct Summary {
     pub without_target: u64,
     /// Records left out, since their responses are the same, or a response is too long to be kept whole.
     pub unusable: u64,
+    /// Records left out, since they cannot be read or lack what the format needs.
+    pub bad: u64,
+    /// What is wrong with the first of them.
+    pub first_bad: Option<String>,
     /// Records, of those kept, in which a response is empty.
     pub empty: u64,
     /// Records, of those kept, that lost tokens to the cut.
     pub truncated: u64,
-    /// Tokens of the kept records, all their sequences added up.
+    /// Tokens of the kept records, all their sequences added up, each as often as it is held in memory.
     pub tokens: u64,
     /// Tokens of the longest sequence.
     pub longest_tokens: u64,
@@ -51,7 +54,14 @@ impl Summary {
             ),
         ];
         let told = told.into_iter().filter(|(count, _)| *count > 0);
-        told.map(|(count, what)| format!("{count} of {} records {what}", self.records)).collect()
+        let told = told.map(|(count, what)| format!("{count} of {} records {what}", self.records));
+        let bad = self.first_bad.iter().map(|first| {
+            format!(
+                "{} of {} records cannot be used and were skipped (onBadRecord), the first: {first}",
+                self.bad, self.records
+            )
+        });
+        told.chain(bad).collect()
     }
 }
 
@@ -64,7 +74,7 @@ pub(super) enum Dropped {
     Unusable,
 }
 
-/// A dataset in two halves, each in the file's order.
+/// A dataset in two halves, each in the files' order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Split<T> {
     /// To train on; never empty.
@@ -73,7 +83,7 @@ pub struct Split<T> {
     pub eval: Vec<T>,
     /// The dataset's figures.
     pub summary: Summary,
-    /// Hash of the file's bytes.
+    /// Hash of the file's bytes; of several, of their hashes.
     pub file: [u8; 32],
 }
 
@@ -89,13 +99,32 @@ pub(super) struct About {
 /// Gathers records on their way into a [`Split`].
 pub(super) struct Collector<T> {
     seed: u64,
-    items: Vec<(u64, T)>,
+    /// Of the files to train on, with their weights.
+    files: Vec<(f64, Vec<(u64, T)>)>,
+    /// Of the file for evaluation, where it is one of its own.
+    eval: Option<Vec<T>>,
     summary: Summary,
 }
 
-impl<T> Collector<T> {
+impl<T: Clone> Collector<T> {
     pub fn new(seed: u64) -> Self {
-        Self { seed, items: Vec::new(), summary: Summary::default() }
+        Self { seed, files: Vec::new(), eval: None, summary: Summary::default() }
+    }
+
+    /// A file begins: one to train on with its weight, or that for evaluation.
+    pub fn begin(&mut self, weight: Option<f64>) {
+        match weight {
+            Some(weight) => self.files.push((weight, Vec::new())),
+            None => self.eval = Some(Vec::new()),
+        }
+    }
+
+    /// Counts a record that cannot be used, and says why.
+    pub fn skip(&mut self, why: String) {
+        self.summary.records += 1;
+        self.summary.dropped += 1;
+        self.summary.bad += 1;
+        self.summary.first_bad.get_or_insert(why);
     }
 
     /// Counts a record that is left out.
@@ -110,6 +139,9 @@ impl<T> Collector<T> {
 
     /// Adds a record, which has these sequences of tokens. Records with the same `key` end in the same half.
     pub fn keep<'s>(&mut self, key: &[u8], item: T, sequences: impl IntoIterator<Item = &'s [i64]>, about: About) {
+        let hash = hash(self.seed, key);
+        let weight = self.files.last().filter(|_| self.eval.is_none()).map_or(1.0, |(weight, _)| *weight);
+        let copies = times(weight, self.seed, hash).max(1) as u64;
         let summary = &mut self.summary;
         summary.records += 1;
         summary.truncated += u64::from(about.truncated);
@@ -117,36 +149,62 @@ impl<T> Collector<T> {
         let mut count = 0;
         for sequence in sequences {
             count += 1;
-            summary.tokens += sequence.len() as u64;
+            summary.tokens += sequence.len() as u64 * copies;
             summary.longest_tokens = summary.longest_tokens.max(sequence.len() as u64);
             summary.highest_id = sequence.iter().fold(summary.highest_id, |most, id| most.max(*id));
         }
         summary.sequences = summary.sequences.max(count);
-        self.items.push((hash(self.seed, key), item));
+        match (&mut self.eval, self.files.last_mut()) {
+            (Some(eval), _) => eval.push(item),
+            (None, Some((_, items))) => items.push((hash, item)),
+            (None, None) => {}
+        }
     }
 
-    /// Splits what was added, which is of the file at `path` with this hash. `why_dropped` completes "all records were
-    /// dropped: ".
+    /// Splits what was added, which is of files with this hash. `why_dropped` completes "all records were dropped: ".
     ///
     /// # Errors
-    /// If no record was kept.
-    pub fn split(self, path: &Path, file: [u8; 32], eval_fraction: f64, why_dropped: &str) -> Result<Split<T>> {
-        let Self { items, mut summary, .. } = self;
-        if items.is_empty() {
-            let dropped = summary.dropped;
-            let what = if dropped == 0 {
-                "the file has no record".into()
-            } else {
-                format!("no record can be used, {dropped} dropped: {why_dropped}")
-            };
-            return Err(Error::input(format!("{}: {what}", path.display())));
+    /// If no record was kept to train on, or none of the file for evaluation.
+    pub fn split(self, file: [u8; 32], eval_fraction: f64, why_dropped: &str) -> Result<Split<T>> {
+        let Self { seed, files, eval, mut summary } = self;
+        let hashes = files.iter().flat_map(|(_, items)| items).map(|(hash, _)| *hash);
+        let below = threshold(hashes, eval_fraction);
+        let own_eval = eval.is_some();
+        let (mut train, mut held_out) = (Vec::new(), eval.unwrap_or_default());
+        for (weight, items) in files {
+            for (hash, item) in items {
+                match hash < below {
+                    true => held_out.push(item),
+                    false => train.extend(std::iter::repeat_n(item, times(weight, seed, hash))),
+                }
+            }
         }
-        let below = threshold(items.iter().map(|(hash, _)| *hash), eval_fraction);
-        let (eval, train): (Vec<_>, Vec<_>) = items.into_iter().partition(|(hash, _)| *hash < below);
-        (summary.train, summary.eval) = (train.len() as u64, eval.len() as u64);
-        let values = |half: Vec<(u64, T)>| half.into_iter().map(|(_, item)| item).collect();
-        Ok(Split { train: values(train), eval: values(eval), summary, file })
+        if train.is_empty() {
+            return Err(nothing_left(&summary, "", why_dropped));
+        }
+        if own_eval && held_out.is_empty() {
+            return Err(nothing_left(&summary, " for evaluation", why_dropped));
+        }
+        (summary.train, summary.eval) = (train.len() as u64, held_out.len() as u64);
+        Ok(Split { train, eval: held_out, summary, file })
     }
+}
+
+/// There is no record, or none of this use.
+fn nothing_left(summary: &Summary, which: &str, why_dropped: &str) -> Error {
+    let Summary { records, dropped, first_bad, .. } = summary;
+    Error::input(match first_bad {
+        _ if *records == 0 => "the file has no record".into(),
+        _ if *dropped == 0 => format!("no record{which} is left"),
+        Some(first) => format!("no record{which} can be used, {dropped} dropped, the first: {first}"),
+        None => format!("no record{which} can be used, {dropped} dropped: {why_dropped}"),
+    })
+}
+
+/// How often an epoch has a record: the weight's whole part, and once more for a share of the records that is its fraction.
+fn times(weight: f64, seed: u64, key: u64) -> usize {
+    let draw = hash(seed, &[&key.to_le_bytes()[..], b"weight"].concat()) as f64 / 2f64.powi(64);
+    weight as usize + usize::from(draw < weight.fract())
 }
 
 /// A hash that is the same on every platform and in every version.

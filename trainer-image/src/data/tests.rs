@@ -3,10 +3,10 @@ use crate::error::Result;
 use crate::tokenizer::Tokenizer;
 use crate::tokenizer::fixture::*;
 use proptest::prelude::*;
-use rlhf_api::stage::{Ppo, RewardModel, Sft};
+use rlhf_api::stage::{Dataset, Ppo, RewardModel, Sft};
 use serde_json::{Value, json};
 use std::collections::{BTreeSet, HashMap};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
 fn dataset(eval: f64) -> Value {
@@ -30,6 +30,30 @@ pub(super) fn ppo(max_prompt_length: u32, eval: f64) -> Ppo {
         "maxNewTokens": 1, "kl": {"coefficient": 0.1}, "actorOptimizer": optimizer, "criticOptimizer": optimizer
     }))
     .unwrap()
+}
+
+/// A dataset's one file, whatever the settings call it.
+fn one(path: &Path, dataset: &Dataset) -> Files {
+    let name = path.file_name().unwrap().to_str().unwrap();
+    let dataset = Dataset { source: Some(format!("volume://{name}")), ..dataset.clone() };
+    Files::of(path.parent().unwrap(), &dataset).unwrap()
+}
+
+pub(super) fn load_sft(path: &Path, settings: &Sft, tokenizer: &Tokenizer, seed: u64) -> Result<Split<SftSample>> {
+    super::load_sft(&one(path, &settings.dataset), settings, tokenizer, seed)
+}
+
+pub(super) fn load_rankings(
+    path: &Path,
+    settings: &RewardModel,
+    tokenizer: &Tokenizer,
+    seed: u64,
+) -> Result<Split<Ranking>> {
+    super::load_rankings(&one(path, &settings.dataset), settings, tokenizer, seed)
+}
+
+pub(super) fn load_prompts(path: &Path, settings: &Ppo, tokenizer: &Tokenizer, seed: u64) -> Result<Split<Prompt>> {
+    super::load_prompts(&one(path, &settings.prompts), settings, tokenizer, seed)
 }
 
 /// A dataset file with this content.
@@ -536,7 +560,9 @@ fn a_template_that_refuses_a_record_is_named_with_its_line() {
 #[test]
 fn a_file_that_cannot_be_used_is_named() {
     let dir = tempfile::tempdir().unwrap();
-    for (path, what) in [(dir.path().join("none"), "No such file"), (dir.path().to_path_buf(), "not a file")] {
+    std::fs::create_dir(dir.path().join("folder")).unwrap();
+    for (name, what) in [("none", "No such file"), ("folder", "not a file")] {
+        let path = dir.path().join(name);
         let error = load_prompts(&path, &ppo(3, 0.0), &plain(), 0).unwrap_err();
         assert!(
             error.exit.code() == 65 && error.message.contains(what) && error.message.contains("JSON Lines"),
@@ -574,6 +600,137 @@ fn the_split_never_changes_between_versions() {
     let eval: Vec<String> = split.eval.iter().map(|s| plain().decode(&s.tokens).unwrap()).collect();
     // The same with the line's number, from 1, as eight little-endian bytes in the prompt's place.
     assert_eq!(eval, ["p1", "p3", "p6", "p10", "p11", "p17"]);
+}
+
+/// A volume with these files, and the settings of a stage that reads the dataset.
+fn several(files: &[(&str, &[Value])], dataset: Value) -> (TempDir, Files) {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, records) in files {
+        std::fs::write(dir.path().join(name), lines(records)).unwrap();
+    }
+    let files = Files::of(dir.path(), &serde_json::from_value(dataset).unwrap()).unwrap();
+    (dir, files)
+}
+
+fn texts_of(samples: &[SftSample]) -> Vec<String> {
+    samples.iter().map(|s| plain().decode(&s.tokens).unwrap()).collect()
+}
+
+#[test]
+fn several_files_are_one_dataset_and_each_counts_by_its_weight() {
+    let records = |letter: &str| (0..200).map(|i| json!({"text": format!("{letter}{i}")})).collect::<Vec<_>>();
+    let (a, b, c) = (records("a"), records("b"), records("c"));
+    let dataset = json!({"evalFraction": 0.1, "sources": [
+        {"source": "volume://a.jsonl"}, {"source": "volume://b.jsonl", "weight": 2.5}, {"source": "volume://c.jsonl", "weight": 0.25}
+    ]});
+    let files = [("a.jsonl", &a[..]), ("b.jsonl", &b[..]), ("c.jsonl", &c[..])];
+    let load = |dataset: Value| {
+        let (_dir, files) = several(&files, dataset);
+        super::load_sft(&files, &sft("text", 9, 0.9), &plain(), 1).unwrap()
+    };
+    let split = load(dataset.clone());
+    let (train, eval) = (texts_of(&split.train), texts_of(&split.eval));
+    let of = |letter: &str, half: &[String]| half.iter().filter(|t| t.starts_with(letter)).cloned().collect::<Vec<_>>();
+    let held_out = ["a", "b", "c"].map(|letter| of(letter, &eval).len());
+    assert!(held_out.iter().all(|n| (8..40).contains(n)), "{held_out:?}");
+    // The same lines of two files are no pair.
+    let numbers = |letter: &str| of(letter, &eval).iter().map(|t| t[1..].to_string()).collect::<BTreeSet<_>>();
+    assert_ne!(numbers("a"), numbers("b"));
+    assert_eq!(of("a", &train).len() + held_out[0], 200, "every record once");
+    let count = |text: &String| train.iter().filter(|t| *t == text).count();
+    let of_b: BTreeSet<String> = of("b", &train).into_iter().collect();
+    assert!(of_b.len() + held_out[1] == 200 && of_b.iter().all(|t| (2..=3).contains(&count(t))));
+    let thrice = of_b.iter().filter(|t| count(t) == 3).count();
+    assert!((60..120).contains(&thrice), "{thrice} of {}", of_b.len());
+    assert!((30..60).contains(&of("c", &train).len()) && of("c", &train).iter().all(|t| count(t) == 1));
+    assert!(train.iter().all(|t| !eval.contains(t)));
+    assert_eq!(
+        (split.summary.records, split.summary.train, split.summary.eval),
+        (600, train.len() as u64, eval.len() as u64)
+    );
+    assert_eq!(split, load(dataset), "it is the same every time");
+    // A file alone is read, and hashed, as it was before there could be several.
+    let one = load(json!({"source": "volume://a.jsonl", "evalFraction": 0.1}));
+    let same = load(json!({"sources": [{"source": "volume://a.jsonl"}], "evalFraction": 0.1}));
+    assert_eq!(one, same);
+    assert_eq!(of("a", &eval), texts_of(&one.eval), "a file's split does not depend on the others");
+    assert_ne!(one.file, split.file);
+}
+
+#[test]
+fn records_for_evaluation_may_lie_in_a_file_of_their_own() {
+    let prompts =
+        |letter: &str, n: usize| (0..n).map(|i| json!({"prompt": format!("{letter}{i}")})).collect::<Vec<_>>();
+    let (train, eval) = (prompts("t", 30), prompts("e", 3));
+    let dataset = json!({"source": "volume://t.jsonl", "evalSource": "volume://e.jsonl", "evalFraction": 0.5});
+    let (_dir, files) = several(&[("t.jsonl", &train), ("e.jsonl", &eval)], dataset.clone());
+    let split = super::load_prompts(&files, &ppo(9, 0.5), &plain(), 1).unwrap();
+    assert_eq!(split.eval.iter().map(|p| p.text.as_str()).collect::<Vec<_>>(), ["e0", "e1", "e2"]);
+    assert_eq!((split.train.len(), split.summary.records, split.summary.eval), (30, 33, 3));
+    assert!(split.train.iter().all(|p| p.text.starts_with('t')));
+    let (_dir, files) = several(&[("t.jsonl", &train), ("e.jsonl", &[])], dataset);
+    let error = super::load_prompts(&files, &ppo(9, 0.5), &plain(), 1).unwrap_err();
+    assert!(error.message.contains("e.jsonl: no record for evaluation is left"), "{error}");
+}
+
+#[test]
+fn fields_may_have_other_names_and_are_told_by_both() {
+    let turn = |role: &str, text: &str| json!({"role": role, "content": text});
+    let records = [
+        json!({"question": "x", "best": "y", "worst": "z", "prompt": 7}),
+        json!({"question": [turn("user", "q")], "best": [turn("assistant", "k")], "worst": [turn("assistant", "l")]}),
+    ];
+    let fields = json!({"prompt": "question", "chosen": "best", "rejected": "worst"});
+    let load = |records: &[Value], fields: &Value| {
+        let dataset = json!({"evalFraction": 0, "sources": [{"source": "volume://d.jsonl", "fields": fields}]});
+        let (_dir, files) = several(&[("d.jsonl", records)], dataset);
+        super::load_rankings(&files, &reward(64, 0.0), &plain(), 1)
+    };
+    let plainly = [
+        json!({"prompt": "x", "chosen": "y", "rejected": "z"}),
+        json!({"prompt": [turn("user", "q")], "chosen": [turn("assistant", "k")], "rejected": [turn("assistant", "l")]}),
+    ];
+    assert_eq!(load(&records, &fields).unwrap().train, load(&plainly, &json!({})).unwrap().train);
+    let error = load(&plainly, &fields).unwrap_err();
+    let said = [":1: field 'chosen' is missing", "where chosen is called 'best', prompt is called 'question'"];
+    assert!(said.iter().all(|part| error.message.contains(part)), "{error}");
+    let error = load(&records, &json!({"completion": "best"})).unwrap_err();
+    assert!(error.exit.code() == 64 && error.message.contains("'completion' is no field of such a record"), "{error}");
+}
+
+#[test]
+fn bad_records_are_skipped_where_that_is_asked_for_and_counted_and_told() {
+    let load = |content: &str, how: &str| {
+        let (_dir, path) = file(content);
+        let mut settings = sft("text", 9, 0.0);
+        settings.dataset.on_bad_record = serde_json::from_value(json!(how)).unwrap();
+        load_sft(&path, &settings, &plain(), 1)
+    };
+    let good = "{\"text\": \"x\"}\n{\"txt\": \"y\"}\n{\"text\": \"z\"\n{\"text\": \"w\"}\n[1]\n";
+    assert!(load(good, "fail").unwrap_err().message.contains("d.jsonl:2: field 'text' is missing"));
+    let split = load(good, "skip").unwrap();
+    assert_eq!(texts_of(&split.train).concat(), "xw");
+    assert_eq!((split.summary.records, split.summary.bad, split.summary.dropped), (5, 3, 3));
+    let warnings = split.summary.warnings().concat();
+    assert!(
+        warnings.contains("3 of 5 records cannot be used and were skipped") && warnings.contains("d.jsonl:2: field"),
+        "{warnings}"
+    );
+    let error = load("{}\n{}\n", "skip").unwrap_err();
+    assert!(
+        error.message.contains("no record can be used, 2 dropped, the first: ") && error.message.contains(":1: "),
+        "{error}"
+    );
+    // Of a line that is too long nothing is taken for another.
+    let long = format!("{{\"text\": \"{}\"}}\n{{\"text\": \"x\"}}\n", "{\"text\": 1}".repeat(6 << 20));
+    let split = load(&long, "skip").unwrap();
+    assert_eq!((split.summary.records, split.summary.bad, texts_of(&split.train).concat()), (2, 1, "x".into()));
+    // What is wrong with the file is no record's.
+    let packed = zstd::encode_all(good.as_bytes(), 0).unwrap();
+    let (_dir, path) = file(&packed[..packed.len() - 3]);
+    let mut settings = sft("text", 9, 0.0);
+    settings.dataset.on_bad_record = serde_json::from_value(json!("skip")).unwrap();
+    assert!(load_sft(&path, &settings, &plain(), 1).unwrap_err().message.contains("cannot be unpacked"));
 }
 
 /// Of rankings whose first line is the question.

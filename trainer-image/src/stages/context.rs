@@ -2,7 +2,7 @@
 
 use super::export;
 use crate::checkpoint::{Checkpoints, DataHashes, Headroom, Kept, Restored, Saving};
-use crate::data::dataset_path;
+use crate::data::Files;
 use crate::engine::{Backbone, Group, HEAD_SLICE_BYTES, LossScale, Model, Placement, ScalarInit};
 use crate::environment::Environment;
 use crate::error::{Error, Result};
@@ -214,12 +214,12 @@ impl Context {
         self.run().dir().to_path_buf()
     }
 
-    /// The file of a dataset.
+    /// The files of a dataset.
     ///
     /// # Errors
-    /// The location is not on the job's volume.
-    pub fn dataset(&self, dataset: &Dataset) -> Result<PathBuf> {
-        dataset_path(&self.environment.volume, dataset)
+    /// A location is not on the job's volume.
+    pub fn dataset(&self, dataset: &Dataset) -> Result<Files> {
+        Files::of(&self.environment.volume, dataset)
     }
 
     /// The job's tokenizer.

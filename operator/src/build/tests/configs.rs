@@ -34,6 +34,21 @@ fn a_stage_is_told_how_its_model_is_written() {
 }
 
 #[test]
+fn every_file_of_a_dataset_is_on_the_volume() {
+    let with = |dataset: serde_json::Value| {
+        let mut job = job();
+        job.spec.stages[0].sft.as_mut().unwrap().dataset = serde_json::from_value(dataset).unwrap();
+        check(&job, &settings()).map_err(|e| e.to_string())
+    };
+    let two = |second: &str| json!({"sources": [{"source": "volume://a.jsonl"}, {"source": second}]});
+    assert!(with(two("volume://b.parquet")).is_ok());
+    let error = with(two("volume://../b")).unwrap_err();
+    assert!(error.contains("spec.stages[tune].sft.dataset.sources[1].source `volume://../b`"), "{error}");
+    let error = with(json!({"source": "volume://a.jsonl", "evalSource": "volume://.b"})).unwrap_err();
+    assert!(error.contains("spec.stages[tune].sft.dataset.evalSource"), "{error}");
+}
+
+#[test]
 fn prepare_is_told_every_stage_in_order() {
     let children = build(&job(), 0, 1);
     assert_eq!(children.config_map.immutable, Some(true));

@@ -1,6 +1,6 @@
 //! Tables that pyarrow has written.
 
-use super::super::{load_prompts, load_rankings, load_sft, tests};
+use super::super::tests::{self, load_prompts, load_rankings, load_sft};
 use crate::error::Result;
 use crate::tokenizer::fixture::plain;
 use sha2::{Digest, Sha256};
@@ -56,6 +56,21 @@ fn what_is_wrong_with_a_table_is_told_with_its_row() {
     refused("bytes.parquet", &[": row 2: a column holds bytes that are no text in UTF-8", "(format text)"]);
     refused("brotli.parquet", &["cannot be read", "brotli"]);
     refused("empty.parquet", &["the file has no record"]);
+}
+
+#[test]
+fn columns_may_have_other_names_and_bad_rows_be_skipped() {
+    let mut settings = tests::ppo(9, 0.0);
+    settings.prompts.fields = [("prompt".to_string(), "chosen".to_string())].into();
+    let split = load_prompts(&golden("pairs.parquet"), &settings, &plain(), 1).unwrap();
+    assert_eq!((split.train.len(), split.train[0].text.as_str()), (300, "c0"));
+    let mut settings = tests::ppo(9, 0.0);
+    settings.prompts.on_bad_record = rlhf_api::stage::OnBadRecord::Skip;
+    let split = load_prompts(&golden("null.parquet"), &settings, &plain(), 1).unwrap();
+    assert_eq!((split.train.len(), split.summary.bad), (1, 1));
+    let mut settings = tests::sft("text", 9, 0.0);
+    settings.dataset.on_bad_record = rlhf_api::stage::OnBadRecord::Skip;
+    assert_eq!(load_sft(&golden("bytes.parquet"), &settings, &plain(), 1).unwrap().summary.bad, 1);
 }
 
 #[test]
