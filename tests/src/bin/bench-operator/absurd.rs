@@ -137,10 +137,10 @@ fn prepared(which: usize, turn: usize) -> String {
     let layers = |layers: u64| {
         let model = json!({
             "vocab": 1024, "hidden": 64, "layers": layers, "heads": 1, "kvHeads": 1, "headDim": 64, "ffn": 64,
-            "maxPositions": 1 << 30, "norm": "layer", "normEps": 1e-5, "mlp": "gelu", "qkvBias": true,
+            "maxPositions": 1 << 16, "norm": "layer", "normEps": 1e-5, "mlp": "gelu", "qkvBias": true,
             "attentionOutputBias": true, "mlpBias": true, "tiedHead": true});
         let data =
-            |n: usize| json!({"stage": stage_name(n), "longestTokens": 1 << 30, "sequences": 1, "records": 1000});
+            |n: usize| json!({"stage": stage_name(n), "longestTokens": 1 << 16, "sequences": 1, "records": 1000});
         let datasets: Vec<_> = (0..rlhf_api::job::MAX_STAGES).map(data).collect();
         let prepared = json!({"models": [model], "datasets": datasets});
         json!({"code": 0, "reason": "Done", "message": words(turn), "prepared": prepared}).to_string()
