@@ -16,10 +16,10 @@ use std::time::Duration;
 
 const STAGES: [&str; 3] = ["sft", "reward", "ppo"];
 /// Prometheus looks for new pods every five seconds and the operator asks for progress every ten: each stage goes on for
-/// longer than that, also where the machine is twice as fast as those that ran this before.
-const SFT_STEPS: u64 = 400;
-const REWARD_STEPS: u64 = 300;
-const PPO_ITERATIONS: u64 = 60;
+/// longer than that, also where the machine is faster than those that ran this before.
+const SFT_STEPS: u64 = 300;
+const REWARD_STEPS: u64 = 200;
+const PPO_ITERATIONS: u64 = 40;
 /// Children and events of one attempt, and the states that it goes through; above it something writes without need.
 const MOST_WRITES: usize = 10;
 /// How often progress is written at most.
