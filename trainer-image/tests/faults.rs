@@ -108,8 +108,9 @@ fn an_attempt_that_was_given_up_publishes_nothing_any_more() {
         attempts.is_sorted(),
         "the learning curves of the first attempt end where the second's begin: {attempts:?}"
     );
-    let meanwhile = *volume.checkpoints("sft").last().unwrap();
-    assert_eq!(volume.checkpoints("sft").len(), 3, "those of the second attempt alone");
+    let found = volume.checkpoints("sft");
+    assert!(found.iter().all(|step| *step > before), "those of the second attempt alone: {found:?}");
+    let meanwhile = *found.last().unwrap();
     wait_until("more checkpoints", || volume.checkpoints("sft")[0] > meanwhile);
     second.signal(Signal::TERM);
     let end = second.wait();
@@ -498,25 +499,25 @@ fn a_stop_in_an_evaluation_or_a_rollout_of_ppo_saves_the_whole_iterations() {
 fn a_stop_while_ppo_learns_saves_the_whole_iterations() {
     let frugal = json!({"sharding": "zero3", "offload": "parameters"});
     for strategy in [json!({}), json!({"sharding": "zero2"}), frugal] {
-        // Iterations of a second or more, nearly all of which is learning.
-        let mut launch = ppo().processes(2).strategy(strategy).with("/epochs", json!(60)).with("/iterations", json!(4));
+        // Iterations nearly all of which is learning, and more of them than this test may be late by.
+        let mut launch = ppo().processes(2).strategy(strategy).with("/epochs", json!(40)).with("/iterations", json!(6));
         launch.config["checkpoint"] = json!({"everySteps": 100});
         let whole = finished("gpt2", &launch);
         let volume = finished("gpt2", &reward());
         let pod = Pod { http_port: free_port(), ..Pod::default() };
         let running = volume.start_as(&launch, &pod);
-        wait_until("the third iteration", || volume.trained("ppo", 1).len() == 2);
+        wait_until("the third iteration", || volume.trained("ppo", 1).len() >= 2);
         let before = scored_seconds(pod.http_port);
-        wait_until("its answers to be scored", || scored_seconds(pod.http_port) > before);
+        wait_until("answers to be scored", || scored_seconds(pod.http_port) > before);
         running.signal(Signal::TERM);
         let end = running.wait();
-        // The third, unless this test was slow to see that it had begun.
+        // Two, unless this test was slow to see that the third had begun.
         let whole_iterations = volume.trained("ppo", 1).len() as u64;
-        assert!((2..4).contains(&whole_iterations), "{}", end.log);
+        assert!((2..6).contains(&whole_iterations), "{}", end.log);
         end.expect(143, "Terminated", &[&format!("the last checkpoint is of step {whole_iterations}")]);
         assert_eq!(end.checkpoint(), Some(whole_iterations));
         volume.succeed(&launch.attempt(2));
-        assert_eq!(volume.trained("ppo", 2), (whole_iterations + 1..=4).collect::<Vec<_>>());
+        assert_eq!(volume.trained("ppo", 2), (whole_iterations + 1..=6).collect::<Vec<_>>());
         assert!(volume.weights("ppo") == whole.weights("ppo"), "it goes on as if it had never been stopped");
     }
 }
