@@ -206,6 +206,17 @@ pub fn writes(namespace: &str) -> Vec<Write> {
     writes.split_off(made)
 }
 
+/// Writes of a scene's operators to the scene's namespace that were asked for by another pod than the one that had written the
+/// lease last.
+pub fn writes_without_lease(scene: &Scene) -> Vec<Write> {
+    let account = scene.operator.account();
+    let mut leases = writes(&scene.operator.namespace);
+    leases.retain(|w| w.is_lease() && w.is_by(&account) && w.is_done());
+    leases.sort_by_key(|w| w.asked);
+    let holder = |at: Timestamp| leases.iter().take_while(|lease| lease.asked <= at).last().and_then(Write::pod);
+    operators_writes(scene).into_iter().filter(|w| w.pod().is_none() || holder(w.asked) != w.pod()).collect()
+}
+
 /// The writes of a scene's operator to the scene's namespace.
 pub fn operators_writes(scene: &Scene) -> Vec<Write> {
     let account = scene.operator.account();
