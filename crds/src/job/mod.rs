@@ -184,16 +184,16 @@ pub struct Stage {
     pub depends_on: Vec<String>,
     /// Supervised fine-tuning.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub sft: Option<Sft>,
+    pub sft: Option<Box<Sft>>,
     /// Reward-model training.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub reward_model: Option<RewardModel>,
+    pub reward_model: Option<Box<RewardModel>>,
     /// Proximal policy optimisation.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub ppo: Option<Ppo>,
+    pub ppo: Option<Box<Ppo>>,
     /// Where this stage runs, as far as it is not where every stage does. May change while the job is suspended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub compute: Option<ComputeOverride>,
+    pub compute: Option<Box<ComputeOverride>>,
     /// How this stage's models are placed, as far as it is not how every stage's are. May change while the job is suspended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub strategy: Option<StrategyOverride>,
@@ -217,9 +217,9 @@ impl Stage {
     /// The stage's one kind, or `None` where it has several, or one that is not known here.
     pub fn kind(&self) -> Option<StageKind> {
         match (&self.sft, &self.reward_model, &self.ppo) {
-            (Some(s), None, None) => Some(StageKind::Sft(s.clone())),
-            (None, Some(s), None) => Some(StageKind::RewardModel(s.clone())),
-            (None, None, Some(s)) => Some(StageKind::Ppo(Box::new(s.clone()))),
+            (Some(s), None, None) => Some(StageKind::Sft(s.as_ref().clone())),
+            (None, Some(s), None) => Some(StageKind::RewardModel(s.as_ref().clone())),
+            (None, None, Some(s)) => Some(StageKind::Ppo(s.clone())),
             _ => None,
         }
     }
