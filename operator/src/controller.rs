@@ -4,6 +4,7 @@ use crate::children::{Child, Children};
 use crate::context::Context;
 use crate::listed::{Listed, Watch};
 use crate::pass::{error_policy, reconcile};
+use crate::progress::JobName;
 use crate::scope::Scope;
 use crate::watches::{Gathered, Part, watch};
 use futures::future::BoxFuture;
@@ -45,11 +46,13 @@ impl Watches {
         self.rlhf_jobs.as_reader()
     }
 
-    /// The run itself, with so many passes at the same time, each over another job. It ends only after `shutdown`.
+    /// The run itself, with so many passes at the same time, each over another job, and one for each job that `asked` tells
+    /// of. It ends only after `shutdown`.
     pub fn run(
         self,
         ctx: Arc<Context>,
         scope: &Scope,
+        asked: impl Stream<Item = JobName> + Send + 'static,
         shutdown: impl Future<Output = ()> + Send + Sync + 'static,
     ) -> BoxFuture<'static, ()> {
         let Self { mut rlhf_jobs, jobs, pods } = self;
@@ -68,6 +71,7 @@ impl Watches {
             .with_config(Config::default().concurrency(0).debounce(DEBOUNCE))
             .watches_stream(jobs, |job| owner(&job))
             .watches_stream(pods, |pod| owner(&pod))
+            .reconcile_on(asked.map(|JobName { namespace, name }| ObjectRef::new(&name).within(&namespace)))
             .graceful_shutdown_on({
                 let turns = ctx.turns.clone();
                 async move {

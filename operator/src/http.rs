@@ -86,7 +86,7 @@ mod tests {
             let (jobs, _writer) = kube::runtime::reflector::store();
             let listed = Listed::default();
             let (metrics, checked) = (Arc::new(Metrics::new().unwrap()), Arc::<OnceLock<()>>::default());
-            let progress = ProgressReader::new().unwrap();
+            let progress = ProgressReader::new().unwrap().0;
             let served =
                 Served { checked: checked.clone(), metrics, progress, jobs, listed: listed.clone(), leadership };
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

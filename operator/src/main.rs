@@ -194,7 +194,7 @@ async fn run(args: Args) -> Result<(), Box<dyn Error>> {
     let metrics = Arc::new(Metrics::new()?);
     let (listed, leadership, checked) =
         (Listed::new(scope.clone()), Leadership::default(), Arc::<OnceLock<()>>::default());
-    let progress = ProgressReader::new()?;
+    let (progress, answered) = ProgressReader::new()?;
     let served = Served {
         checked: checked.clone(),
         metrics: metrics.clone(),
@@ -244,7 +244,7 @@ async fn run(args: Args) -> Result<(), Box<dyn Error>> {
         turns: Turns::new(concurrency.into()),
         leadership,
     });
-    let controller = watches.run(ctx, &scope, told(stopping));
+    let controller = watches.run(ctx, &scope, answered, told(stopping));
     work(candidate, controller, server, stop, terminate, limit).await
 }
 

@@ -3,11 +3,15 @@
 //! A pod is asked at most once a period, whether it answers or not; between two questions the last answer stands.
 //! So passes that come for other reasons neither flood the trainer nor change the status. What trainers tell is written to
 //! the API server, so where many run the period is longer, and all of them together cause so many writes a second on average.
-//! One that does not answer is asked half as often: it holds up a pass, and many such would hold up all. Where most do not,
-//! it is not they: something lies between the operator and them, which is said once.
+//! No pass waits for an answer: a pass has the pod asked and goes by what it last told, and another follows the answer.
+//! Questions share places as passes do, so that a namespace of silent trainers holds up the figures of no other.
+//! One that does not answer is asked half as often. Where most do not, it is not they: something lies between the operator
+//! and them, which is said once.
 //! Pods are not trusted: an answer is bounded in time and size. Trainers in turn answer only who has the key of their job.
 
 use crate::decide::PROGRESS_PERIOD;
+use crate::turns::Turns;
+use futures::channel::mpsc::{UnboundedReceiver, UnboundedSender, unbounded};
 use rlhf_api::config::HTTP_PORT;
 use rlhf_api::report::{MAX_DOCUMENT_BYTES, Progress, Unbelievable};
 use std::collections::HashMap;
@@ -17,6 +21,8 @@ use std::time::{Duration, Instant};
 
 /// How many pods are asked a second on average, all together.
 const ASKED_A_SECOND: u32 = 10;
+/// How many pods are asked at the same time.
+const AT_ONCE: usize = 32;
 /// A trainer answers from memory; one that takes longer is too busy to be waited for.
 const TIMEOUT: Duration = Duration::from_secs(2);
 /// A pod that is not asked for so long after it was due is forgotten. Longer than any pause after failed passes.
@@ -27,7 +33,38 @@ const SILENT_AFTER: Duration = Duration::from_secs(60);
 /// Fewer than so many silent trainers say nothing about the operator.
 const FEWEST: usize = 3;
 
+/// A trainer that may be asked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Trainer {
+    /// Its job.
+    pub of: JobName,
+    /// Its pod's name.
+    pub pod: String,
+    /// Its pod's address.
+    pub ip: String,
+    /// The key that it answers to.
+    pub key: String,
+}
+
+/// A job by its names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct JobName {
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name in there.
+    pub name: String,
+}
+
 /// What is remembered of a pod.
+#[derive(Default)]
+struct Pod {
+    /// The last question that is over.
+    asked: Option<Asked>,
+    /// Whether it is being asked.
+    asking: bool,
+}
+
+/// A question and what came of it.
 #[derive(Clone)]
 struct Asked {
     /// When it was last asked.
@@ -43,7 +80,7 @@ struct Asked {
 }
 
 /// What is known of a pod's progress.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Heard {
     /// What it last told.
     pub progress: Option<Progress>,
@@ -56,14 +93,18 @@ pub struct Heard {
 }
 
 /// By namespace and pod name.
-type Answers = HashMap<(String, String), Asked>;
+type Pods = HashMap<(String, String), Pod>;
 
 /// Asks trainers how far they are. Clones share what they know.
 #[derive(Clone)]
 pub struct ProgressReader {
     client: reqwest::Client,
     port: u16,
-    answers: Arc<Mutex<Answers>>,
+    pods: Arc<Mutex<Pods>>,
+    /// Whose question is next.
+    turns: Turns,
+    /// Told of each question that is over.
+    over: UnboundedSender<JobName>,
     /// Whether it has been said that most trainers are silent, and they still are.
     is_cut_off: Arc<AtomicBool>,
 }
@@ -115,6 +156,11 @@ impl Asked {
         self.at.elapsed() < self.period + PROGRESS_PERIOD.unsigned_abs()
     }
 
+    /// Whether somebody may ask for it again.
+    fn is_remembered(&self) -> bool {
+        self.at.elapsed() < self.period + FORGOTTEN_AFTER
+    }
+
     fn is_silent(&self) -> bool {
         self.silent_since.is_some_and(|since| self.at.duration_since(since) >= SILENT_AFTER)
     }
@@ -129,9 +175,12 @@ impl Asked {
     }
 }
 
-fn count(answers: &Answers) -> Trainers {
-    let live = answers.values().filter(|asked| asked.is_live());
-    live.fold(Trainers::default(), |all, one| Trainers {
+fn live(pods: &Pods) -> impl Iterator<Item = &Asked> {
+    pods.values().filter_map(|pod| pod.asked.as_ref()).filter(|asked| asked.is_live())
+}
+
+fn count(pods: &Pods) -> Trainers {
+    live(pods).fold(Trainers::default(), |all, one| Trainers {
         asked: all.asked + 1,
         silent: all.silent + usize::from(one.is_silent()),
     })
@@ -144,12 +193,15 @@ fn period(pods: usize) -> Duration {
 }
 
 impl ProgressReader {
-    /// A reader of the contract's port.
-    pub fn new() -> Result<Self, reqwest::Error> {
+    /// A reader of the contract's port, and the jobs of which a trainer has been asked: each wants a pass.
+    ///
+    /// # Errors
+    /// No client can be made.
+    pub fn new() -> Result<(Self, UnboundedReceiver<JobName>), reqwest::Error> {
         Self::on_port(HTTP_PORT)
     }
 
-    fn on_port(port: u16) -> Result<Self, reqwest::Error> {
+    fn on_port(port: u16) -> Result<(Self, UnboundedReceiver<JobName>), reqwest::Error> {
         // Pods are reached directly: a proxy of the environment is for the world outside, and a redirect would let a
         // pod choose whom the operator asks.
         let client = reqwest::Client::builder()
@@ -159,26 +211,42 @@ impl ProgressReader {
             .pool_max_idle_per_host(0)
             .redirect(reqwest::redirect::Policy::none())
             .build()?;
-        Ok(Self { client, port, answers: Arc::default(), is_cut_off: Arc::default() })
+        let (over, jobs) = unbounded();
+        let turns = Turns::new(AT_ONCE);
+        Ok((Self { client, port, pods: Arc::default(), turns, over, is_cut_off: Arc::default() }, jobs))
     }
 
-    /// What the pod last told. It is asked if that is a period old.
-    pub async fn read(&self, namespace: &str, pod: &str, ip: &str, guard: &str) -> Heard {
-        let key = (namespace.to_owned(), pod.to_owned());
-        let last = self.lock().get(&key).cloned();
-        if let Some(asked) = last.as_ref().filter(|asked| asked.at.elapsed() < asked.period) {
+    /// What the trainer last told. It is asked, beside the pass, if that is a period old.
+    pub fn heard(&self, trainer: &Trainer) -> Heard {
+        let mut pods = self.lock();
+        let pod = pods.entry((trainer.of.namespace.clone(), trainer.pod.clone())).or_default();
+        if let Some(asked) = pod.asked.as_ref().filter(|asked| asked.at.elapsed() < asked.period) {
             return asked.heard();
         }
-        let answer = self.ask(ip, guard).await;
-        let answer = answer.inspect_err(|error| tracing::debug!(namespace, pod, %error, "no progress")).ok();
-        let mut answers = self.lock();
-        answers.retain(|_, asked| asked.at.elapsed() < asked.period + FORGOTTEN_AFTER);
-        let asked = Asked::after(last, answer, period(answers.values().filter(|asked| asked.is_live()).count()));
-        answers.insert(key, asked.clone());
-        let trainers = count(&answers);
-        drop(answers);
+        if !std::mem::replace(&mut pod.asking, true) {
+            tokio::spawn(self.clone().question(trainer.clone()));
+        }
+        let last = pod.asked.as_ref().map(Asked::heard).unwrap_or_default();
+        Heard { ask_again: PROGRESS_PERIOD.unsigned_abs(), ..last }
+    }
+
+    /// Asks a trainer when it is its turn, and keeps what comes of it.
+    async fn question(self, trainer: Trainer) {
+        let Trainer { of, pod, ip, key } = trainer;
+        let turn = self.turns.take(&of.namespace).await;
+        let answer = self.ask(&ip, &key).await;
+        drop(turn);
+        let answer = answer.inspect_err(|error| tracing::debug!(namespace = of.namespace, pod, %error, "no progress"));
+        let mut pods = self.lock();
+        pods.retain(|_, pod| pod.asking || pod.asked.as_ref().is_some_and(Asked::is_remembered));
+        let period = period(live(&pods).count());
+        let entry = pods.entry((of.namespace.clone(), pod)).or_default();
+        *entry = Pod { asked: Some(Asked::after(entry.asked.take(), answer.ok(), period)), asking: false };
+        let trainers = count(&pods);
+        drop(pods);
         self.tell_cut_off(trainers);
-        asked.heard()
+        // Nobody listens in a process that is about to end.
+        _ = self.over.unbounded_send(of);
     }
 
     /// How many trainers answer, for the metrics.
@@ -199,14 +267,14 @@ impl ProgressReader {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Answers> {
-        self.answers.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Pods> {
+        self.pods.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn ask(&self, ip: &str, guard: &str) -> Result<Progress, Error> {
+    async fn ask(&self, ip: &str, key: &str) -> Result<Progress, Error> {
         let host = if ip.contains(':') { format!("[{ip}]") } else { ip.to_owned() };
         let url = format!("http://{host}:{}/progress", self.port);
-        let mut response = self.client.get(url).bearer_auth(guard).send().await?.error_for_status()?;
+        let mut response = self.client.get(url).bearer_auth(key).send().await?.error_for_status()?;
         let mut body = Vec::new();
         while let Some(chunk) = response.chunk().await? {
             if body.len() + chunk.len() > MAX_DOCUMENT_BYTES {
@@ -224,6 +292,7 @@ mod tests {
     use axum::Router;
     use axum::http::{HeaderMap, StatusCode};
     use axum::routing::get;
+    use futures::StreamExt;
     use std::sync::atomic::AtomicUsize;
 
     const KEY: &str = "the job's key";
@@ -244,28 +313,60 @@ mod tests {
         (port, asked)
     }
 
+    fn trainer(namespace: &str, pod: &str) -> Trainer {
+        let of = JobName { namespace: namespace.into(), name: "demo".into() };
+        Trainer { of, pod: pod.into(), ip: "127.0.0.1".into(), key: KEY.into() }
+    }
+
     #[tokio::test]
     async fn a_pod_is_asked_once_a_period_and_its_answer_stands() {
         let (port, asked) = pod(r#"{"step": 3, "totalSteps": 9, "metrics": {"loss": 1.5}}"#.into()).await;
-        let reader = ProgressReader::on_port(port).unwrap();
+        let (reader, mut over) = ProgressReader::on_port(port).unwrap();
+        let trainer = trainer("ns", "pod");
         for _ in 0..3 {
-            let Heard { progress, silent_for, ask_again, .. } = reader.read("ns", "pod", "127.0.0.1", KEY).await;
+            let Heard { progress, ask_again, .. } = reader.heard(&trainer);
+            assert!(progress.is_none() && ask_again == PROGRESS_PERIOD.unsigned_abs(), "nobody waits for the answer");
+        }
+        assert_eq!(over.next().await, Some(trainer.of.clone()), "its job is looked at once there is one");
+        for _ in 0..3 {
+            let Heard { progress, silent_for, ask_again, .. } = reader.heard(&trainer);
             let progress = progress.unwrap();
             assert!(ask_again <= PROGRESS_PERIOD.unsigned_abs() && silent_for.is_none());
             assert_eq!((progress.step, progress.total_steps, progress.metrics["loss"]), (3, 9, 1.5));
         }
         assert_eq!(asked.load(Ordering::SeqCst), 1);
+        // A period later it is asked anew, and what it last told stands meanwhile.
+        reader.lock().values_mut().for_each(|pod| pod.asked.as_mut().unwrap().period = Duration::ZERO);
+        assert_eq!(reader.heard(&trainer).progress.unwrap().step, 3);
+        over.next().await.unwrap();
+        assert_eq!(asked.load(Ordering::SeqCst), 2);
     }
 
     #[tokio::test]
     async fn a_pod_that_does_not_answer_is_not_asked_again_at_once() {
         let (port, asked) = pod("not json".into()).await;
-        let reader = ProgressReader::on_port(port).unwrap();
+        let (reader, mut over) = ProgressReader::on_port(port).unwrap();
+        let trainer = trainer("ns", "pod");
+        reader.heard(&trainer);
+        over.next().await.unwrap();
         for _ in 0..2 {
-            let heard = reader.read("ns", "pod", "127.0.0.1", KEY).await;
+            let heard = reader.heard(&trainer);
             assert!(heard.progress.is_none() && heard.silent_for.is_some(), "{heard:?}");
         }
         assert_eq!(asked.load(Ordering::SeqCst), 1);
+    }
+
+    #[tokio::test]
+    async fn a_namespace_of_silent_trainers_holds_up_the_figures_of_no_other() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let (reader, mut over) = ProgressReader::on_port(listener.local_addr().unwrap().port()).unwrap();
+        let (speaks, _) = pod(r#"{"step": 3, "totalSteps": 9}"#.into()).await;
+        // Nobody takes these connections.
+        (0..10 * AT_ONCE).for_each(|n| _ = reader.heard(&trainer("silent", &n.to_string())));
+        let other = ProgressReader { port: speaks, ..reader.clone() };
+        other.heard(&trainer("team", "pod"));
+        assert_eq!(over.next().await.unwrap().namespace, "team");
+        assert_eq!(reader.heard(&trainer("team", "pod")).progress.unwrap().step, 3);
     }
 
     #[test]
@@ -299,29 +400,34 @@ mod tests {
 
     #[tokio::test]
     async fn where_most_trainers_are_silent_it_is_the_operator_and_that_is_noted_once() {
-        let reader = ProgressReader::on_port(1).unwrap();
+        let (reader, mut over) = ProgressReader::on_port(1).unwrap();
         let long_ago = Instant::now().checked_sub(2 * SILENT_AFTER).unwrap();
+        let keep = |pod: String, asked| {
+            reader.lock().insert(("ns".into(), pod), Pod { asked: Some(asked), asking: false });
+        };
         let silent = |i: usize| {
             let asked = Asked { silent_since: Some(long_ago), ..Asked::after(None, None, PERIOD) };
-            reader.lock().insert(("ns".into(), format!("silent-{i}")), asked);
+            keep(format!("silent-{i}"), asked);
         };
         (0..2).for_each(silent);
-        reader.lock().insert(("ns".into(), "speaks".into()), Asked::after(None, Some(Progress::default()), PERIOD));
+        keep("speaks".into(), Asked::after(None, Some(Progress::default()), PERIOD));
         assert_eq!(reader.trainers(), Trainers { asked: 3, silent: 2 });
         assert!(!reader.trainers().says_cut_off(), "two may be silent by themselves");
         (2..4).for_each(silent);
         assert!(reader.trainers().says_cut_off());
-        reader.read("ns", "another", "127.0.0.1", KEY).await;
+        reader.heard(&trainer("ns", "another"));
+        over.next().await.unwrap();
         assert!(reader.is_cut_off.load(Ordering::SeqCst));
         (0..4).for_each(|i| _ = reader.lock().remove(&("ns".to_owned(), format!("silent-{i}"))));
-        reader.read("ns", "more", "127.0.0.1", KEY).await;
+        reader.heard(&trainer("ns", "more"));
+        over.next().await.unwrap();
         assert!(!reader.is_cut_off.load(Ordering::SeqCst));
     }
 
     #[tokio::test]
     async fn without_the_jobs_key_there_is_no_answer() {
         let (port, _) = pod(r#"{"step": 3, "totalSteps": 9}"#.into()).await;
-        let reader = ProgressReader::on_port(port).unwrap();
+        let (reader, _) = ProgressReader::on_port(port).unwrap();
         assert!(reader.ask("127.0.0.1", KEY).await.is_ok());
         let error = reader.ask("127.0.0.1", "another").await.unwrap_err().to_string();
         assert!(error.contains("401") && !error.contains("another"), "{error}");
@@ -331,11 +437,11 @@ mod tests {
     async fn an_answer_is_bounded() {
         let (port, _) =
             pod(format!(r#"{{"step": 1, "totalSteps": 1, "x": "{}"}}"#, "y".repeat(MAX_DOCUMENT_BYTES))).await;
-        let reader = ProgressReader::on_port(port).unwrap();
+        let (reader, _) = ProgressReader::on_port(port).unwrap();
         assert!(matches!(reader.ask("127.0.0.1", KEY).await, Err(Error::TooLong)));
         let (port, _) =
             pod(format!(r#"{{"step": 1, "totalSteps": 1, "metrics": {{"{}": 1}}}}"#, "y".repeat(999))).await;
-        let answer = ProgressReader::on_port(port).unwrap().ask("127.0.0.1", KEY).await.unwrap();
+        let answer = ProgressReader::on_port(port).unwrap().0.ask("127.0.0.1", KEY).await.unwrap();
         assert!(answer.metrics.is_empty());
     }
 }

@@ -12,9 +12,8 @@ use crate::apply;
 use crate::build::Children;
 use crate::context::Context;
 use crate::decide::{Decision, Observed, ask};
-use crate::progress::Heard;
+use crate::progress::{Heard, JobName, Trainer};
 use crate::view::{self, JobView, PodState, PodView, StageView, controller};
-use futures::future::join_all;
 use jiff::Timestamp;
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::batch::v1::Job;
@@ -42,7 +41,7 @@ pub async fn observe(job: &RLHFJob, ctx: &Context, now: Timestamp) -> Result<Obs
     let status = job.status.clone().unwrap_or_default();
     let live: Vec<_> = ask::live(&status).collect();
     let mut stages = children(job, &live, ctx).await?;
-    read_progress(job, &live, &mut stages, ctx).await;
+    read_progress(job, &live, &mut stages, ctx);
     for slot in &live {
         let Some(view) = stages.get_mut(&slot.name) else { continue };
         view.refused = match ask::for_lack(job, slot, view, now) {
@@ -97,18 +96,15 @@ async fn job_now(job: &RLHFJob, slot: &StageStatus, ctx: &Context) -> Result<Opt
     Ok(found.and_then(|j| JobView::parse(&j)))
 }
 
-async fn read_progress(job: &RLHFJob, live: &[&StageStatus], stages: &mut BTreeMap<String, StageView>, ctx: &Context) {
-    let asked = live.iter().filter_map(|slot| {
-        let view = stages.get(&slot.name)?;
-        let pod = view.pods_of(slot.attempt).find(|p| p.index == 0 && p.state == PodState::Running)?;
-        let (pod, ip) = (pod.name.clone(), pod.ip.clone()?);
-        let guard = ctx.settings.keys.of(&job.uid().unwrap_or_default());
-        Some(async move {
-            (slot.name.clone(), ctx.progress.read(&job.namespace().unwrap_or_default(), &pod, &ip, &guard).await)
-        })
-    });
-    for (stage, Heard { progress, silent_for, unchanged_for, ask_again }) in join_all(asked.collect::<Vec<_>>()).await {
-        let view = stages.entry(stage).or_default();
+fn read_progress(job: &RLHFJob, live: &[&StageStatus], stages: &mut BTreeMap<String, StageView>, ctx: &Context) {
+    for slot in live {
+        let Some(view) = stages.get_mut(&slot.name) else { continue };
+        let first = view.pods_of(slot.attempt).find(|p| p.index == 0 && p.state == PodState::Running);
+        let Some((pod, ip)) = first.and_then(|p| Some((p.name.clone(), p.ip.clone()?))) else { continue };
+        let of = JobName { namespace: job.namespace().unwrap_or_default(), name: job.name_any() };
+        let key = ctx.settings.keys.of(&job.uid().unwrap_or_default());
+        let Heard { progress, silent_for, unchanged_for, ask_again } =
+            ctx.progress.heard(&Trainer { of, pod, ip, key });
         view.progress = progress;
         view.silent_for = silent_for.and_then(|s| s.try_into().ok());
         view.unchanged_for = unchanged_for.try_into().ok();

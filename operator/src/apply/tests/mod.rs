@@ -82,7 +82,7 @@ pub(crate) fn context(client: Client) -> Context {
         listed: Listed::default(),
         settings: tests::settings(),
         metrics: Arc::new(Metrics::new().unwrap()),
-        progress: ProgressReader::new().unwrap(),
+        progress: ProgressReader::new().unwrap().0,
         retries: Retries::default(),
         clock: Clock::default(),
         known: Known::default(),
