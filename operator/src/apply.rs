@@ -20,12 +20,18 @@ pub mod unsupported;
 
 pub use error::Error;
 
+use crate::build::Children;
 use crate::context::Context;
 use crate::decide::Decision;
 use crate::metrics::Reason;
+use futures::future::OptionFuture;
+use futures::{StreamExt, stream};
 use kube::api::DeleteParams;
 use kube::runtime::events::{Event, EventType};
 use rlhf_api::job::{RLHFJob, StageStatus};
+
+/// Stages that are written or asked about at the same time.
+const STAGES_AT_ONCE: usize = 4;
 
 /// Writes a decision. `Ok(false)` means that all was written but what the API server refused, which the context's
 /// [`Retries`](crate::retries::Retries) know.
@@ -80,22 +86,31 @@ async fn make_all(job: &RLHFJob, decision: &Decision, ctx: &Context) -> Result<b
             return hold(job, first, error, ctx).map(|()| false);
         }
     }
+    let each: Vec<_> = slots.iter().map(|(children, slot)| make_one(job, children, slot, ctx)).collect();
+    let mut each = each.into_iter();
+    // What all stages share is written with the first, and known to the others.
+    let first = OptionFuture::from(each.next()).await;
+    let others = stream::iter(each).buffered(STAGES_AT_ONCE).collect::<Vec<_>>().await;
     let (mut all_taken, mut in_the_way) = (true, None);
-    for (children, slot) in slots {
-        still_leads(ctx)?;
-        match make::make(job, children, ctx).await {
-            Ok(()) => {
-                ctx.retries.made(job, &children.stage);
-                ctx.metrics.attempt_made(job, slot);
-            }
-            Err(error) => match hold(job, slot, error, ctx) {
-                Ok(()) => all_taken = false,
-                Err(error @ Error::InTheWay { .. }) => _ = in_the_way.get_or_insert(error),
-                Err(error) => return Err(error),
-            },
+    for taken in first.into_iter().chain(others) {
+        match taken {
+            Ok(taken) => all_taken &= taken,
+            Err(error @ Error::InTheWay { .. }) => _ = in_the_way.get_or_insert(error),
+            Err(error) => return Err(error),
         }
     }
     in_the_way.map_or(Ok(all_taken), Err)
+}
+
+/// Makes an attempt. `Ok(false)` means that the API server refused it.
+async fn make_one(job: &RLHFJob, children: &Children, slot: &StageStatus, ctx: &Context) -> Result<bool, Error> {
+    still_leads(ctx)?;
+    if let Err(error) = make::make(job, children, ctx).await {
+        return hold(job, slot, error, ctx).map(|()| false);
+    }
+    ctx.retries.made(job, &children.stage);
+    ctx.metrics.attempt_made(job, slot);
+    Ok(true)
 }
 
 /// Keeps why a stage's children could not be made for the next pass, which tells it in status. Any other error is given

@@ -63,8 +63,8 @@ struct Args {
     /// Reconcile RLHFJobs whose label rlhf.dev/class has this value only; empty: those without the label.
     #[arg(long, env = "RLHF_CLASS", default_value = "")]
     class: String,
-    /// Passes that run at the same time, each over another RLHFJob.
-    #[arg(long, env = "RLHF_CONCURRENCY", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    /// Passes that run at the same time, each over another RLHFJob; half of them at most over those of one namespace.
+    #[arg(long, env = "RLHF_CONCURRENCY", default_value_t = 24, value_parser = clap::value_parser!(u16).range(1..=1024))]
     concurrency: u16,
     /// Passes in flight get this long to end after SIGTERM: less than the time after which Kubernetes kills.
     #[arg(long, env = "RLHF_SHUTDOWN_SECONDS", default_value_t = 25)]

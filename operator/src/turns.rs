@@ -1,5 +1,5 @@
-//! Whose turn it is. Passes over the jobs of all namespaces share a few places, and a namespace has no more than its part
-//! of them: free places go round the namespaces that wait, so that one with many jobs, or with slow ones, holds up itself.
+//! Whose turn it is. Passes over the jobs of all namespaces share a few places, and a namespace has no more than half of
+//! them: free places go round the namespaces that wait, so that one with many jobs, or with slow ones, holds up itself.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -26,9 +26,9 @@ pub struct Turn {
 }
 
 impl Turns {
-    /// So many places, of which a namespace holds three quarters at most.
+    /// So many places, of which a namespace holds half at most.
     pub fn new(places: usize) -> Self {
-        let most = (places - places.div_ceil(4)).max(1);
+        let most = (places / 2).max(1);
         let closed = watch::Sender::new(false);
         let state = State { free: places, most, held: HashMap::new(), waiting: VecDeque::new(), closed };
         Self(Arc::new(Mutex::new(state)))
@@ -159,11 +159,10 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_namespace_leaves_a_place_to_others_wherever_there_are_two() {
+    async fn a_namespace_leaves_half_of_the_places_to_others() {
         for places in 1..=17 {
             let most = Turns::new(places).lock().most;
-            assert!(most >= 1 && 4 * most <= (3 * places).max(4), "{most} of {places}");
-            assert!(places == 1 || most < places, "{most} of {places}");
+            assert!(most >= 1 && (places == 1 || 2 * most <= places), "{most} of {places}");
         }
     }
 

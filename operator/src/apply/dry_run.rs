@@ -4,17 +4,15 @@
 //! refuses of the last stage is found before the first has trained: by `create` with `dryRun=All`, which writes nothing.
 //! That is one request for each stage, once for each generation of the spec.
 
+use super::STAGES_AT_ONCE;
 use super::error::Error;
 use super::make::Writer;
 use crate::build::{self, Attempt, Task};
 use crate::context::Context;
 use crate::decide::Decision;
-use futures::future::join_all;
+use futures::{StreamExt, stream};
 use rlhf_api::job::{RLHFJob, StagePhase};
 use rlhf_api::names;
-
-/// Stages that are asked about at the same time.
-const AT_ONCE: usize = 4;
 
 /// Whether the Jobs of the job as it is now have yet to be asked about.
 ///
@@ -38,11 +36,8 @@ pub(super) fn is_due(job: &RLHFJob, decision: &Decision, ctx: &Context) -> bool 
 pub(super) async fn check(job: &RLHFJob, decision: &Decision, ctx: &Context) -> Result<(), Error> {
     let slot = |task: &Task<'_>| decision.status.slot(task.name());
     let left = |task: &Task<'_>| slot(task).is_none_or(|slot| slot.phase != StagePhase::Succeeded);
-    let stages: Vec<_> = Task::all(job).skip(1).filter(left).collect();
-    let mut answers = Vec::new();
-    for some in stages.chunks(AT_ONCE) {
-        answers.extend(join_all(some.iter().map(|task| ask(job, *task, ctx))).await);
-    }
+    let asked: Vec<_> = Task::all(job).skip(1).filter(left).map(|task| ask(job, task, ctx)).collect();
+    let answers: Vec<_> = stream::iter(asked).buffered(STAGES_AT_ONCE).collect().await;
     let begins = decision.make.iter().any(|children| children.stage == names::PREPARE);
     // What is wrong in the spec says more than what may pass.
     let (wrong, other): (Vec<_>, Vec<_>) = answers.into_iter().filter_map(Result::err).partition(Error::is_of_the_spec);

@@ -14,6 +14,7 @@ use crate::context::Context;
 use crate::decide::{Decision, Observed, ask};
 use crate::progress::{Heard, JobName, Trainer};
 use crate::view::{self, JobView, PodState, PodView, StageView, controller};
+use futures::future::{try_join, try_join_all};
 use jiff::Timestamp;
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::batch::v1::Job;
@@ -69,12 +70,9 @@ pub async fn observe(job: &RLHFJob, ctx: &Context, now: Timestamp) -> Result<Obs
 async fn children(job: &RLHFJob, live: &[&StageStatus], ctx: &Context) -> Result<BTreeMap<String, StageView>, Error> {
     let told = |jobs| view::stages(job, jobs, ctx.pods.of(job));
     let mut stages = told(ctx.jobs.of(job));
-    let mut learned = Vec::new();
-    for slot in live {
-        if ask::for_job(slot, stages.entry(slot.name.clone()).or_default()) {
-            learned.extend(job_now(job, slot, ctx).await?);
-        }
-    }
+    let unclear = live.iter().filter(|slot| ask::for_job(slot, stages.entry(slot.name.clone()).or_default()));
+    let asked = unclear.map(|slot| job_now(job, slot, ctx)).collect::<Vec<_>>();
+    let learned: Vec<_> = try_join_all(asked).await?.into_iter().flatten().collect();
     if !learned.is_empty() {
         let mut jobs = ctx.jobs.of(job);
         jobs.retain(|j| learned.iter().all(|l| l.uid != j.uid));
@@ -133,26 +131,27 @@ pub async fn leave_out_blocked(
     decision: &mut Decision,
     ctx: &Context,
 ) -> Result<Option<apply::Error>, Error> {
+    let wanted = std::mem::take(&mut decision.make);
+    let obstacles = try_join_all(wanted.iter().map(|children| in_the_way(job, children, ctx))).await?;
     let mut first = None;
-    let mut clear = Vec::new();
-    for children in std::mem::take(&mut decision.make) {
-        let blocked = if children.first { None } else { in_the_way(job, &children, ctx).await? };
-        match blocked {
-            None => clear.push(children),
+    for (children, obstacle) in wanted.into_iter().zip(obstacles) {
+        match obstacle {
+            None => decision.make.push(children),
             Some(what) => {
                 first.get_or_insert(apply::Error::InTheWay { stage: children.stage, what });
             }
         }
     }
-    decision.make = clear;
     Ok(first)
 }
 
 /// What keeps a stage's attempt from being made, as the API server has it now.
 async fn in_the_way(job: &RLHFJob, children: &Children, ctx: &Context) -> Result<Option<String>, Error> {
+    if children.first {
+        return Ok(None);
+    }
     let attempt = children.job.labels().get(names::LABEL_ATTEMPT).and_then(|a| a.parse().ok()).unwrap_or_default();
-    let jobs: Vec<Job> = list(job, &children.stage, ctx).await?;
-    let pods: Vec<Pod> = list(job, &children.stage, ctx).await?;
+    let (jobs, pods) = try_join(list::<Job>(job, &children.stage, ctx), list::<Pod>(job, &children.stage, ctx)).await?;
     let jobs = jobs.iter().filter_map(JobView::parse).collect();
     let pods = pods.iter().filter_map(PodView::parse).collect();
     let seen = view::stages(job, jobs, pods);
