@@ -1,5 +1,6 @@
 //! What few models have. It travels as numbers by name, a shape that need not change with each switch that is added.
 
+use serde::de::Error;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// Switches of few families that change what a model takes. One that is off does not travel.
@@ -7,7 +8,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 #[serde(rename_all = "camelCase", default)]
 pub struct Traits {
     /// Width of the token embedding, where projections lie between it and the blocks, and between these and the output.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(deserialize_with = "width", skip_serializing_if = "Option::is_none")]
     pub embed_width: Option<i64>,
     /// The token embedding is normalised.
     #[serde(with = "flag", skip_serializing_if = "super::is_off")]
@@ -48,6 +49,13 @@ mod flag {
     }
 }
 
+/// A width among numbers, where JSON does not tell 512 from 512.0.
+fn width<'de, D: Deserializer<'de>>(from: D) -> Result<Option<i64>, D::Error> {
+    let Some(number) = Option::<f64>::deserialize(from)? else { return Ok(None) };
+    let whole = number.fract() == 0.0 && (1.0..=f64::from(u32::MAX)).contains(&number);
+    if whole { Ok(Some(number as i64)) } else { Err(D::Error::custom(format!("{number} is no width"))) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -61,5 +69,10 @@ mod tests {
         assert_eq!(told, json!({"embedWidth": 512, "normsAround": 1, "attentionCap": 50.0}));
         assert_eq!(serde_json::from_value::<Traits>(told).unwrap(), traits);
         assert!(serde_json::from_value::<Traits>(json!({})).unwrap().is_none());
+        let of = |width| serde_json::from_value::<Traits>(json!({"embedWidth": width})).map(|t| t.embed_width);
+        assert_eq!(of(json!(512.0)).unwrap(), Some(512), "the API server may write it so");
+        for width in [json!(0), json!(0.5), json!(1e300), json!("512")] {
+            assert!(of(width.clone()).is_err(), "{width}");
+        }
     }
 }
