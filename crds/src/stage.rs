@@ -370,8 +370,20 @@ pub enum KlEstimator {
     K3,
 }
 
+/// Where the penalty on the KL divergence stands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub enum KlPlace {
+    /// Each token's reward is lessened by it, as it was when the token was drawn (Ziegler 2019).
+    #[default]
+    Reward,
+    /// It is added to the loss, as it is while learning (Shao 2024).
+    Loss,
+}
+
 /// The penalty that keeps the actor near the reference.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[schemars(extend("x-kubernetes-validations" = kl_in_loss()))]
 #[serde(rename_all = "camelCase")]
 pub struct Kl {
     /// The (first) coefficient beta of the per-token penalty.
@@ -381,6 +393,9 @@ pub struct Kl {
     /// The estimator.
     #[serde(default)]
     pub estimator: KlEstimator,
+    /// Where the penalty stands.
+    #[serde(default, rename = "in")]
+    pub place: KlPlace,
     /// With a target (nats a response) the coefficient is adapted towards it, as in Ziegler 2019.
     #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "decimal::read_some")]
     #[schemars(range(min = 1e-6, max = 1e6))]
@@ -389,6 +404,14 @@ pub struct Kl {
     #[serde(default = "default_kl_horizon")]
     #[schemars(range(min = 1, max = 1_000_000_000))]
     pub horizon: u32,
+}
+
+/// The gradient of `d` is that of the log-probability of what was drawn, which is zero in the mean: it would pull nowhere.
+fn kl_in_loss() -> serde_json::Value {
+    serde_json::json!([{
+        "rule": "!has(self.in) || self.in != 'loss' || (has(self.estimator) && self.estimator != 'k1')",
+        "message": "in the loss k1 has no pull towards the reference; set estimator to k2 or k3, or in to reward",
+    }])
 }
 
 fn default_kl_horizon() -> u32 {
@@ -449,7 +472,7 @@ fn reward_member() -> serde_json::Value {
     }])
 }
 
-/// How advantages are estimated: exactly one member.
+/// How advantages are estimated: exactly one member. Only `gae` has a critic.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[schemars(extend("x-kubernetes-validations" = advantage_member()))]
 #[serde(rename_all = "camelCase")]
@@ -457,18 +480,81 @@ pub struct Advantage {
     /// Generalised advantage estimation with a critic (Schulman 2016).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gae: Option<Gae>,
+    /// An answer's reward less the mean of those of the prompt's other answers (RLOO: Kool 2019; Ahmadian 2024).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub leave_one_out: Option<LeaveOneOut>,
+    /// An answer's reward less the mean of those of all the prompt's answers, by their deviation (GRPO: Shao 2024).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group_relative: Option<GroupRelative>,
+    /// The rewards from a token on, whitened over the rollout (REINFORCE++: Hu 2025).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reinforce_plus_plus: Option<ReinforcePlusPlus>,
+}
+
+/// What a stage's `advantage` says.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Estimator {
+    /// Generalised advantage estimation with a critic.
+    Gae(Gae),
+    /// Against the mean of the prompt's other answers.
+    LeaveOneOut,
+    /// Against the mean of the prompt's answers.
+    GroupRelative(GroupRelative),
+    /// Against the rollout's mean.
+    ReinforcePlusPlus,
+}
+
+impl Advantage {
+    /// Which estimator it is; `None` where it has none that is known here.
+    pub fn estimator(&self) -> Option<Estimator> {
+        let Self { gae, leave_one_out, group_relative, reinforce_plus_plus } = self;
+        let leave_one_out = || leave_one_out.as_ref().map(|_| Estimator::LeaveOneOut);
+        let group_relative = || group_relative.map(Estimator::GroupRelative);
+        let reinforce = || reinforce_plus_plus.as_ref().map(|_| Estimator::ReinforcePlusPlus);
+        gae.map(Estimator::Gae).or_else(leave_one_out).or_else(group_relative).or_else(reinforce)
+    }
 }
 
 fn advantage_member() -> serde_json::Value {
     serde_json::json!([{
-        "rule": "has(self.gae)",
-        "message": "advantage has exactly one of the members that say how it is estimated: write gae, or leave out advantage",
+        "rule": "[has(self.gae), has(self.leaveOneOut), has(self.groupRelative), has(self.reinforcePlusPlus)].filter(is, is).size() == 1",
+        "message": "advantage has exactly one of the members that say how it is estimated: write one of gae, leaveOneOut, groupRelative and reinforcePlusPlus, or leave out advantage, which is gae",
     }])
 }
 
+/// REINFORCE leave-one-out (Ahmadian 2024).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct LeaveOneOut {}
+
+/// Group relative policy optimisation (Shao 2024).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct GroupRelative {
+    /// By which deviation advantages are divided.
+    #[serde(default)]
+    pub scale: GroupScale,
+}
+
+/// The deviation by which advantages are divided.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub enum GroupScale {
+    /// That of the prompt's answers (Shao 2024).
+    #[default]
+    Group,
+    /// That of all answers of the rollout.
+    Batch,
+    /// None: prompts whose answers are about alike count no more than others (Dr. GRPO: Liu 2025).
+    None,
+}
+
+/// REINFORCE++ (Hu 2025).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct ReinforcePlusPlus {}
+
 impl Default for Advantage {
     fn default() -> Self {
-        Self { gae: Some(Gae::default()) }
+        Self { gae: Some(Gae::default()), leave_one_out: None, group_relative: None, reinforce_plus_plus: None }
     }
 }
 
@@ -488,9 +574,10 @@ impl Default for Gae {
     }
 }
 
-/// Proximal policy optimisation of the actor against the reward model (Schulman 2017; Ziegler 2019;
-/// Huang 2024, "The N+ implementation details of RLHF with PPO").
+/// Proximal policy optimisation of the actor against the rewards (Schulman 2017; Ziegler 2019; Huang 2024, "The N+
+/// implementation details of RLHF with PPO"), and its relatives without a critic, by `advantage`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[schemars(extend("x-kubernetes-validations" = critic_and_samples()))]
 #[serde(rename_all = "camelCase")]
 pub struct Ppo {
     /// The policy that is trained, the actor; without it, the job's model is.
@@ -499,7 +586,8 @@ pub struct Ppo {
     /// The policy near which the penalty on the KL divergence keeps the actor; without it, the actor's start.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reference: Option<ModelRef>,
-    /// The reward model from which the critic starts; without it, the first of `rewards` that is a model.
+    /// The reward model from which the critic starts; without it, the first of `rewards` that is a model. Only where
+    /// advantages are estimated by `gae`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub critic: Option<ModelRef>,
     /// What scores an answer: the sum of these, each times its weight.
@@ -516,6 +604,10 @@ pub struct Ppo {
     /// Responses in one rollout, over all ranks.
     #[schemars(range(min = 1, max = 1_048_576))]
     pub rollout_batch_size: u32,
+    /// Responses to each prompt of a rollout, of which `rolloutBatchSize` is a multiple.
+    #[serde(default = "default_samples")]
+    #[schemars(range(min = 1, max = 1024))]
+    pub samples_per_prompt: u32,
     /// How a rollout's responses become optimizer steps: `globalSize` is the PPO mini-batch, of which
     /// `rolloutBatchSize` is a multiple.
     pub batch: Batch,
@@ -572,13 +664,32 @@ pub struct Ppo {
     pub lora: Option<Lora>,
     /// The actor's optimizer.
     pub actor_optimizer: Optimizer,
-    /// The critic's optimizer.
-    pub critic_optimizer: Optimizer,
+    /// The critic's optimizer. Only where advantages are estimated by `gae`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub critic_optimizer: Option<Optimizer>,
     /// Held-out prompts are answered and scored before the first iteration, after the last, and
     /// every so many between (0: not between).
     #[serde(default)]
     #[schemars(range(min = 0, max = 1_000_000_000))]
     pub eval_every_iterations: u32,
+}
+
+fn critic_and_samples() -> serde_json::Value {
+    let critic = "(!has(self.advantage) || has(self.advantage.gae))";
+    serde_json::json!([
+        {"rule": format!("!{critic} || has(self.criticOptimizer)"),
+         "message": "advantages are estimated by a critic (gae), so criticOptimizer is required; write it, or another advantage"},
+        {"rule": format!("{critic} || !(has(self.criticOptimizer) || has(self.critic))"),
+         "message": "this advantage has no critic; leave out critic and criticOptimizer, or set advantage to gae"},
+        {"rule": "!has(self.samplesPerPrompt) || self.rolloutBatchSize % self.samplesPerPrompt == 0",
+         "message": "rolloutBatchSize must be a multiple of samplesPerPrompt: it counts responses; change one of them"},
+        {"rule": "!has(self.advantage) || !(has(self.advantage.leaveOneOut) || has(self.advantage.groupRelative)) || (has(self.samplesPerPrompt) && self.samplesPerPrompt > 1)",
+         "message": "this advantage compares the answers to a prompt; set samplesPerPrompt to 2 or more"},
+    ])
+}
+
+fn default_samples() -> u32 {
+    1
 }
 
 fn default_ppo_epochs() -> u32 {
@@ -669,8 +780,9 @@ impl StageKind {
 }
 
 impl Ppo {
-    /// The reward model from which the critic starts.
+    /// The reward model from which the critic starts, where there is one.
     pub fn critic_start(&self) -> Option<&ModelRef> {
+        self.advantage.gae?;
         self.critic.as_ref().or_else(|| self.rewards.iter().find_map(|r| r.model.as_ref()))
     }
 }

@@ -36,7 +36,7 @@ impl Dataset {
 impl Ppo {
     /// The first field of a stage of PPO that says how in a way that is not known here.
     fn unknown(&self) -> Option<String> {
-        if self.advantage.gae.is_none() {
+        if self.advantage.estimator().is_none() {
             return Some("advantage".into());
         }
         let untold = self.rewards.iter().find(|reward| reward.model.is_none());
@@ -80,7 +80,7 @@ mod tests {
         assert_eq!(ppo(|_| ()).unknown(), None);
         type Change = fn(&mut Value);
         let cases: [(Change, &str); 9] = [
-            (|p| p["advantage"] = json!({"groupRelative": {}}), "ppo.advantage"),
+            (|p| p["advantage"] = json!({"optimalTransport": {}}), "ppo.advantage"),
             (|p| p["rewards"][0] = json!({"name": "tests", "http": {"url": "https://x"}}), "ppo.rewards[tests]"),
             (|p| p["start"] = json!({"hub": {}}), "ppo.start"),
             (|p| p["reference"] = json!({"source": "hf://a/b@main"}), "ppo.reference.source"),

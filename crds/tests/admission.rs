@@ -192,7 +192,7 @@ fn reading_is_lenient() {
     let unknown_kind = serde_json::json!({"name": "later", "laterKind": {"a": 1}});
     manifest["spec"]["stages"].as_array_mut().unwrap().push(unknown_kind);
     let job: RLHFJob = serde_json::from_value(manifest).unwrap();
-    assert!(job.spec.stages[0].kind().is_some() && job.spec.stages[3].kind().is_none());
+    assert!(job.spec.stages[0].kind().is_some() && job.spec.stages[5].kind().is_none());
 }
 
 #[test]

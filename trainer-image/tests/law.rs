@@ -197,6 +197,58 @@ fn ppo_with_every_option_does_not_depend_on_how_it_is_split() {
     holds("gpt2", &options, &["reward", "kl", "policyLoss", "approxKl"], |volume| volume.copy_job(&trained));
 }
 
+/// Group relative policy optimisation as in its paper: no critic, several answers to a prompt, the KL penalty in the loss. Unclipped,
+/// so that a wrong scale of its gradient shows.
+#[test]
+fn what_has_no_critic_does_not_depend_on_how_it_is_split() {
+    let family = "llama-gqa-untied";
+    let trained = Volume::new(family);
+    trained.succeed(&reward());
+    let figures = ["reward", "kl", "policyLoss", "clipFraction", "responseLength", "gradNorm", "evalReward"];
+    let relative = without_critic(json!({"groupRelative": {}}), 3)
+        .with("/kl", json!({"coefficient": 0.5, "estimator": "k3", "in": "loss"}))
+        .with("/actorOptimizer/maxGradNorm", json!(1e6));
+    holds_for(&FEW, family, &relative, &figures, |volume| volume.copy_job(&trained));
+    for (advantage, samples) in [(json!({"leaveOneOut": {}}), 2), (json!({"reinforcePlusPlus": {}}), 1)] {
+        holds_for(&FEW[..1], family, &without_critic(advantage, samples), &figures, |volume| volume.copy_job(&trained));
+    }
+}
+
+/// A stage of PPO whose advantages need no critic.
+fn without_critic(advantage: Value, samples: u32) -> Launch {
+    let mut launch = ppo().with("/advantage", advantage).with("/samplesPerPrompt", json!(samples));
+    let settings = launch.config["kind"]["ppo"].as_object_mut().unwrap();
+    assert!(settings.remove("criticOptimizer").is_some());
+    launch.config["paths"].as_object_mut().unwrap().remove("criticModel");
+    launch
+}
+
+/// Nothing is there of a critic that is not needed, and a penalty in the loss pulls the actor back.
+#[test]
+fn without_a_critic_none_is_kept_and_the_loss_holds_the_actor_near_the_reference() {
+    let trained = Volume::new("gpt2");
+    trained.succeed(&reward());
+    let mut kl = Vec::new();
+    for coefficient in [0.0, 100.0] {
+        let volume = Volume::new("gpt2");
+        volume.copy_job(&trained);
+        let launch = without_critic(json!({"groupRelative": {"scale": "none"}}), 4)
+            .with("/epochs", json!(4))
+            .with("/kl", json!({"coefficient": coefficient, "estimator": "k3", "in": "loss"}));
+        volume.succeed(&launch);
+        for figure in ["criticGradNorm", "valueLoss", "explainedVariance", "criticLearningRate"] {
+            assert!(volume.curve("ppo", figure).is_empty(), "{figure} is none of this stage's");
+        }
+        let first = volume.curve("ppo", "ratio")[0];
+        assert!(first.is_finite());
+        let manifest = volume.path("jobs/j/ppo/checkpoints").join(format!("step-{}", volume.checkpoints("ppo")[0]));
+        let names: Vec<_> = std::fs::read_dir(manifest).unwrap().map(|e| e.unwrap().file_name()).collect();
+        assert!(names.iter().all(|name| !name.to_string_lossy().contains("critic")), "{names:?}");
+        kl.push(volume.curve("ppo", "kl").into_iter().fold(0.0, f64::max));
+    }
+    assert!(kl[1] < 0.5 * kl[0], "{kl:?}");
+}
+
 /// Settings for what is compared with the plain run under few: stages that train adapters, and further families.
 const FEW: [Setting; 3] = [
     Setting { sharding: "zero3", offload: "parameters", recompute: "block", processes: 2, micro: 2 },

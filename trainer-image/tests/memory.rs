@@ -38,7 +38,10 @@ impl Case {
         let stage = match self.workload {
             "sft" => Stage::Sft,
             "reward" => Stage::RewardModel,
-            _ => Stage::ppo(Scorer::new(model.clone(), self.lora.clone()), share, NEW_TOKENS),
+            workload => {
+                let stage = Stage::ppo(Scorer::new(model.clone(), self.lora.clone()), share, NEW_TOKENS);
+                if workload == "grpo" { stage.without_critic() } else { stage }
+            }
         };
         let (rows, time) = (self.rows.1, PROMPT_TOKENS + NEW_TOKENS);
         Task { stage, model, lora: self.lora.clone(), rows, time, dataset: 0.0 }
@@ -148,6 +151,7 @@ fn cases() -> Vec<Case> {
         case("reward", "llama", (4, 4), 1, (Ddp, optimizer, None, Bf16)),
         case("reward", "gpt2", (16, 16), 1, (Ddp, parameters, None, Bf16)),
         case("ppo", "gpt2", (8, 2), 1, (Ddp, optimizer, Block, Bf16)),
+        case("grpo", "gpt2", (8, 2), 1, (Ddp, whole, None, Fp32)),
         case("ppo", "llama", (8, 2), 1, (Ddp, parameters, Block, Fp32)),
         case("sft", "gpt2", (4, 2), 2, (Zero1, whole, None, Bf16)),
         case("sft", "gpt2", (4, 2), 2, (Zero2, whole, None, Bf16)),
@@ -161,6 +165,7 @@ fn cases() -> Vec<Case> {
         adapted(64, &Linear::ALL, case("reward", "llama", (16, 16), 1, (Ddp, parameters, Block, Fp32))),
         adapted(8, &[Linear::Down], case("reward", "gpt2", (4, 4), 1, (Ddp, optimizer, None, Bf16))),
         adapted(8, &Linear::ALL, case("ppo", "llama", (8, 4), 1, (Ddp, whole, None, Bf16))),
+        adapted(8, &Linear::ALL, case("grpo", "llama", (8, 4), 1, (Ddp, whole, None, Bf16))),
         adapted(32, &Linear::ALL, case("ppo", "gpt2", (4, 2), 2, (Zero1, whole, Block, Bf16))),
         adapted(16, &Linear::ALL, case("sft", "gpt2", (4, 2), 2, (Zero2, whole, None, Fp32))),
     ]

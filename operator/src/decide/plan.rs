@@ -245,8 +245,8 @@ impl<'a> Pass<'a> {
             StageKind::Ppo(s) => {
                 let start = s.start.as_ref().unwrap_or(&self.job.spec.model);
                 let reference = s.reference.as_ref().filter(|reference| *reference != start);
-                let refs: Vec<&ModelRef> =
-                    s.rewards.iter().filter_map(|r| r.model.as_ref()).chain([s.critic_start()?]).collect();
+                let critic = s.critic_start();
+                let refs: Vec<&ModelRef> = s.rewards.iter().filter_map(|r| r.model.as_ref()).chain(critic).collect();
                 let scorer = |model: &ModelRef| {
                     let source = refs.iter().position(|other| *other == model)?;
                     Some(Scorer { model: self.shape(model, prepared)?, source, lora: self.shared_lora(model, start) })
@@ -257,7 +257,10 @@ impl<'a> Pass<'a> {
                         Some(model) => Some(self.shape(model, prepared)?),
                         None => None,
                     },
-                    critic: scorer(s.critic_start()?)?,
+                    critic: match critic {
+                        Some(model) => Some(scorer(model)?),
+                        None => None,
+                    },
                     rewards,
                     rollout_rows: share(s.rollout_batch_size),
                     new_tokens: s.max_new_tokens,

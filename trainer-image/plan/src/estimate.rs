@@ -53,12 +53,12 @@ pub enum Stage {
     Sft,
     /// Training of a reward model.
     RewardModel,
-    /// PPO with a trained actor and critic, a frozen reference and frozen reward models.
+    /// PPO with a trained actor, a critic or none, a frozen reference and frozen reward models.
     Ppo {
         /// The reference's shape, where it is another model than the actor's start.
         reference: Option<ModelSpec>,
-        /// What the critic starts from.
-        critic: Scorer,
+        /// What the critic starts from, where there is one.
+        critic: Option<Scorer>,
         /// The reward models.
         rewards: Vec<Scorer>,
         /// Rows of a rollout that fall to one rank.
@@ -71,7 +71,17 @@ pub enum Stage {
 impl Stage {
     /// PPO with one reward model, from which the critic starts too, and the actor's start as its reference.
     pub fn ppo(reward: Scorer, rollout_rows: u32, new_tokens: u32) -> Self {
-        Self::Ppo { reference: None, critic: reward.clone(), rewards: vec![reward], rollout_rows, new_tokens }
+        Self::Ppo { reference: None, critic: Some(reward.clone()), rewards: vec![reward], rollout_rows, new_tokens }
+    }
+
+    /// The same where advantages are estimated without a critic.
+    pub fn without_critic(self) -> Self {
+        match self {
+            Self::Ppo { reference, rewards, rollout_rows, new_tokens, .. } => {
+                Self::Ppo { reference, critic: None, rewards, rollout_rows, new_tokens }
+            }
+            other => other,
+        }
     }
 }
 
@@ -262,24 +272,27 @@ pub(crate) fn models(task: &Task, setting: Setting) -> Vec<Placed<'_>> {
             vec![model(&task.model, HeadKind::Scalar, Trained::Adapters).adapted(lora)]
         }
         (Stage::Ppo { reference, critic, rewards, .. }, None) => {
-            let mut all = vec![
-                model(&critic.model, HeadKind::Scalar, Trained::Whole),
+            let critic = critic.iter().map(|critic| model(&critic.model, HeadKind::Scalar, Trained::Whole));
+            let mut all: Vec<_> = critic.collect();
+            all.extend([
                 model(&task.model, HeadKind::Lm, Trained::Whole),
                 model(reference.as_ref().unwrap_or(&task.model), HeadKind::Lm, Trained::Nothing),
-            ];
+            ]);
             all.extend(rewards.iter().map(|r| model(&r.model, HeadKind::Scalar, Trained::Nothing)));
             all
         }
         (Stage::Ppo { reference, critic, rewards, .. }, Some(lora)) => {
             let mut all = vec![model(&task.model, HeadKind::Lm, Trained::Adapters).adapted(lora)];
-            let trained = model(&critic.model, HeadKind::Scalar, Trained::Adapters);
-            all.push(match &critic.lora {
-                Some(own) => trained.adapted(own).sharing(),
-                None => trained.adapted(lora),
-            });
+            all.extend(critic.iter().map(|critic| {
+                let trained = model(&critic.model, HeadKind::Scalar, Trained::Adapters);
+                match &critic.lora {
+                    Some(own) => trained.adapted(own).sharing(),
+                    None => trained.adapted(lora),
+                }
+            }));
             for (i, reward) in rewards.iter().enumerate() {
                 let frozen = model(&reward.model, HeadKind::Scalar, Trained::Nothing);
-                let mut before = rewards[..i].iter().chain([critic]).filter(|other| other.lora.is_none());
+                let mut before = rewards[..i].iter().chain(critic).filter(|other| other.lora.is_none());
                 all.push(match &reward.lora {
                     Some(own) => frozen.adapted(own).sharing(),
                     None if before.any(|other| other.source == reward.source) => frozen.sharing(),

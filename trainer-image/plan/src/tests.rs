@@ -114,9 +114,9 @@ fn sizes(model: &ModelSpec) -> [f64; 2] {
 fn every_reward_model_of_whatever_shape_takes_its_room() {
     let (actor, judge) = (preset("l").unwrap(), preset("m").unwrap());
     let (liked, safe) = (Scorer::new(actor.clone(), None), Scorer { source: 1, ..Scorer::new(judge.clone(), None) });
-    let copies = |reference: Option<&ModelSpec>, critic: &Scorer, rewards: &[&Scorer], lora: Option<&Lora>| {
+    let copies = |reference: Option<&ModelSpec>, critic: Option<&Scorer>, rewards: &[&Scorer], lora: Option<&Lora>| {
         let rewards = rewards.iter().map(|r| (*r).clone()).collect();
-        let (reference, critic) = (reference.cloned(), critic.clone());
+        let (reference, critic) = (reference.cloned(), critic.cloned());
         let stage = Stage::Ppo { reference, critic, rewards, rollout_rows: 1, new_tokens: 112 };
         let task = Task { stage, lora: lora.cloned(), ..ppo(actor.clone(), 1) };
         let strategy = Strategy { precision: Precision::Bf16, ..Strategy::default() };
@@ -126,14 +126,16 @@ fn every_reward_model_of_whatever_shape_takes_its_room() {
         assert!((elements / expected - 1.0).abs() < 0.02, "{elements} elements, not {expected}");
     };
     let ([actor_lm, actor_scalar], [judge_lm, judge_scalar]) = (sizes(&actor), sizes(&judge));
-    close(copies(None, &liked, &[&liked, &safe], None), 2.0 * (actor_lm + actor_scalar) + judge_scalar);
-    close(copies(Some(&judge), &safe, &[&liked], None), actor_lm + judge_lm + judge_scalar + actor_scalar);
+    close(copies(None, Some(&liked), &[&liked, &safe], None), 2.0 * (actor_lm + actor_scalar) + judge_scalar);
+    close(copies(Some(&judge), Some(&safe), &[&liked], None), actor_lm + judge_lm + judge_scalar + actor_scalar);
+    close(copies(None, None, &[&liked, &safe], None), 2.0 * actor_lm + actor_scalar + judge_scalar);
     // With adapters: one backbone for the actor and what came of it, and one for each other reward model.
     let lora = Lora { rank: 1, alpha: None, dropout: 0.0, targets: vec![Linear::Query] };
     let adapted = Scorer { lora: Some(lora.clone()), ..liked.clone() };
-    close(copies(None, &adapted, &[&adapted, &safe], Some(&lora)), actor_lm + judge_scalar);
-    close(copies(None, &safe, &[&safe, &safe, &adapted], Some(&lora)), actor_lm + judge_scalar);
-    close(copies(Some(&judge), &safe, &[&liked], Some(&lora)), actor_lm + judge_scalar + actor_scalar + judge_lm);
+    close(copies(None, Some(&adapted), &[&adapted, &safe], Some(&lora)), actor_lm + judge_scalar);
+    close(copies(None, None, &[&adapted, &safe], Some(&lora)), actor_lm + judge_scalar);
+    close(copies(None, Some(&safe), &[&safe, &safe, &adapted], Some(&lora)), actor_lm + judge_scalar);
+    close(copies(Some(&judge), Some(&safe), &[&liked], Some(&lora)), actor_lm + judge_scalar + actor_scalar + judge_lm);
 }
 
 #[test]
@@ -211,7 +213,7 @@ fn adapters() -> impl proptest::strategy::Strategy<Value = Option<Lora>> {
 prop_compose! {
     fn task()(
         model in model(), rows in 1u32..17, time in 16u32..1024, stage in 0u8..3, rollout_rows in 1u32..100,
-        lora in adapters(), reward_lora in adapters(), several in any::<bool>(),
+        lora in adapters(), reward_lora in adapters(), several in any::<bool>(), critic in any::<bool>(),
     ) -> Task {
         let stage = match stage {
             0 => Stage::Sft,
@@ -221,7 +223,7 @@ prop_compose! {
                 let other = Scorer { source: 1, lora: None, ..scorer.clone() };
                 let rewards = if several { vec![scorer, other.clone()] } else { vec![scorer] };
                 let reference = several.then(|| model.clone());
-                Stage::Ppo { reference, critic: other, rewards, rollout_rows, new_tokens: time / 3 }
+                Stage::Ppo { reference, critic: critic.then_some(other), rewards, rollout_rows, new_tokens: time / 3 }
             }
         };
         Task { stage, model, lora, rows, time, dataset: 0.0 }
@@ -268,7 +270,7 @@ prop_compose! {
                 let scorer = |s: Scorer| Scorer { model: other.clone(), lora: ranked(s.lora), ..s };
                 let rewards = rewards.into_iter().map(scorer).collect();
                 let reference = reference.map(|_| other.clone());
-                Stage::Ppo { reference, critic: scorer(critic), rewards, rollout_rows, new_tokens }
+                Stage::Ppo { reference, critic: critic.map(scorer), rewards, rollout_rows, new_tokens }
             }
             stage => stage,
         };
@@ -335,7 +337,7 @@ proptest! {
         prop_assert!(device_lacks >= 0.0 && host_lacks >= 0.0);
         let mut models = vec![&task.model];
         if let Stage::Ppo { reference, critic, rewards, .. } = &task.stage {
-            models.extend(reference.iter().chain(rewards.iter().chain([critic]).map(|scorer| &scorer.model)));
+            models.extend(reference.iter().chain(rewards.iter().chain(critic).map(|scorer| &scorer.model)));
         }
         let sizes = |m: &ModelSpec| [m.vocab, m.hidden, m.heads, m.kv_heads, m.head_dim, m.ffn];
         let ModelSpec { hidden, ffn, layers, vocab, .. } = task.model.clone();
@@ -396,7 +398,7 @@ proptest! {
             let mut task = task.clone();
             grow(&mut task.model);
             if let Stage::Ppo { reference, critic, rewards, .. } = &mut task.stage {
-                rewards.iter_mut().chain([critic]).for_each(|scorer| grow(&mut scorer.model));
+                rewards.iter_mut().chain(critic).for_each(|scorer| grow(&mut scorer.model));
                 reference.iter_mut().for_each(grow);
             }
             task

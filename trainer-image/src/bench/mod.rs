@@ -41,6 +41,8 @@ const SEED: u64 = 42;
 pub enum Workload {
     /// Rollout, scoring and learning with four models.
     Ppo,
+    /// The same without a critic: eight answers to each prompt, or a rollout's of one where eight do not divide it.
+    Grpo,
     /// Steps of supervised fine-tuning.
     Sft,
     /// Steps of reward-model training on pairs.
@@ -72,6 +74,12 @@ pub struct Options {
     pub rounds: u32,
     /// A folder to save into, where the cost of saves is to be measured too.
     pub save: Option<PathBuf>,
+}
+
+impl Options {
+    fn has_critic(&self) -> bool {
+        self.workload != Workload::Grpo
+    }
 }
 
 /// What was measured.
@@ -121,7 +129,7 @@ pub fn run(options: &Options) -> Result<Option<Figures>> {
     let context = context(options)?;
     let rounds = Rounds { options, context: &context };
     let (counted, operations) = match options.workload {
-        Workload::Ppo => rounds.ppo(rounds.models()?)?,
+        Workload::Ppo | Workload::Grpo => rounds.ppo(rounds.models()?)?,
         Workload::Sft => rounds.sft(rounds.model(HeadKind::Lm)?)?,
         Workload::Reward => rounds.reward(rounds.model(HeadKind::Scalar)?)?,
         Workload::Generate => rounds.generate(&rounds.model(HeadKind::Lm)?)?,
@@ -133,7 +141,7 @@ pub fn run(options: &Options) -> Result<Option<Figures>> {
 /// A stage's surroundings, with neither volume nor data.
 fn context(options: &Options) -> Result<Context> {
     let environment = Environment::from_process()?;
-    let settings: Ppo = serde_json::from_value(json!({
+    let mut settings: Ppo = serde_json::from_value(json!({
         "rewards": [{"name": "reward", "model": {"stage": "reward"}}], "prompts": {"source": "volume://none"}, "iterations": options.rounds + 1,
         "rolloutBatchSize": options.batch, "batch": {"globalSize": options.batch, "microSize": options.micro},
         "epochs": 3, "maxPromptLength": options.prompt_tokens, "maxNewTokens": options.new_tokens,
@@ -141,6 +149,12 @@ fn context(options: &Options) -> Result<Context> {
         "actorOptimizer": {"learningRate": 5e-6}, "criticOptimizer": {"learningRate": 5e-6},
     }))
     .map_err(|e| Error::bug(e.to_string()))?;
+    if !options.has_critic() {
+        settings.advantage =
+            serde_json::from_value(json!({"groupRelative": {}})).map_err(|e| Error::bug(e.to_string()))?;
+        settings.critic_optimizer = None;
+        settings.samples_per_prompt = if options.batch.is_multiple_of(8) { 8 } else { options.batch };
+    }
     let folder = options.save.as_ref().map(|dir| dir.join("bench-checkpoints"));
     let checkpoints = folder.map(std::path::absolute).transpose().map_err(|e| Error::config(format!("--save: {e}")))?;
     let checkpoints = checkpoints.unwrap_or_default();
@@ -205,11 +219,12 @@ impl Rounds<'_> {
     /// The models of PPO. With adapters all of them share a backbone, as where the reward model was so trained too.
     fn models(&self) -> Result<Models> {
         let score = ScoreNormalisation { mean: 0.0, std: 1.0 };
+        let critic = self.options.has_critic().then_some(());
         let scorer = |model| Scorer { name: "reward".into(), weight: 1.0, model, score };
         let Some(lora) = &self.options.lora else {
             return Ok(Models {
                 actor: self.whole(HeadKind::Lm, true)?,
-                critic: self.whole(HeadKind::Scalar, true)?,
+                critic: critic.map(|()| self.whole(HeadKind::Scalar, true)).transpose()?,
                 reference: self.whole(HeadKind::Lm, false)?,
                 rewards: vec![scorer(self.whole(HeadKind::Scalar, false)?)],
             });
@@ -217,7 +232,7 @@ impl Rounds<'_> {
         let (backbone, fresh) = self.backbone(HeadKind::Lm, lora)?;
         let actor = backbone.language_model(&fresh, SEED)?;
         Ok(Models {
-            critic: backbone.random_scalar_model(&fresh, SEED, true)?,
+            critic: critic.map(|()| backbone.random_scalar_model(&fresh, SEED, true)).transpose()?,
             rewards: vec![scorer(backbone.random_scalar_model(&fresh, SEED, false)?)],
             reference: actor.without_adapters()?,
             actor,
@@ -269,10 +284,13 @@ impl Rounds<'_> {
         let (tokens, learning) = (self.tokens(), self.learning());
         let rollout = self.forward() + flops::head(spec, HeadKind::Lm, new);
         // The reference has no adapters.
-        let score = 3.0 * self.forward() + flops::forward(spec, tokens) + 2.0 * flops::head(spec, HeadKind::Lm, new);
+        let critics = if self.options.has_critic() { 1.0 } else { 0.0 };
+        let score = (2.0 + critics) * self.forward()
+            + flops::forward(spec, tokens)
+            + 2.0 * flops::head(spec, HeadKind::Lm, new);
         let learn = f64::from(settings.epochs)
             * (flops::learn(spec, HeadKind::Lm, tokens, new, learning)
-                + flops::learn(spec, HeadKind::Scalar, tokens, new, learning));
+                + critics * flops::learn(spec, HeadKind::Scalar, tokens, new, learning));
         Ok((counted, rollout + score + learn))
     }
 

@@ -71,16 +71,13 @@ impl Skips {
 ///
 /// # Errors
 /// Where a peer was lost, or too many gradients were not finite (the parameters are then as they were).
-pub fn step_together<const N: usize>(models: [(&mut Model, &Optimizer, f64); N]) -> Result<[Step; N]> {
-    let mut norms = [0.0; N];
-    for (norm, (model, ..)) in norms.iter_mut().zip(&models) {
-        *norm = model.gradient_norm()?;
-    }
+pub fn step_together(models: Vec<(&mut Model, &Optimizer, f64)>) -> Result<Vec<Step>> {
+    let norms: Vec<f64> = models.iter().map(|(model, ..)| model.gradient_norm()).collect::<Result<_>>()?;
     let finite = norms.iter().all(|norm| norm.is_finite());
     for (norm, (model, settings, learning_rate)) in norms.iter().zip(models) {
         if finite { model.make_step(settings, learning_rate, *norm)? } else { model.skip(*norm)? }
     }
-    Ok(norms.map(|norm| if finite { Step::Made(norm) } else { Step::Skipped(norm) }))
+    Ok(norms.into_iter().map(|norm| if finite { Step::Made(norm) } else { Step::Skipped(norm) }).collect())
 }
 
 impl Model {
@@ -89,8 +86,8 @@ impl Model {
     /// # Errors
     /// As that.
     pub fn step(&mut self, settings: &Optimizer, learning_rate: f64) -> Result<Step> {
-        let [step] = step_together([(self, settings, learning_rate)])?;
-        Ok(step)
+        let steps = step_together(vec![(self, settings, learning_rate)])?;
+        steps.into_iter().next().ok_or_else(|| Error::bug("a step is lost"))
     }
 
     /// Forgets the gradient, as if its batch had never been run.

@@ -39,8 +39,8 @@ struct Known {
 pub(super) struct Trained<'a> {
     /// The shape of its model.
     pub model: &'a ModelSpec,
-    /// In PPO, that of the critic.
-    pub critic: &'a ModelSpec,
+    /// That of the critic, where there is one.
+    pub critic: Option<&'a ModelSpec>,
     /// The number format in which the model is written.
     pub kind: Kind,
 }
@@ -154,14 +154,16 @@ impl Models {
     /// What a stage trains, which was checked before.
     pub fn trained(&self, stage: &StageConfig) -> Option<Trained<'_>> {
         let paths = &stage.paths;
-        let first = match &stage.kind {
-            StageKind::Ppo(s) => s.rewards.first().and_then(|reward| paths.reward_models.get(&reward.name)),
+        let critic = match &stage.kind {
+            StageKind::Ppo(s) if s.advantage.gae.is_some() => {
+                let first = || s.rewards.first().and_then(|reward| paths.reward_models.get(&reward.name));
+                paths.critic_model.as_ref().or_else(first)
+            }
             _ => None,
         };
-        let start = self.known.get(&paths.start_model)?;
-        let critic = paths.critic_model.as_ref().or(first).unwrap_or(&paths.start_model);
+        let spec = |path: &String| self.known.get(path).map(|known| &known.spec);
         let made = self.known.get(&paths.output)?;
-        Some(Trained { model: &start.spec, critic: &self.known.get(critic)?.spec, kind: made.kind })
+        Some(Trained { model: spec(&paths.start_model)?, critic: critic.and_then(spec), kind: made.kind })
     }
 
     fn check_role(&self, path: &str, known: &Known, role: Role) -> Result<()> {

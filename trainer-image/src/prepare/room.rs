@@ -42,7 +42,10 @@ pub(super) fn of(stage: &StageConfig, Trained { model, critic, kind }: Trained<'
     let (numbers, head) = match stage.kind {
         StageKind::Sft(_) => (saved(model, HeadKind::Lm), HeadKind::Lm),
         StageKind::RewardModel(_) => (saved(model, HeadKind::Scalar), HeadKind::Scalar),
-        StageKind::Ppo(_) => (saved(model, HeadKind::Lm) + saved(critic, HeadKind::Scalar), HeadKind::Lm),
+        StageKind::Ppo(_) => {
+            let critic = critic.map_or(0, |critic| saved(critic, HeadKind::Scalar));
+            (saved(model, HeadKind::Lm) + critic, HeadKind::Lm)
+        }
     };
     let checkpoint = SAVED * numbers;
     let written = kind.elt_size_in_bytes() as u64 * model.parameter_count(head).unsigned_abs();

@@ -284,7 +284,7 @@ fn what_a_newer_operator_asks_for_is_refused_and_not_done_as_if_it_were_not_ther
     let with = |field: &str, value: Value| {
         prepare(volume.path(), |stages| stages[2]["kind"]["ppo"][field] = value.clone()).unwrap_err()
     };
-    let error = with("advantage", json!({"groupRelative": {}}));
+    let error = with("advantage", json!({"optimalTransport": {}}));
     check(&error, 64, &["stage 'ppo'", "ppo.advantage says something that this version of the trainer does not know"]);
     let error = with("rewards", json!([{"name": "tests", "http": {"url": "https://x"}}]));
     check(&error, 64, &["stage 'ppo'", "ppo.rewards[tests]"]);
@@ -379,7 +379,7 @@ fn the_room_that_a_stage_takes_is_that_of_its_checkpoints_and_its_model() {
         let mut stage = stages()[i].clone();
         (stage["checkpoint"], stage["keepCheckpoints"]) = (json!({"keep": 3}), json!("Running"));
         change(&mut stage);
-        room::of(&serde_json::from_value(stage).unwrap(), models::Trained { model: &model, critic: &model, kind })
+        room::of(&serde_json::from_value(stage).unwrap(), models::Trained { model: &model, critic: Some(&model), kind })
     };
     // A value and two moments of each number; the paddings between parameters come to little.
     let about = |bytes: u64, numbers: u64| (12 * numbers..12 * numbers + 60_000).contains(&bytes);

@@ -18,6 +18,23 @@ pub fn kl_estimate(estimator: KlEstimator, d: f64) -> f64 {
     }
 }
 
+/// The same estimates `[n]` of log-probabilities under actor and reference `[n]`, to be learnt from (GRPO: Shao 2024, equation 4,
+/// with k3).
+///
+/// # Errors
+/// Where shapes do not fit.
+pub fn kl_loss(estimator: KlEstimator, log_p: &Tensor, reference: &Tensor) -> Result<Tensor> {
+    let d = log_p.f_sub(reference)?;
+    match estimator {
+        KlEstimator::K1 => Ok(d),
+        KlEstimator::K2 => Ok(d.f_square()? * 0.5),
+        KlEstimator::K3 => {
+            let ratio = d.f_neg()?.f_clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)?.f_exp()?;
+            Ok(ratio.f_add(&d)?.f_sub_scalar(1.0)?)
+        }
+    }
+}
+
 /// The adapted KL coefficient after `samples` responses whose KL was `kl` (Ziegler 2019, section 2.2). A batch counts for one
 /// horizon at most: beyond five, the factor would fall below zero and pay the actor for leaving the reference.
 pub fn adapted_kl_coefficient(settings: &Kl, coefficient: f64, kl: f64, samples: u32) -> f64 {
@@ -144,6 +161,7 @@ pub fn ranking_loss(scores: &Tensor, centering: f64) -> Result<Tensor> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rlhf_api::stage::KlPlace;
     use serde_json::Value;
 
     fn golden() -> Value {
@@ -247,12 +265,16 @@ mod tests {
         for case in cases("kl_estimators") {
             for (name, estimator) in [("k1", KlEstimator::K1), ("k2", KlEstimator::K2), ("k3", KlEstimator::K3)] {
                 close(kl_estimate(estimator, number(&case["d"])), number(&case[name]));
+                let (log_p, reference) = (Tensor::from_slice(&[number(&case["d"]) - 1.5]), Tensor::from_slice(&[-1.5]));
+                let loss = kl_loss(estimator, &log_p, &reference.to_kind(Kind::Double)).unwrap();
+                close(loss.double_value(&[0]), number(&case[name]));
             }
         }
         let case = &golden()["adaptive_kl"];
         let kl = Kl {
             coefficient: number(&case["coefficient"]),
             estimator: KlEstimator::K1,
+            place: KlPlace::Reward,
             target: Some(number(&case["target"])),
             horizon: number(&case["horizon"]) as u32,
         };
@@ -264,7 +286,13 @@ mod tests {
 
     #[test]
     fn the_kl_coefficient_keeps_its_sign_however_many_responses_a_batch_has() {
-        let kl = Kl { coefficient: 0.1, estimator: KlEstimator::K1, target: Some(100.0), horizon: 2 };
+        let kl = Kl {
+            coefficient: 0.1,
+            estimator: KlEstimator::K1,
+            place: KlPlace::Reward,
+            target: Some(100.0),
+            horizon: 2,
+        };
         for samples in [2, 10, 11, 12, 4096] {
             for measured in [-50.0, 0.0, 1e9] {
                 let next = adapted_kl_coefficient(&kl, 0.1, measured, samples);

@@ -24,6 +24,18 @@ fn configs_say_where_each_stage_starts_and_writes() {
 }
 
 #[test]
+fn a_stage_whose_advantages_need_no_critic_is_told_of_none() {
+    let mut job = job();
+    let ppo = job.spec.stages[2].ppo.as_mut().unwrap();
+    ppo.advantage = serde_json::from_value(json!({"leaveOneOut": {}})).unwrap();
+    (ppo.critic_optimizer, ppo.samples_per_prompt) = (None, 4);
+    let data = build(&job, 3, 1).config_map.data.unwrap();
+    let told: StageConfig = serde_json::from_str(&data["act.json"]).unwrap();
+    assert_eq!(told.paths.critic_model, None);
+    assert!(matches!(told.kind, rlhf_api::stage::StageKind::Ppo(ppo) if ppo.samples_per_prompt == 4));
+}
+
+#[test]
 fn a_stage_is_told_how_its_model_is_written() {
     let mut job = job();
     job.spec.stages[1].export = serde_json::from_value(json!({"dtype": "bf16", "maxShardSize": "2G"})).unwrap();

@@ -208,7 +208,7 @@ fn a_member_or_a_source_that_is_not_known_is_a_condition_that_names_it_and_start
     use serde_json::{Value, json};
     type Change = fn(&mut Value);
     let cases: [(Change, &str); 5] = [
-        (|s| s["stages"][2]["ppo"]["advantage"] = json!({"groupRelative": {}}), "spec.stages[act].ppo.advantage"),
+        (|s| s["stages"][2]["ppo"]["advantage"] = json!({"optimalTransport": {}}), "spec.stages[act].ppo.advantage"),
         (
             |s| s["stages"][2]["ppo"]["rewards"][0] = json!({"name": "tests", "http": {"url": "https://x"}}),
             "spec.stages[act].ppo.rewards[tests]",

@@ -6,10 +6,9 @@ use crate::engine::{Group, Model};
 use crate::error::{Error, Result};
 use crate::model::Batch;
 use crate::rollout::{Decoding, Request, generate};
-use crate::stages::math::{entropy, gae, kl_estimate, log_probabilities, token_rewards, whiten};
+use crate::stages::math::{entropy, kl_estimate, log_probabilities};
 use crate::telemetry::Phase;
 use rlhf_api::report::ExitCode;
-use rlhf_api::stage::{Gae, Ppo};
 use std::time::Instant;
 use tch::{Kind, Tensor};
 
@@ -35,13 +34,15 @@ pub(super) struct Experience {
     pub log_p: Vec<f64>,
     /// Sum and maximum over tokens of the difference between that and what the sampler had.
     pub sampler_gap: [f64; 2],
+    /// Log-probability under the reference.
+    pub reference_log_p: Vec<f64>,
     /// Estimated KL to the reference (the settings' estimator).
     pub kl: Vec<f64>,
-    /// The critic's value before the token.
+    /// The critic's value before the token; none without a critic.
     pub values: Vec<f64>,
-    /// Whitened advantages.
+    /// Advantages, as they enter the loss.
     pub advantages: Vec<f64>,
-    /// Advantages before whitening plus values: what the critic should have said.
+    /// Advantages before whitening plus values: what the critic should have said; none without a critic.
     pub returns: Vec<f64>,
     /// Returns minus values.
     pub value_errors: Vec<f64>,
@@ -62,17 +63,6 @@ impl Experience {
 /// The mean of something over responses.
 pub(super) fn mean(experience: &[Experience], of: impl Fn(&Experience) -> f64) -> f64 {
     experience.iter().map(of).sum::<f64>() / experience.len().max(1) as f64
-}
-
-/// Rewards, advantages and returns of a scored rollout.
-pub(super) fn estimate_advantages(experience: &mut [Experience], settings: &Ppo, by: Gae, kl_coefficient: f64) {
-    for e in experience.iter_mut() {
-        let rewards = token_rewards(e.score, &e.kl, kl_coefficient);
-        e.advantages = gae(&rewards, &e.values, settings.gamma, by.lambda);
-        e.returns = e.advantages.iter().zip(&e.values).map(|(a, v)| a + v).collect();
-        e.value_errors = e.advantages.clone();
-    }
-    whiten(&mut experience.iter_mut().map(|e| &mut e.advantages).collect::<Vec<_>>());
 }
 
 impl Run<'_> {
@@ -103,8 +93,14 @@ impl Run<'_> {
             max_tokens: columns,
             max_new: self.settings.max_new_tokens as usize,
             rewards: self.models.rewards.len(),
+            critic: self.models.critic.is_some(),
         };
-        let all = gather(&self.context.group, &mine, prompts.len(), shape)?;
+        let mut all = gather(&self.context.group, &mine, prompts.len(), shape)?;
+        let estimator = self.settings.kl.estimator;
+        for e in &mut all {
+            let log_ratios = e.log_p.iter().zip(&e.reference_log_p).map(|(actor, reference)| actor - reference);
+            e.kl = log_ratios.map(|d| kl_estimate(estimator, d)).collect();
+        }
         // Every rank has all of them, so all find the same.
         all.iter().zip(prompts).try_for_each(|(e, (_, prompt))| self.check_finite(e, prompt))?;
         let drawn: usize = all.iter().map(Experience::response_len).sum();
@@ -136,7 +132,7 @@ impl Run<'_> {
         let mut entropies = Vec::with_capacity(states.len());
         let actor = token_scores(&self.models.actor, &batch, &states, part, temperature, Some(&mut entropies))?;
         let reference = token_scores(&self.models.reference, &batch, &states, part, temperature, None)?;
-        let values = self.models.critic.scalars(&batch, &states)?;
+        let values = self.models.critic.as_ref().map(|critic| critic.scalars(&batch, &states)).transpose()?;
         let ends: Vec<i64> = (0..part.len()).map(|row| batch.flat_index(row, batch.lengths[row] - 1)).collect();
         let scores = self.models.scores(&batch, &ends)?;
         let mut start = 0;
@@ -144,11 +140,11 @@ impl Run<'_> {
             let span = start..start + e.response_len();
             start = span.end;
             e.entropy = entropies[span.clone()].iter().sum();
-            e.kl = span.clone().map(|i| kl_estimate(self.settings.kl.estimator, actor[i] - reference[i])).collect();
+            e.reference_log_p = reference[span.clone()].to_vec();
             let gaps = e.log_p.iter().zip(&actor[span.clone()]).map(|(sampled, scored)| (sampled - scored).abs());
             e.sampler_gap = gaps.fold([0.0, 0.0], |[sum, most], gap| [sum + gap, f64::max(most, gap)]);
             e.log_p = actor[span.clone()].to_vec();
-            e.values = values[span].to_vec();
+            e.values = values.as_ref().map(|values| values[span].to_vec()).unwrap_or_default();
             e.scores = scores.iter().map(|of_rows| of_rows[row]).collect();
             e.score = self.shaped_score(self.models.weighted(&e.scores), e.ended);
         }
@@ -226,11 +222,18 @@ struct RowShape {
     max_new: usize,
     /// Reward models.
     rewards: usize,
+    /// Whether there is a critic.
+    critic: bool,
 }
 
 impl RowShape {
     fn width(self) -> usize {
-        HEADER + self.max_tokens + 3 * self.max_new + self.rewards
+        HEADER + self.max_tokens + self.of_tokens() * self.max_new + self.rewards
+    }
+
+    /// Numbers of each of the response's tokens: two log-probabilities, and the critic's value.
+    fn of_tokens(self) -> usize {
+        if self.critic { 3 } else { 2 }
     }
 }
 
@@ -254,7 +257,8 @@ fn gather(group: &Group, mine: &[Experience], total: usize, shape: RowShape) -> 
 /// Numbers before a packed row's tokens: tokens, prompt length, ended, score, entropy, and the two of the sampler's gap.
 const HEADER: usize = 7;
 
-fn pack(e: &Experience, row: &mut [f64], RowShape { max_tokens, max_new, .. }: RowShape) {
+fn pack(e: &Experience, row: &mut [f64], shape: RowShape) {
+    let RowShape { max_tokens, max_new, .. } = shape;
     row[..HEADER].copy_from_slice(&[
         e.tokens.len() as f64,
         e.prompt_len as f64,
@@ -266,14 +270,15 @@ fn pack(e: &Experience, row: &mut [f64], RowShape { max_tokens, max_new, .. }: R
     ]);
     let (tokens, rest) = row[HEADER..].split_at_mut(max_tokens);
     tokens.iter_mut().zip(&e.tokens).for_each(|(slot, &t)| *slot = t as f64);
-    let (of_tokens, scores) = rest.split_at_mut(3 * max_new);
-    for (slots, values) in of_tokens.chunks_exact_mut(max_new).zip([&e.log_p, &e.kl, &e.values]) {
+    let (of_tokens, scores) = rest.split_at_mut(shape.of_tokens() * max_new);
+    for (slots, values) in of_tokens.chunks_exact_mut(max_new).zip([&e.log_p, &e.reference_log_p, &e.values]) {
         slots[..values.len()].copy_from_slice(values);
     }
     scores.copy_from_slice(&e.scores);
 }
 
-fn unpack(row: &[f64], RowShape { max_tokens, max_new, .. }: RowShape) -> Result<Experience> {
+fn unpack(row: &[f64], shape: RowShape) -> Result<Experience> {
+    let RowShape { max_tokens, max_new, .. } = shape;
     let (len, prompt_len) = (row[0] as usize, row[1] as usize);
     if len > max_tokens || prompt_len > len || len - prompt_len > max_new {
         return Err(Error::bug(format!("a gathered row has {len} tokens, {prompt_len} of them in the prompt")));
@@ -285,12 +290,12 @@ fn unpack(row: &[f64], RowShape { max_tokens, max_new, .. }: RowShape) -> Result
         prompt_len,
         ended: row[2] > 0.0,
         score: row[3],
-        scores: rest[3 * max_new..].to_vec(),
+        scores: rest[shape.of_tokens() * max_new..].to_vec(),
         entropy: row[4],
         sampler_gap: [row[5], row[6]],
         log_p: part(0),
-        kl: part(1),
-        values: part(2),
+        reference_log_p: part(1),
+        values: if shape.critic { part(2) } else { vec![] },
         ..Experience::default()
     })
 }
@@ -310,15 +315,18 @@ mod tests {
             entropy: 2.25,
             sampler_gap: [0.5, 0.25],
             log_p: vec![-1.0, -2.0],
-            kl: vec![0.5, 0.25],
+            reference_log_p: vec![-0.5, -2.25],
             values: vec![1.0, 3.0],
             ..Default::default()
         };
-        let shape = RowShape { max_tokens: 6, max_new: 4, rewards: 2 };
-        let mut row = vec![9.0; shape.width()];
-        pack(&e, &mut row, shape);
-        assert_eq!(unpack(&row, shape).unwrap(), e);
-        row[0] = 7.0;
-        assert!(unpack(&row, shape).is_err());
+        let without_values = Experience { values: vec![], ..e.clone() };
+        for (e, critic) in [(e, true), (without_values, false)] {
+            let shape = RowShape { max_tokens: 6, max_new: 4, rewards: 2, critic };
+            let mut row = vec![9.0; shape.width()];
+            pack(&e, &mut row, shape);
+            assert_eq!(unpack(&row, shape).unwrap(), e);
+            row[0] = 7.0;
+            assert!(unpack(&row, shape).is_err());
+        }
     }
 }

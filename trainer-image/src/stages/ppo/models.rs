@@ -15,7 +15,8 @@ use std::path::PathBuf;
 /// The models of PPO. Actor and critic are trained; reference and reward models are frozen.
 pub(crate) struct Models {
     pub actor: Model,
-    pub critic: Model,
+    /// There where advantages are estimated by one.
+    pub critic: Option<Model>,
     pub reference: Model,
     pub rewards: Vec<Scorer>,
 }
@@ -59,7 +60,8 @@ struct Sources<'a> {
     actor: &'a Source,
     /// `None` where it is the actor's start.
     reference: Option<Source>,
-    critic: Source,
+    /// `None` where there is no critic.
+    critic: Option<Source>,
     /// Names, weights and models of the rewards.
     rewards: Vec<(&'a str, f64, Source)>,
 }
@@ -85,16 +87,16 @@ impl<'a> Sources<'a> {
             rewards.push((reward.name.as_str(), reward.weight, open(path)?));
         }
         let first = settings.rewards.first().and_then(|reward| paths.reward_models.get(&reward.name));
-        let critic = paths.critic_model.as_ref().or(first);
-        let critic = critic.ok_or_else(|| Error::config("ppo.rewards is empty: PPO needs a reward model"))?;
+        let first = first.ok_or_else(|| Error::config("ppo.rewards is empty: PPO needs a reward model"))?;
+        let critic = settings.advantage.gae.map(|_| paths.critic_model.as_ref().unwrap_or(first));
         let reference = paths.reference_model.as_ref().filter(|path| **path != paths.start_model);
-        let this = Self { context, actor, reference: reference.map(open).transpose()?, critic: open(critic)?, rewards };
-        this.check()
+        let (reference, critic) = (reference.map(open).transpose()?, critic.map(open).transpose()?);
+        Self { context, actor, reference, critic, rewards }.check()
     }
 
     /// Every model must know the actor's tokens, and what scores must have a head for it.
     fn check(self) -> Result<Self> {
-        let scorers = self.rewards.iter().map(|(_, _, source)| source).chain([&self.critic]);
+        let scorers = self.rewards.iter().map(|(_, _, source)| source).chain(&self.critic);
         for source in scorers.clone().chain(&self.reference) {
             let (tokens, actors) = (source.spec.vocab, self.actor.spec.vocab);
             if tokens < actors {
@@ -116,9 +118,10 @@ impl<'a> Sources<'a> {
             let model = context.load(source, HeadKind::Scalar, false, None)?;
             Ok(Scorer { name: (*name).to_owned(), weight: *weight, model, score: score(source) })
         };
+        let critic = |source| context.load(source, HeadKind::Scalar, true, Some(score(source)));
         Ok(Models {
             actor: context.load(self.actor, HeadKind::Lm, true, None)?,
-            critic: context.load(&self.critic, HeadKind::Scalar, true, Some(score(&self.critic)))?,
+            critic: self.critic.as_ref().map(critic).transpose()?,
             reference: context.load(self.reference.as_ref().unwrap_or(self.actor), HeadKind::Lm, false, None)?,
             rewards: self.rewards.iter().map(scorer).collect::<Result<_>>()?,
         })
@@ -134,7 +137,7 @@ impl<'a> Sources<'a> {
         let backbone = context.backbone(self.actor, HeadKind::Lm)?;
         let actor = backbone.language_model(&Adapters::fresh(&self.actor.spec, lora, seed)?, seed)?;
         let mut backbones = Backbones { sources: self, actor: &backbone, own: BTreeMap::new() };
-        let critic = backbones.scalar_model(&self.critic, Some(lora))?;
+        let critic = self.critic.as_ref().map(|source| backbones.scalar_model(source, Some(lora))).transpose()?;
         let mut rewards = Vec::new();
         for (name, weight, source) in &self.rewards {
             let model = backbones.scalar_model(source, None)?;
@@ -142,7 +145,7 @@ impl<'a> Sources<'a> {
         }
         tracing::info!(
             actor = actor.trained_parameters(),
-            critic = critic.trained_parameters(),
+            critic = critic.as_ref().map_or(0, Model::trained_parameters),
             backbones = 1 + backbones.own.len(),
             "adapters are trained"
         );
