@@ -4,6 +4,7 @@
 //! [`CONFIG_FILE`]; what differs by pod or attempt travels in the environment variables of [`mod@env`].
 
 use crate::reference::VOLUME_SCHEME;
+use crate::source::Remote;
 use crate::stage::{CheckpointPolicy, Export, StageKind, Strategy};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -13,6 +14,8 @@ use std::collections::BTreeMap;
 pub const CONFIG_DIR: &str = "/etc/rlhf";
 /// The config's file name: a [`StageConfig`] for a stage, a [`PrepareConfig`] for prepare.
 pub const CONFIG_FILE: &str = "config.json";
+/// Where the Secrets are mounted by which prepare fetches, each in a folder of its name. In no other pod.
+pub const SECRETS_DIR: &str = "/etc/rlhf-secrets";
 /// Where the job's volume is mounted.
 pub const VOLUME_DIR: &str = "/data";
 /// The port on which the first worker of a pod serves `/metrics` and `/progress`; local rank `r` serves on this plus `r`.
@@ -66,7 +69,7 @@ pub mod env {
         "^((NCCL|GLOO|UCX|FI|OMP|KMP|GOMP|MKL|DNNL|ONEDNN|OPENBLAS|TOKENIZERS)_[A-Z0-9_]+|RDMAV_(FORK|HUGEPAGES)_SAFE",
         "|TORCH_(NCCL|CPP_LOG|SHOW)_[A-Z0-9_]+|CUDA_(DEVICE_ORDER|DEVICE_MAX_CONNECTIONS|LAUNCH_BLOCKING)",
         "|PYTORCH_(CUDA_)?ALLOC_CONF|NVIDIA_DRIVER_CAPABILITIES|RUST_(LOG|BACKTRACE|LIB_BACKTRACE)",
-        "|HTTPS?_PROXY|NO_PROXY|ALL_PROXY|https?_proxy|no_proxy|all_proxy|TZ|LANG|LC_ALL|(NODE|POD)_(NAME|IP))$"
+        "|HF_ENDPOINT|HTTPS?_PROXY|NO_PROXY|ALL_PROXY|https?_proxy|no_proxy|all_proxy|TZ|LANG|LC_ALL|(NODE|POD)_(NAME|IP))$"
     );
 
     /// Those of them that name a file or folder of code.
@@ -163,6 +166,9 @@ pub struct PrepareConfig {
     /// The folders below the volume of the models that exist before the job, the job's model first, each once.
     #[serde(default)]
     pub models: Vec<String>,
+    /// What has to be brought onto the volume first, each once.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub remote: Vec<Remote>,
 }
 
 /// The path below the volume that a `volume://` location names, or `None` where it is not one.

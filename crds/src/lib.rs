@@ -18,5 +18,6 @@ pub mod model;
 pub mod names;
 pub mod reference;
 pub mod report;
+pub mod source;
 pub mod stage;
 mod unknown;

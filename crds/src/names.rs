@@ -117,6 +117,11 @@ pub fn network_policy(job: &str, uid: &str) -> String {
     unique(&format!("{job}-trainers"), &[uid], 0)
 }
 
+/// The NetworkPolicy that lets a job's prepare fetch.
+pub fn prepare_network_policy(job: &str, uid: &str) -> String {
+    unique(&format!("{job}-fetch"), &[uid], 0)
+}
+
 /// The folder of a job below its volume, where it names none. The UID keeps a job apart from an earlier one of the same name.
 pub fn job_dir(job: &str, uid: &str) -> String {
     let short: String = uid.chars().take(8).collect();

@@ -1,11 +1,8 @@
 //! Where a stage's models come from: an earlier stage of the job, or a place outside of it.
 
-use crate::config::volume_path;
+use crate::source::{self, MODEL_PATTERN, SecretRef};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-
-/// A location on the job's volume: `volume://` and a relative path whose parts do not start with a dot.
-pub const VOLUME_URI_PATTERN: &str = r"^volume://[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*$";
 
 /// The prefix of every location on the job's volume.
 pub const VOLUME_SCHEME: &str = "volume://";
@@ -22,29 +19,39 @@ pub struct ModelRef {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = MAX_STAGE_NAME))]
     pub stage: Option<String>,
-    /// The model's folder on the job's volume, as `volume://path`: `config.json`, `model.safetensors` and tokenizer files.
+    /// Where the model is: a folder on the job's volume, as `volume://path`; a repository of the hub, as
+    /// `hf://organization/name@revision`; or a folder of a bucket, as `s3://bucket/path`, `gs://bucket/path` or
+    /// `az://container/path`. In it are `config.json`, `model.safetensors` and tokenizer files. What is not on the volume is
+    /// fetched onto it by prepare.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(regex(pattern = VOLUME_URI_PATTERN), length(max = 512))]
+    #[schemars(regex(pattern = MODEL_PATTERN), length(max = 512), extend("x-kubernetes-validations" = source::rules(true)))]
     pub source: Option<String>,
+    /// The Secret that opens `source`. Its entries, as each place needs them: `HF_TOKEN` and, for a hub of your own, `HF_ENDPOINT`;
+    /// `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_SESSION_TOKEN`, `AWS_REGION` and `AWS_ENDPOINT_URL` (s3);
+    /// `GOOGLE_SERVICE_ACCOUNT_KEY` (gs); `AZURE_STORAGE_ACCOUNT_NAME` and `AZURE_STORAGE_ACCOUNT_KEY` or
+    /// `AZURE_STORAGE_SAS_TOKEN` (az); and `ca.crt` for a server of your own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub secret_ref: Option<SecretRef>,
 }
 
 #[cfg(feature = "crd")]
 fn exactly_one() -> serde_json::Value {
-    serde_json::json!([{
-        "rule": "has(self.stage) != has(self.source)",
-        "message": "a model is exactly one of stage (an earlier stage of this job) and source (such as volume://path)",
-    }])
+    serde_json::json!([
+        {
+            "rule": "has(self.stage) != has(self.source)",
+            "message": "a model is exactly one of stage (an earlier stage of this job) and source (such as volume://path)",
+        },
+        {
+            "rule": "!has(self.secretRef) || (has(self.source) && !self.source.startsWith('volume://'))",
+            "message": "secretRef opens a source outside of the volume, and there is none; leave it out",
+        },
+    ])
 }
 
 impl ModelRef {
     /// What the stage of this name puts out.
     pub fn stage(name: impl Into<String>) -> Self {
-        Self { stage: Some(name.into()), source: None }
-    }
-
-    /// The path below the volume, where that is where the model is.
-    pub fn volume_path(&self) -> Option<&str> {
-        self.source.as_deref().and_then(volume_path).filter(|_| self.stage.is_none())
+        Self { stage: Some(name.into()), ..Self::default() }
     }
 }
 

@@ -5,7 +5,8 @@
 //! implementations; where they differ, the doc comment names the one taken.
 
 use crate::decimal;
-use crate::reference::{ModelRef, Named, Produces, VOLUME_URI_PATTERN};
+use crate::reference::{ModelRef, Named, Produces};
+use crate::source::{self, FILE_PATTERN, SecretRef};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -15,10 +16,12 @@ use std::collections::BTreeMap;
 #[schemars(extend("x-kubernetes-validations" = dataset_rules()))]
 #[serde(rename_all = "camelCase")]
 pub struct Dataset {
-    /// A file of JSON Lines (which gzip or Zstandard may pack) or Parquet on the job's volume, as
-    /// `volume://path/to/file.jsonl`.
+    /// A file of JSON Lines (which gzip or Zstandard may pack) or Parquet: on the job's volume, as
+    /// `volume://path/to/file.jsonl`; in a dataset of the hub, as `hf://datasets/organization/name@revision/path/to/file`; in a
+    /// bucket, as `s3://bucket/path`, `gs://bucket/path` or `az://container/path`; or at a web address, as
+    /// `https://host/path#sha256=…`. What is not on the volume is fetched onto it by prepare.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(regex(pattern = VOLUME_URI_PATTERN), length(max = 512))]
+    #[schemars(regex(pattern = FILE_PATTERN), length(max = 512), extend("x-kubernetes-validations" = source::rules(false)))]
     pub source: Option<String>,
     /// Several such files, whose records are mixed.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -31,7 +34,7 @@ pub struct Dataset {
     pub fields: BTreeMap<String, String>,
     /// A file of its own whose records are those for evaluation. Of the others then none is held out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(regex(pattern = VOLUME_URI_PATTERN), length(max = 512))]
+    #[schemars(regex(pattern = FILE_PATTERN), length(max = 512), extend("x-kubernetes-validations" = source::rules(false)))]
     pub eval_source: Option<String>,
     /// Share of the records held out for evaluation. The split depends only on the stage's seed and on the record's file and
     /// line or row (for preferences and prompts: on its prompt, so that no prompt is in both halves), and so is the same on
@@ -43,6 +46,9 @@ pub struct Dataset {
     /// What becomes of a record that cannot be read, or lacks what the format needs.
     #[serde(default)]
     pub on_bad_record: OnBadRecord,
+    /// The Secret that opens the dataset's sources, with the entries of a model's `secretRef`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub secret_ref: Option<SecretRef>,
 }
 
 /// One of several files of records.
@@ -50,7 +56,7 @@ pub struct Dataset {
 #[serde(rename_all = "camelCase")]
 pub struct DataSource {
     /// The file, as a dataset's `source`.
-    #[schemars(regex(pattern = VOLUME_URI_PATTERN), length(max = 512))]
+    #[schemars(regex(pattern = FILE_PATTERN), length(max = 512), extend("x-kubernetes-validations" = source::rules(false)))]
     pub source: String,
     /// How often an epoch has each of its training records: 2 twice; 0.5 leaves out half of them, in every epoch the same.
     #[serde(default = "default_one", deserialize_with = "decimal::read")]
@@ -98,6 +104,23 @@ impl Dataset {
             self.sources.iter().enumerate().map(|(i, part)| (format!("sources[{i}].source"), part.source.as_str()));
         let eval = self.eval_source.as_deref().map(|source| ("evalSource".to_owned(), source));
         one.into_iter().chain(several).chain(eval).collect()
+    }
+
+    /// The same dataset with each file where `at` says, and without the Secret that opened the places where they were.
+    ///
+    /// # Errors
+    /// Those of `at`, which is given a file's field and location.
+    pub fn located<E>(&self, at: impl Fn(&str, &str) -> Result<String, E>) -> Result<Self, E> {
+        let mut located = Self { secret_ref: None, ..self.clone() };
+        for (field, source) in [("source", &mut located.source), ("evalSource", &mut located.eval_source)] {
+            if let Some(source) = source {
+                *source = at(field, source)?;
+            }
+        }
+        for (i, part) in located.sources.iter_mut().enumerate() {
+            part.source = at(&format!("sources[{i}].source"), &part.source)?;
+        }
+        Ok(located)
     }
 }
 
@@ -762,6 +785,16 @@ impl StageKind {
             StageKind::RewardModel(s) => ("dataset", &s.dataset),
             StageKind::Ppo(s) => ("prompts", &s.prompts),
         }
+    }
+
+    /// The same stage with another dataset.
+    pub fn with_dataset(mut self, dataset: Dataset) -> Self {
+        match &mut self {
+            StageKind::Sft(s) => s.dataset = dataset,
+            StageKind::RewardModel(s) => s.dataset = dataset,
+            StageKind::Ppo(s) => s.prompts = dataset,
+        }
+        self
     }
 
     /// Every model that it names, with its field and what it has to be.

@@ -4,11 +4,12 @@
 //! works by such a field asks here first, for what is taken as if it were not there is worse than what is refused.
 
 use crate::reference::{ModelRef, VOLUME_SCHEME};
+use crate::source::is_remote;
 use crate::stage::{Dataset, Ppo, StageKind};
 
-/// Whether a location has a scheme, and another than the volume's.
+/// Whether a location has a scheme, and one that is not known here.
 fn is_elsewhere(source: &str) -> bool {
-    source.contains("://") && !source.starts_with(VOLUME_SCHEME)
+    source.contains("://") && !source.starts_with(VOLUME_SCHEME) && !is_remote(source)
 }
 
 impl ModelRef {
@@ -83,17 +84,17 @@ mod tests {
             (|p| p["advantage"] = json!({"optimalTransport": {}}), "ppo.advantage"),
             (|p| p["rewards"][0] = json!({"name": "tests", "http": {"url": "https://x"}}), "ppo.rewards[tests]"),
             (|p| p["start"] = json!({"hub": {}}), "ppo.start"),
-            (|p| p["reference"] = json!({"source": "hf://a/b@main"}), "ppo.reference.source"),
-            (|p| p["critic"] = json!({"source": "s3://a/b"}), "ppo.critic.source"),
-            (|p| p["rewards"][0]["model"] = json!({"source": "hf://a/b"}), "ppo.rewards[liked].model.source"),
-            (|p| p["prompts"]["source"] = json!("hf://datasets/a"), "ppo.prompts.source"),
-            (|p| p["prompts"] = json!({"sources": [{"source": "s3://a/b"}]}), "ppo.prompts.sources[0].source"),
+            (|p| p["reference"] = json!({"source": "oci://a/b@main"}), "ppo.reference.source"),
+            (|p| p["critic"] = json!({"source": "ftp://a/b"}), "ppo.critic.source"),
+            (|p| p["rewards"][0]["model"] = json!({"source": "oci://a/b"}), "ppo.rewards[liked].model.source"),
+            (|p| p["prompts"]["source"] = json!("oci://datasets/a"), "ppo.prompts.source"),
+            (|p| p["prompts"] = json!({"sources": [{"source": "ftp://a/b"}]}), "ppo.prompts.sources[0].source"),
             (|p| p["prompts"] = json!({"generated": {}}), "ppo.prompts"),
         ];
         for (change, field) in cases {
             assert_eq!(ppo(change).unknown().as_deref(), Some(field));
         }
-        let nowhere = ModelRef { stage: None, source: Some("models/x".into()) };
+        let nowhere = ModelRef { source: Some("models/x".into()), ..ModelRef::default() };
         assert_eq!(nowhere.unknown("model"), None, "it is no location at all, which is wrong in every version");
     }
 }

@@ -80,6 +80,17 @@ impl Lease {
         Self { held: Some((dir.to_path_buf(), holder)), number }
     }
 
+    /// The number of the lease of a folder that was taken last, and who took it, where that is known; `None` where none was.
+    ///
+    /// # Errors
+    /// Storage failed.
+    pub fn holder(dir: &Path) -> Result<Option<(u32, Option<Holder>)>> {
+        if !dir.is_dir() {
+            return Ok(None);
+        }
+        newest(dir)?.map(|number| Ok((number, read(dir, number)?))).transpose()
+    }
+
     /// Its number: later leases of the same folder have higher ones.
     pub fn number(&self) -> u32 {
         self.number

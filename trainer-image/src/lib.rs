@@ -13,6 +13,7 @@ pub mod ending;
 pub mod engine;
 pub mod environment;
 pub mod error;
+pub mod fetch;
 pub mod files;
 pub mod launch;
 pub mod lease;

@@ -4,7 +4,7 @@
 //! ends with an exit code of the contract, and this is the one place that prints why.
 
 use clap::{Args, Parser, Subcommand};
-use rlhf_api::config::{CONFIG_DIR, CONFIG_FILE, HTTP_PORT, PrepareConfig};
+use rlhf_api::config::{CONFIG_DIR, CONFIG_FILE, HTTP_PORT, PrepareConfig, SECRETS_DIR};
 use rlhf_api::names::PREPARE;
 use rlhf_api::report::{ExitCode, Output, TerminationMessage};
 use rlhf_trainer::commands::{self, BenchFlags};
@@ -13,7 +13,7 @@ use rlhf_trainer::plan_command::{self, PlanFlags};
 use rlhf_trainer::prepare::{self, StageReport};
 use rlhf_trainer::telemetry::{Telemetry, logging};
 use rlhf_trainer::try_command::{self, GenerateFlags, ScoreFlags};
-use rlhf_trainer::{config_file, ending, launch, worker};
+use rlhf_trainer::{config_file, ending, fetch, launch, worker};
 use std::path::{Path, PathBuf};
 
 /// Supervised fine-tuning, reward-model training and PPO on libtorch.
@@ -178,6 +178,14 @@ fn prepare(options: &worker::Options) -> TerminationMessage {
         let config = config.value;
         let telemetry = Telemetry::new(&config.job, PREPARE, environment.attempt, 0, 1)?;
         worker::serve(options.http_port, 0, &telemetry)?;
+        let setting = fetch::Setting {
+            volume: environment.volume.clone(),
+            secrets: SECRETS_DIR.into(),
+            attempt: environment.attempt,
+            hub: std::env::var("HF_ENDPOINT").ok().filter(|endpoint| !endpoint.is_empty()),
+            patience: fetch::Patience::default(),
+        };
+        fetch::run(&config, &setting, &telemetry)?;
         let report = prepare::run(&config, &environment.volume, &telemetry)?;
         prepared = Some(Box::new(report.prepared()?));
         Ok(Output { path: job_dir(&config), metrics: report.stages.iter().flat_map(counts).collect() })

@@ -27,6 +27,7 @@ use crate::choice::{StrategyOverride, StrategySpec};
 use crate::config::KeepCheckpoints;
 use crate::names;
 use crate::reference::{MAX_STAGE_NAME, ModelRef, Produces};
+use crate::source;
 use crate::stage::{CheckpointPolicy, Export, Ppo, RewardModel, Sft, StageKind};
 use kube::{CustomResource, KubeSchema, ResourceExt};
 use schemars::JsonSchema;
@@ -274,10 +275,11 @@ impl RLHFJob {
         self.spec.storage.run_path.clone().unwrap_or_else(default)
     }
 
-    /// Where a model is, or will be, below the volume; `None` where it is not on it.
+    /// Where a model is, or will be, below the volume; `None` where what stands there is no place of one.
     pub fn model_path(&self, model: &ModelRef) -> Option<String> {
         let of_stage = |stage: &String| names::model_dir(&self.run_dir(), stage);
-        model.stage.as_ref().map(of_stage).or_else(|| model.volume_path().map(str::to_owned))
+        let of_source = |source: &String| source::path(&self.run_dir(), source, true);
+        model.stage.as_ref().map(of_stage).or_else(|| model.source.as_ref().and_then(of_source))
     }
 
     /// The model that exists before the job of which a model is made: a stage's own start's, and so on.

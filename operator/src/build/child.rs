@@ -79,10 +79,11 @@ impl Children {
     /// # Errors
     /// An object cannot be written as JSON.
     pub fn needed(&self) -> serde_json::Result<Vec<Child>> {
-        let Self { network_policy, secret, config_map, service, pod_group, .. } = self;
+        let Self { network_policy, outside, secret, config_map, service, pod_group, .. } = self;
         let secret = secret.as_ref().map(|KeySecret(secret)| Child::new(secret, Upgrade::Unread, true));
         let all = [
             network_policy.as_ref().map(|policy| Child::new(policy, Upgrade::Apply, true)),
+            outside.as_ref().map(|policy| Child::new(policy, Upgrade::Apply, true)),
             secret,
             Some(Child::new(config_map, Upgrade::Keep, true)),
             service.as_ref().map(|service| Child::new(service, Upgrade::Keep, true)),

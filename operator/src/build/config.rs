@@ -3,13 +3,14 @@
 //! The config is the same for every attempt of a stage, and those of all stages are known when the job starts, so one
 //! immutable ConfigMap serves them all.
 
-use super::{Settings, Task, allowed, job_labels, metadata};
+use super::{Settings, Task, allowed, job_labels, metadata, sources};
 use k8s_openapi::api::core::v1::ConfigMap;
 use kube::ResourceExt;
-use rlhf_api::config::{JobRef, PrepareConfig, StageConfig, StagePaths, volume_path};
+use rlhf_api::config::{JobRef, PrepareConfig, StageConfig, StagePaths};
 use rlhf_api::job::{RLHFJob, Stage, out_of_range};
 use rlhf_api::names;
-use rlhf_api::reference::ModelRef;
+use rlhf_api::reference::{ModelRef, VOLUME_SCHEME};
+use rlhf_api::source;
 use rlhf_api::stage::StageKind;
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -44,15 +45,17 @@ pub enum SpecError {
         /// The chart's switch.
         switch: &'static str,
     },
-    /// Not a `volume://` location.
+    /// Not a location.
     #[error(
-        "{field} `{value}` is not a location on the volume; write volume://path, without parts that begin with a dot"
+        "{field} `{value}` is no location of {what}; write volume://path, without parts that begin with a dot, or a place outside of the volume"
     )]
     Location {
         /// The field's path.
         field: String,
         /// What stands there.
         value: String,
+        /// What should lie there.
+        what: &'static str,
     },
     /// The config could not be written as JSON.
     #[error("the config of {stage} cannot be written: {source}")]
@@ -105,7 +108,7 @@ fn json(stage: &str, config: &impl Serialize) -> Result<String, SpecError> {
 
 fn prepare_config(job: &RLHFJob) -> Result<PrepareConfig, SpecError> {
     let stages = job.spec.stages.iter().map(|s| stage_config(job, s)).collect::<Result<_, _>>()?;
-    Ok(PrepareConfig { job: job_ref(job), stages, models: existing_models(job) })
+    Ok(PrepareConfig { job: job_ref(job), stages, models: existing_models(job), remote: sources::of(job) })
 }
 
 fn job_ref(job: &RLHFJob) -> JobRef {
@@ -115,9 +118,13 @@ fn job_ref(job: &RLHFJob) -> JobRef {
 fn stage_config(job: &RLHFJob, stage: &Stage) -> Result<StageConfig, SpecError> {
     let kind = stage.kind().ok_or_else(|| SpecError::Kind(stage.name.clone()))?;
     let (field, dataset) = kind.dataset();
-    for (part, source) in dataset.files() {
-        location(format!("spec.stages[{}].{}.{field}.{part}", stage.name, kind.name()), source)?;
-    }
+    let (run_dir, below) = (job.run_dir(), format!("spec.stages[{}].{}.{field}", stage.name, kind.name()));
+    // Where prepare has brought them to: a stage knows the volume alone.
+    let dataset = dataset.located(|part, source| {
+        let path = source::path(&run_dir, source, false);
+        let wrong = || location(format!("{below}.{part}"), source, "a file of records");
+        path.map(|path| format!("{VOLUME_SCHEME}{path}")).ok_or_else(wrong)
+    })?;
     if let StageKind::Ppo(ppo) = &kind
         && ppo.lora.as_ref().is_some_and(|lora| lora.dropout != 0.0)
     {
@@ -127,7 +134,7 @@ fn stage_config(job: &RLHFJob, stage: &Stage) -> Result<StageConfig, SpecError> 
         job: job_ref(job),
         stage: stage.name.clone(),
         paths: paths(job, stage, &kind)?,
-        kind,
+        kind: kind.with_dataset(dataset),
         strategy: None,
         checkpoint: stage.checkpoint,
         export: stage.export.clone().unwrap_or_default(),
@@ -137,8 +144,8 @@ fn stage_config(job: &RLHFJob, stage: &Stage) -> Result<StageConfig, SpecError> 
     })
 }
 
-fn location(field: String, value: &str) -> Result<String, SpecError> {
-    volume_path(value).map(str::to_owned).ok_or_else(|| SpecError::Location { field, value: value.into() })
+fn location(field: String, value: &str, what: &'static str) -> SpecError {
+    SpecError::Location { field, value: value.into(), what }
 }
 
 /// Where a stage finds its models and writes its own.
@@ -146,7 +153,7 @@ fn paths(job: &RLHFJob, stage: &Stage, kind: &StageKind) -> Result<StagePaths, S
     check_references(job, stage, kind)?;
     let at = |field: &str, model: &ModelRef| {
         let written = model.source.clone().unwrap_or_default();
-        job.model_path(model).ok_or_else(|| SpecError::Location { field: field.into(), value: written })
+        job.model_path(model).ok_or_else(|| location(field.into(), &written, "a model"))
     };
     let base = &job.spec.model;
     let mut paths = StagePaths {
@@ -175,7 +182,7 @@ fn check_references(job: &RLHFJob, stage: &Stage, kind: &StageKind) -> Result<()
     for named in kind.models() {
         let fits = match (&named.model.stage, &named.model.source) {
             (Some(name), None) => outputs.contains(&(name.as_str(), named.must_be)),
-            (None, Some(source)) => volume_path(source).is_some(),
+            (None, Some(source)) => source::path("", source, true).is_some(),
             _ => false,
         };
         if !fits {
@@ -189,10 +196,10 @@ fn check_references(job: &RLHFJob, stage: &Stage, kind: &StageKind) -> Result<()
 /// The models that exist before the job, each once, the job's own first.
 pub(crate) fn existing_models(job: &RLHFJob) -> Vec<String> {
     let kinds: Vec<_> = job.spec.stages.iter().filter_map(Stage::kind).collect();
-    let named =
-        kinds.iter().flat_map(StageKind::models).filter_map(|named| named.model.volume_path().map(str::to_owned));
+    let named = kinds.iter().flat_map(StageKind::models).map(|named| named.model);
+    let all = std::iter::once(&job.spec.model).chain(named).filter(|model| model.stage.is_none());
     let mut models: Vec<String> = Vec::new();
-    for path in job.spec.model.volume_path().map(str::to_owned).into_iter().chain(named) {
+    for path in all.filter_map(|model| job.model_path(model)) {
         if !models.contains(&path) {
             models.push(path);
         }

@@ -13,6 +13,7 @@ mod pod_group;
 mod prepare;
 mod secret;
 mod service;
+mod sources;
 
 pub use allowances::Allowances;
 pub use child::{Child, Upgrade};
@@ -108,6 +109,8 @@ pub struct Children {
     pub first: bool,
     /// The rules for the network of the job's pods, the same for all of its stages.
     pub network_policy: Option<NetworkPolicy>,
+    /// What lets prepare out to the places from which it fetches, where the rules above would not.
+    pub outside: Option<NetworkPolicy>,
     /// The key to the progress of the job's trainers, the same for all of its stages.
     pub secret: Option<KeySecret>,
     /// The configs, the same for all of the job's stages.
@@ -125,13 +128,15 @@ pub struct Children {
 /// # Errors
 /// The spec says what admission should have refused.
 pub fn children(job: &RLHFJob, task: Task<'_>, attempt: Attempt, settings: &Settings) -> Result<Children, SpecError> {
-    let service = matches!(task, Task::Stage(_)).then(|| service::build(job));
+    let is_prepare = matches!(task, Task::Prepare);
+    let service = (!is_prepare).then(|| service::build(job));
     let config_map = config::build(job)?;
     Ok(Children {
         stage: task.name().to_owned(),
         first: never_made(job, task),
         network_policy: settings.network.as_ref().map(|rules| network_policy::build(job, rules)),
-        secret: matches!(task, Task::Stage(_)).then(|| secret::build(job, &settings.keys)),
+        outside: settings.network.as_ref().filter(|_| is_prepare).and_then(|rules| network_policy::outside(job, rules)),
+        secret: (!is_prepare).then(|| secret::build(job, &settings.keys)),
         service,
         pod_group: pod_group::build(job, task, attempt, settings),
         job: job::build(job, task, attempt, &config_map.name_any(), settings),

@@ -4,7 +4,7 @@
 //! progress are for Prometheus and the operator, on the ports of the workers. It holds from before the first pod on,
 //! where the cluster's network enforces policies.
 
-use super::{Task, job_labels, metadata};
+use super::{Task, job_labels, labels, metadata, sources};
 use k8s_openapi::api::networking::v1::{
     NetworkPolicy, NetworkPolicyEgressRule, NetworkPolicyIngressRule, NetworkPolicyPeer, NetworkPolicyPort,
     NetworkPolicySpec,
@@ -76,6 +76,25 @@ pub(super) fn build(job: &RLHFJob, rules: &NetworkRules) -> NetworkPolicy {
             egress: Some(egress),
         }),
     }
+}
+
+/// The policy that lets a job's prepare out to everybody, where it has to fetch something and the rules hold its pods in: a
+/// policy knows addresses and not names, and the hub and buckets answer at many. It selects no other pod.
+pub(super) fn outside(job: &RLHFJob, rules: &NetworkRules) -> Option<NetworkPolicy> {
+    if rules.egress == Egress::All || sources::of(job).is_empty() {
+        return None;
+    }
+    let labels = labels(job, Task::Prepare);
+    let name = names::prepare_network_policy(&job.name_any(), &job.uid().unwrap_or_default());
+    Some(NetworkPolicy {
+        metadata: metadata(job, name, labels.clone()),
+        spec: Some(NetworkPolicySpec {
+            pod_selector: Some(LabelSelector { match_labels: Some(labels), ..Default::default() }),
+            policy_types: Some(vec!["Egress".into()]),
+            egress: Some(vec![NetworkPolicyEgressRule::default()]),
+            ..Default::default()
+        }),
+    })
 }
 
 fn port(protocol: &str, port: u16) -> NetworkPolicyPort {

@@ -3,7 +3,7 @@
 //! It meets the `restricted` Pod Security Standard and holds no credentials of the API server. What a user's pod
 //! template says is merged first, so that the operator's own fields win.
 
-use super::{Attempt, Settings, Task, attempt_name, config, pod_group, secret, service, user_labels};
+use super::{Attempt, Settings, Task, attempt_name, config, pod_group, secret, service, sources, user_labels};
 use crate::view::{CONTAINER, INDEX_KEY};
 use k8s_openapi::api::core::v1::{
     Affinity, Capabilities, ConfigMapVolumeSource, Container, ContainerPort, EmptyDirVolumeSource, EnvVar,
@@ -33,6 +33,10 @@ pub(super) fn build(
     settings: &Settings,
 ) -> PodTemplateSpec {
     let given = compute.pod_template.clone();
+    let secrets: (Vec<_>, Vec<_>) = match task {
+        Task::Prepare => sources::secrets(job).into_iter().unzip(),
+        Task::Stage(_) => Default::default(),
+    };
     let labels = user_labels(&given).into_iter().chain(own_labels.clone()).collect();
     PodTemplateSpec {
         metadata: Some(ObjectMeta { labels: Some(labels), annotations: Some(given.annotations), ..Default::default() }),
@@ -54,8 +58,8 @@ pub(super) fn build(
             image_pull_secrets: some(pull_secrets(given.image_pull_secrets, settings)),
             resource_claims: some(given.resource_claims),
             scheduling_group: pod_group::membership(job, task, attempt, compute, settings),
-            volumes: Some(volumes(job, task, config_map).into_iter().chain(given.volumes).collect()),
-            containers: vec![container(job, task, attempt, compute, settings)],
+            volumes: Some(volumes(job, task, config_map).into_iter().chain(secrets.0).chain(given.volumes).collect()),
+            containers: vec![container(job, task, attempt, compute, secrets.1, settings)],
             ..Default::default()
         }),
     }
@@ -71,7 +75,14 @@ fn pull_secrets(given: Vec<LocalObjectReference>, settings: &Settings) -> Vec<Lo
     of_chart.filter(|secret| !given.contains(secret)).chain(given.iter().cloned()).collect()
 }
 
-fn container(job: &RLHFJob, task: Task<'_>, attempt: Attempt, compute: &Compute, settings: &Settings) -> Container {
+fn container(
+    job: &RLHFJob,
+    task: Task<'_>,
+    attempt: Attempt,
+    compute: &Compute,
+    secrets: Vec<VolumeMount>,
+    settings: &Settings,
+) -> Container {
     let given = &compute.pod_template;
     let mut all_env: Vec<_> = given.env.iter().filter(|e| !env::RESERVED.contains(&e.name.as_str())).cloned().collect();
     all_env.extend(own_env(job, task, attempt, compute, settings));
@@ -89,7 +100,7 @@ fn container(job: &RLHFJob, task: Task<'_>, attempt: Attempt, compute: &Compute,
         startup_probe: matches!(task, Task::Stage(_)).then(|| probe(STARTUP)),
         liveness_probe: matches!(task, Task::Stage(_)).then(|| probe(LIVENESS)),
         resources: Some(resources(compute)),
-        volume_mounts: Some(mounts().into_iter().chain(given.volume_mounts.clone()).collect()),
+        volume_mounts: Some(mounts().into_iter().chain(secrets).chain(given.volume_mounts.clone()).collect()),
         termination_message_policy: Some("File".into()),
         security_context: Some(SecurityContext {
             allow_privilege_escalation: Some(false),

@@ -221,8 +221,8 @@ impl<'a> Pass<'a> {
 
     /// The shape of a model: that of the model which existed before the job, of which it is made.
     fn shape(&self, model: &ModelRef, prepared: &Prepared) -> Option<ModelSpec> {
-        let path = self.job.origin(model)?.volume_path()?;
-        let index = build::existing_models(self.job).iter().position(|p| p == path)?;
+        let path = self.job.model_path(self.job.origin(model)?)?;
+        let index = build::existing_models(self.job).iter().position(|p| *p == path)?;
         prepared.models.get(index).cloned()
     }
 

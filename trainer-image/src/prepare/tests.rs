@@ -347,6 +347,7 @@ fn a_volume_that_cannot_be_written_is_named() {
         job: serde_json::from_value(json!({"namespace": "n", "name": "j", "uid": "u"})).unwrap(),
         stages: vec![],
         models: vec![],
+        remote: vec![],
     };
     check(&check_job(&no_stages, volume.path()).unwrap_err(), 64, &["no stages"]);
 }

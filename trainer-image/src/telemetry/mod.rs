@@ -34,6 +34,19 @@ struct Inner {
     device: OnceLock<usize>,
 }
 
+/// How far a download is.
+#[derive(Clone, Debug)]
+pub struct Fetched {
+    /// What is fetched, and how far it is, in words.
+    pub doing: String,
+    /// Bytes that are there.
+    pub bytes: u64,
+    /// Bytes in all.
+    pub of: u64,
+    /// Seconds to the end at the present pace.
+    pub eta_seconds: Option<u64>,
+}
+
 #[derive(Default)]
 struct State {
     progress: Progress,
@@ -130,6 +143,18 @@ impl Telemetry {
     /// Says that steps are made from now on.
     pub fn makes_steps(&self) {
         self.state().progress.doing = None;
+    }
+
+    /// Tells how far a download is.
+    pub fn fetched(&self, fetched: Fetched) {
+        let Fetched { doing, bytes, of, eta_seconds } = fetched;
+        let mut state = self.state();
+        state.progress.activity += 1;
+        state.progress.doing = Some(doing);
+        state.progress.eta_seconds = eta_seconds;
+        for (figure, bytes) in [("fetchedBytes", bytes), ("bytesToFetch", of)] {
+            state.progress.metrics.insert(figure.into(), bytes as f64);
+        }
     }
 
     /// Tells how many records have been read as the figure `records`, for a work that does nothing else.

@@ -117,8 +117,8 @@ fn a_spec_that_admission_would_have_refused_is_an_error_that_names_the_field() {
         "spec.stages[tune] must have exactly one of sft, rewardModel and ppo"
     );
     let mut bad_path = job();
-    bad_path.spec.model.source = Some("hf://a/b".into());
+    bad_path.spec.model.source = Some("volume://../b".into());
     let message = check(&bad_path, &settings()).unwrap_err().to_string();
-    assert!(message.starts_with("spec.model.source `hf://a/b` is not a location on the volume"), "{message}");
+    assert!(message.starts_with("spec.model.source `volume://../b` is no location of a model"), "{message}");
     assert!(check(&job(), &settings()).is_ok());
 }

@@ -4,6 +4,7 @@ mod attempts;
 mod configs;
 mod networks;
 mod pods;
+mod sources;
 
 use super::*;
 use crate::view::INDEX_KEY;

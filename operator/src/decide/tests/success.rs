@@ -213,10 +213,10 @@ fn a_member_or_a_source_that_is_not_known_is_a_condition_that_names_it_and_start
             |s| s["stages"][2]["ppo"]["rewards"][0] = json!({"name": "tests", "http": {"url": "https://x"}}),
             "spec.stages[act].ppo.rewards[tests]",
         ),
-        (|s| s["model"] = json!({"source": "hf://a/b"}), "spec.model.source"),
+        (|s| s["model"] = json!({"source": "oci://a/b"}), "spec.model.source"),
         (|s| s["stages"][1]["rewardModel"]["start"] = json!({"hub": {}}), "spec.stages[judge].rewardModel.start"),
         (
-            |s| s["stages"][0]["sft"]["dataset"]["source"] = json!("hf://datasets/a"),
+            |s| s["stages"][0]["sft"]["dataset"]["source"] = json!("oci://datasets/a"),
             "spec.stages[tune].sft.dataset.source",
         ),
     ];
