@@ -137,7 +137,7 @@ class Pod(unittest.TestCase):
         objects = render({"leaderElection": election, "concurrency": 64})
         flags = ["lease-duration-seconds", "lease-renew-deadline-seconds", "lease-retry-period-seconds", "concurrency"]
         self.assertEqual([objects.flag(f) for f in flags], [["60"], ["40"], ["5"], ["64"]])
-        self.assertEqual([render().flag(f) for f in flags], [["15"], ["10"], ["2"], ["16"]])
+        self.assertEqual([render().flag(f) for f in flags], [["15"], ["10"], ["2"], ["24"]])
 
     def test_a_disruption_budget_by_one_of_two_numbers(self):
         def spec(**values):
