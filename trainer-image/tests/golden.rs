@@ -110,10 +110,13 @@ fn logits_equal_those_of_transformers_under_any_padding() {
         let model = load(&model_dir(name), HeadKind::Lm, Recompute::None);
         let right = logits(&model, &Batch::right_padded(&rows, Device::Cpu));
         let left = logits(&model, &Batch::left_padded(&rows, Device::Cpu));
+        let packed = logits(&model, &Batch::packed(&rows, Device::Cpu));
         for (i, row) in rows.iter().enumerate() {
             let alone = logits(&model, &Batch::right_padded(&[row], Device::Cpu)).remove(0);
             let reference = &expected[&format!("{name}.alone.{i}")];
-            for (how, actual) in [("alone", &alone), ("right-padded", &right[i]), ("left-padded", &left[i])] {
+            let all =
+                [("alone", &alone), ("right-padded", &right[i]), ("left-padded", &left[i]), ("packed", &packed[i])];
+            for (how, actual) in all {
                 assert!(
                     gap(actual, reference) < LOGIT_TOLERANCE,
                     "{name}, row {i} {how}: off by {}",
@@ -148,10 +151,13 @@ fn every_family_computes_what_transformers_computes() {
         let model = load(&model_dir(name), HeadKind::Lm, Recompute::None);
         let right = logits(&model, &Batch::right_padded(&rows, Device::Cpu));
         let left = logits(&model, &Batch::left_padded(&rows, Device::Cpu));
+        let packed = logits(&model, &Batch::packed(&rows, Device::Cpu));
         for (i, row) in rows.iter().enumerate() {
             let alone = logits(&model, &Batch::right_padded(&[row], Device::Cpu)).remove(0);
             let reference = &expected[&format!("{name}.alone.{i}")];
-            for (how, actual) in [("alone", &alone), ("right-padded", &right[i]), ("left-padded", &left[i])] {
+            let all =
+                [("alone", &alone), ("right-padded", &right[i]), ("left-padded", &left[i]), ("packed", &packed[i])];
+            for (how, actual) in all {
                 let off = gap(actual, reference);
                 assert!(off < LOGIT_TOLERANCE, "{name}, row {i} {how}: off by {off}");
             }
@@ -176,6 +182,25 @@ fn every_family_computes_what_transformers_computes() {
         let copy = tempfile::tempdir().unwrap();
         export(&copy.path().join("model"), &source, &model, SHARD_BYTES);
         same_weights(&model_dir(name), &copy.path().join("model"));
+    }
+}
+
+/// Rows that lie in one are learnt as if each stood alone, in every family: as its own loss and gradients.
+#[test]
+fn rows_that_are_packed_into_one_have_the_loss_and_gradients_that_they_have_apart() {
+    let [causal, families] = ["transformers.json", "families.json"].map(json);
+    let all = CAUSAL.iter().map(|name| (name, &causal)).chain(FAMILIES.iter().map(|name| (name, &families)));
+    for (name, golden_values) in all {
+        let rows = rows(&golden_values["ids"]);
+        let rows: Vec<&[i64]> = rows.iter().map(Vec::as_slice).collect();
+        let case = &golden_values["causal"][name];
+        let (source, wanted) = (Source::open(&model_dir(name)).unwrap(), case["loss"].as_f64().unwrap());
+        for recompute in [Recompute::None, Recompute::Block] {
+            let mut model = load(&model_dir(name), HeadKind::Lm, recompute);
+            let loss = run_backward_over(&mut model, &Batch::packed(&rows, Device::Cpu), &rows);
+            assert!((loss - wanted).abs() < 1e-5 * wanted, "{name}: loss {loss}, expected {wanted}");
+            compare_gradients(name, &source, &mut model, &case["gradient_norms"]);
+        }
     }
 }
 
@@ -285,7 +310,10 @@ fn loss_and_every_gradient_equal_those_of_transformers() {
 }
 
 fn run_backward(model: &mut Model, rows: &[&[i64]]) -> f64 {
-    let batch = Batch::right_padded(rows, Device::Cpu);
+    run_backward_over(model, &Batch::right_padded(rows, Device::Cpu), rows)
+}
+
+fn run_backward_over(model: &mut Model, batch: &Batch, rows: &[&[i64]]) -> f64 {
     let predicting = rows.iter().enumerate().flat_map(|(r, row)| (0..row.len() as i64 - 1).map(move |i| (r, i)));
     let at: Vec<i64> = predicting.map(|(r, i)| batch.flat_index(r, i)).collect();
     let targets: Vec<i64> = rows.iter().flat_map(|row| row[1..].iter().copied()).collect();

@@ -193,12 +193,17 @@ impl Model {
     /// # Errors
     /// Where libtorch fails.
     pub fn hidden(&self, batch: &Batch) -> Result<Tensor> {
-        let context = self.attention(&batch.positions, batch.mask.as_ref())?;
+        let context = self.attention_within(batch)?;
         self.run(&batch.tokens, &batch.positions, &context, None)
     }
 
-    pub(super) fn attention(&self, positions: &Tensor, mask: Option<&Tensor>) -> Result<AttentionContext> {
+    fn attention(&self, positions: &Tensor, mask: Option<&Tensor>) -> Result<AttentionContext> {
         AttentionContext::new(&self.spec, positions, mask, self.kind())
+    }
+
+    /// The attention of a pass over a whole batch.
+    pub(super) fn attention_within(&self, batch: &Batch) -> Result<AttentionContext> {
+        Ok(self.attention(&batch.positions, batch.mask.as_ref())?.with_spans(batch.spans()))
     }
 
     /// As [`Model::hidden`] for the next tokens `[b, t]` of rows whose past is in `caches` (one a block), which grow by them.

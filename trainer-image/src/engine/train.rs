@@ -49,8 +49,7 @@ impl Model {
         last: bool,
         loss: impl FnMut(&Tensor, Range<usize>) -> Result<Tensor>,
     ) -> Result<()> {
-        let pass =
-            Pass { attention: self.attention(&batch.positions, batch.mask.as_ref())?, dropout: self.dropout(batch)? };
+        let pass = Pass { attention: self.attention_within(batch)?, dropout: self.dropout(batch)? };
         let (mut kept, output) = self.forward_kept(batch, &pass)?;
         let mut upstream = self.head_backward(&output, rows, loss)?;
         drop(output);

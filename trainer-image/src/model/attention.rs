@@ -52,6 +52,8 @@ pub struct AttentionContext {
     local: Option<Rotary>,
     mask: Option<Tensor>,
     causal: bool,
+    /// The lengths of the sequences that lie one after the other in the one row, where they do.
+    spans: Option<Vec<i64>>,
     kind: Kind,
     /// What blocks without and with a window see, once it is known of how many keys.
     sights: [OnceCell<Tensor>; 2],
@@ -80,7 +82,12 @@ impl AttentionContext {
             spec.local_theta.map(|theta| rope::tables(spec.head_dim, theta, None, positions, kind)).transpose()?;
         let causal = mask.is_none() && positions.size()[1] > 1;
         let sights = [OnceCell::new(), OnceCell::new()];
-        Ok(Self { rotary, local, mask: mask.map(Tensor::shallow_clone), causal, kind, sights })
+        Ok(Self { rotary, local, mask: mask.map(Tensor::shallow_clone), causal, spans: None, kind, sights })
+    }
+
+    /// The same for one row in which sequences of these lengths lie one after the other, none of which sees another.
+    pub fn with_spans(self, spans: Option<&[i64]>) -> Self {
+        Self { spans: spans.map(<[i64]>::to_vec), ..self }
     }
 
     /// Turns queries or keys `[b, n, t, d]` of a block by their positions, where these are rotary.
@@ -94,15 +101,21 @@ impl AttentionContext {
 
     /// What queries may see of the keys `[b, n, t, d]`: a mask (with ALiBi, what is added to the scores) where one is needed, and
     /// whether the causal rule holds beside it.
-    fn sight(&self, spec: &ModelSpec, block: usize, time: i64, keys: &Tensor) -> Result<(Option<&Tensor>, bool)> {
+    fn sight(&self, spec: &ModelSpec, block: usize, time: i64, keys: &Tensor) -> Result<(Option<Tensor>, bool)> {
         let count = keys.size()[2];
         let window = spec.window(block).filter(|window| count > *window);
         let alibi = spec.positions == Positions::Alibi;
         // Only a fused kernel knows the causal rule.
         let spelt_out = alibi || (self.causal && spec.traits.attention_cap.is_some());
         if window.is_none() && !spelt_out {
-            return Ok((self.mask.as_ref(), self.causal));
+            return Ok((self.mask.as_ref().map(Tensor::shallow_clone), self.causal));
         }
+        // What is seen within a sequence is the beginning of what is within a longer one.
+        let longest = self.spans.as_ref().and_then(|spans| spans.iter().copied().max());
+        let (part, time, count) = match longest {
+            Some(longest) => (Some(count), longest, longest),
+            None => (None, time, count),
+        };
         let sight = &self.sights[usize::from(window.is_some())];
         if sight.get().is_none() {
             let back = distances(time, count, keys.device())?;
@@ -114,7 +127,11 @@ impl AttentionContext {
             };
             let _ = sight.set(if alibi { falling(spec.heads, &back, &seen, self.kind)? } else { seen });
         }
-        Ok((sight.get(), false))
+        let sight = sight.get().map(|sight| match part {
+            Some(part) if part < count => sight.f_narrow(2, 0, part)?.f_narrow(3, 0, part),
+            _ => Ok(sight.shallow_clone()),
+        });
+        Ok((sight.transpose()?, false))
     }
 }
 
@@ -154,6 +171,25 @@ pub(super) fn mix(
     block: usize,
     context: &AttentionContext,
     queries: &Tensor,
+    keys: Tensor,
+    values: Tensor,
+) -> Result<Tensor> {
+    let Some(spans) = &context.spans else {
+        return mix_all(spec, block, context, queries, keys, values);
+    };
+    // Each sequence by itself: one pass over all with a mask would look at every pair of them only to leave it out.
+    let parts = |x: &Tensor| x.f_split_with_sizes(spans, 2);
+    let all = parts(queries)?.into_iter().zip(parts(&keys)?).zip(parts(&values)?);
+    let mixed = all.map(|((q, k), v)| mix_all(spec, block, context, &q, k, v)).collect::<Result<Vec<_>>>()?;
+    Ok(Tensor::f_cat(&mixed, 2)?)
+}
+
+/// The same of sequences that have a row each.
+fn mix_all(
+    spec: &ModelSpec,
+    block: usize,
+    context: &AttentionContext,
+    queries: &Tensor,
     mut keys: Tensor,
     mut values: Tensor,
 ) -> Result<Tensor> {
@@ -167,7 +203,7 @@ pub(super) fn mix(
         (keys, values, grouped) = (for_each_head(spec, &keys)?, for_each_head(spec, &values)?, false);
     }
     if let Some(limit) = spec.traits.attention_cap {
-        return capped(spec, limit, mask, queries, &keys, &values);
+        return capped(spec, limit, mask.as_ref(), queries, &keys, &values);
     }
     let scale = spec.query_scale;
     Ok(Tensor::f_scaled_dot_product_attention(queries, &keys, &values, mask, 0.0, causal, scale, grouped)?)

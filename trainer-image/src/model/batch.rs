@@ -14,25 +14,55 @@ pub struct Batch {
     pub positions: Tensor,
     /// Which keys each query may see `[b, 1, t, t]`, or `None` where the causal rule alone says it.
     pub mask: Option<Tensor>,
-    /// Tokens of each row.
+    /// Tokens of each row that was given.
     pub lengths: Vec<i64>,
     time: i64,
-    left: bool,
+    placed: Placed,
+}
+
+/// Where rows lie in the tensors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Placed {
+    /// Each in a row of its own, with the pads at its end.
+    AtStart,
+    /// Each in a row of its own, with the pads before it.
+    AtEnd,
+    /// One after the other in one row, without pads.
+    InTurn,
 }
 
 impl Batch {
     /// Rows padded at their ends. The causal rule alone hides the pads from every real token. Without rows it is a batch of
     /// nothing, for a rank that takes part in a pass it has no data for: one pad, as kernels want elements.
     pub fn right_padded(rows: &[&[i64]], device: Device) -> Self {
-        Self::padded(rows, false, device)
+        Self::padded(rows, Placed::AtStart, device)
     }
 
     /// Rows padded at their beginnings, so that generation goes on at the same column in each.
     pub fn left_padded(rows: &[&[i64]], device: Device) -> Self {
-        Self::padded(rows, true, device)
+        Self::padded(rows, Placed::AtEnd, device)
     }
 
-    fn padded(rows: &[&[i64]], left: bool, device: Device) -> Self {
+    /// Rows one after the other in one row without a pad, each with its own positions and, by [`Batch::spans`], its own sight.
+    pub fn packed(rows: &[&[i64]], device: Device) -> Self {
+        if rows.is_empty() {
+            return Self::right_padded(rows, device);
+        }
+        let positions: Vec<i64> = rows.iter().flat_map(|row| 0..row.len() as i64).collect();
+        let tensor = |data: &[i64]| Tensor::from_slice(data).view([1, -1]).to_device(device);
+        let lengths = rows.iter().map(|row| row.len() as i64).collect();
+        let time = positions.len() as i64;
+        let (tokens, positions) = (tensor(&rows.concat()), tensor(&positions));
+        Self { tokens, positions, mask: None, lengths, time, placed: Placed::InTurn }
+    }
+
+    /// The lengths of the rows that lie in one, none of which sees another; `None` where each row has one of its own.
+    pub fn spans(&self) -> Option<&[i64]> {
+        (self.placed == Placed::InTurn).then_some(&self.lengths[..])
+    }
+
+    fn padded(rows: &[&[i64]], placed: Placed, device: Device) -> Self {
+        let left = placed == Placed::AtEnd;
         let time = rows.iter().map(|r| r.len()).max().unwrap_or(1);
         let count = rows.len().max(1);
         let (mut tokens, mut positions) = (vec![0i64; count * time], vec![0i64; count * time]);
@@ -46,7 +76,7 @@ impl Batch {
         let lengths: Vec<i64> = rows.iter().map(|r| r.len() as i64).collect();
         let needs_mask = left && lengths.iter().any(|&n| n != time as i64);
         let mask = needs_mask.then(|| left_mask(&lengths, time as i64, device));
-        Self { tokens: tensor(&tokens), positions: tensor(&positions), mask, lengths, time: time as i64, left }
+        Self { tokens: tensor(&tokens), positions: tensor(&positions), mask, lengths, time: time as i64, placed }
     }
 
     /// Rows of the tensors.
@@ -61,8 +91,11 @@ impl Batch {
 
     /// Where token `index` of row `row` stands in the flattened `[b * t]`.
     pub fn flat_index(&self, row: usize, index: i64) -> i64 {
-        let start = if self.left { self.time - self.lengths[row] } else { 0 };
-        row as i64 * self.time + start + index
+        match self.placed {
+            Placed::AtStart => row as i64 * self.time + index,
+            Placed::AtEnd => row as i64 * self.time + self.time - self.lengths[row] + index,
+            Placed::InTurn => self.lengths[..row].iter().sum::<i64>() + index,
+        }
     }
 }
 
