@@ -311,8 +311,48 @@ impl Lora {
     }
 }
 
+/// Whether and how samples share rows. Each sample is learnt as if it stood alone: it sees no other, its positions begin at 0,
+/// and its tokens' losses are the same. A row counts as one sample of `batch`. Of the format `text`, what is longer than
+/// `maxLength` is cut into chunks of that length, each of which is a sample, in place of losing its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Packing {
+    /// Whether samples share rows.
+    #[serde(default = "default_true")]
+    pub enabled: bool,
+    /// The most tokens of a row, at least `maxLength`, which is the default. It may be more than the model has positions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 2, max = 1_048_576))]
+    pub length: Option<u32>,
+}
+
+fn default_true() -> bool {
+    true
+}
+
+fn sft_rules() -> serde_json::Value {
+    serde_json::json!([{
+        "rule": "!has(self.packing) || !has(self.packing.length) || self.packing.length >= self.maxLength",
+        "message": "packing.length is the most tokens of a row, and a sample may have maxLength: write at least that",
+    }])
+}
+
+impl Sft {
+    /// The most tokens of a row into which several samples are packed, where they are.
+    pub fn row_tokens(&self) -> Option<u32> {
+        let packing = self.packing.filter(|packing| packing.enabled)?;
+        Some(packing.length.unwrap_or(self.max_length).max(self.max_length))
+    }
+
+    /// The most tokens of a row, packed or not.
+    pub fn longest_row(&self) -> u32 {
+        self.row_tokens().unwrap_or(self.max_length)
+    }
+}
+
 /// Supervised fine-tuning of a policy.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[schemars(extend("x-kubernetes-validations" = sft_rules()))]
 #[serde(rename_all = "camelCase")]
 pub struct Sft {
     /// The model from which it starts; without it, the job's model.
@@ -335,6 +375,9 @@ pub struct Sft {
     /// Longer samples are cut to this many tokens.
     #[schemars(range(min = 2, max = 1_048_576))]
     pub max_length: u32,
+    /// Several samples in one row, so that no time goes into padding.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub packing: Option<Packing>,
     /// Also learn to predict the prompt.
     #[serde(default)]
     pub train_on_prompt: bool,

@@ -184,8 +184,17 @@ impl NewDir {
     /// # Errors
     /// Names the path where storage failed, or the lease was lost; what was there is then as it was.
     pub fn publish(self) -> Result<()> {
+        let target = self.target.clone();
+        self.publish_as(&target)
+    }
+
+    /// The same where its name is known only now.
+    ///
+    /// # Errors
+    /// As [`NewDir::publish`].
+    pub fn publish_as(self, target: &Path) -> Result<()> {
         sync_dir(&self.temporary)?;
-        publish_dir(&self.temporary, &self.target, &self.lease)
+        publish_dir(&self.temporary, target, &self.lease)
     }
 }
 

@@ -70,7 +70,7 @@ pub struct PlanFlags {
     /// fp32, bf16 or fp16.
     #[arg(long, value_parser = named::<Precision>, default_value = "bf16")]
     precision: Precision,
-    /// Tokens of the dataset, all of which every rank holds.
+    /// Tokens of the dataset.
     #[arg(long, default_value_t = 0)]
     dataset_tokens: u64,
     /// Prints one JSON object in the last line.
@@ -139,7 +139,7 @@ fn question(flags: &PlanFlags) -> Result<(Task, Machines)> {
             Stage::ppo(Scorer::new(model.clone(), lora.clone()), rows, flags.new_tokens)
         }
     };
-    let dataset = dataset_bytes(flags.dataset_tokens, flags.dataset_tokens / u64::from(flags.length.max(1)));
+    let dataset = dataset_bytes(flags.dataset_tokens / u64::from(flags.length.max(1)));
     Ok((Task { stage, model, lora, rows: flags.batch, time: flags.length, dataset }, machines))
 }
 

@@ -1,18 +1,18 @@
 //! What can be checked of a job before any device is taken: its volume, model, tokenizer, lengths and every record.
 //!
-//! The datasets are read by the very loaders of the stages, so that what passes here loads there.
+//! The datasets are tokenised here, so that what passes here is what the stages map.
 
 mod models;
 mod room;
 
-use crate::data::{self, Files, Summary};
+use crate::data::{self, Recipe, Summary};
 use crate::error::{Error, Result};
 use crate::files;
+use crate::lease::Lease;
 use crate::model::ModelSpec;
 use crate::run::Run;
 use crate::stages::refuse_unknown;
 use crate::telemetry::Telemetry;
-use crate::tokenizer::Tokenizer;
 use models::Models;
 use rlhf_api::config::{PrepareConfig, StageConfig};
 use rlhf_api::report::{DatasetShape, MAX_PREPARED_BYTES, Prepared};
@@ -93,7 +93,7 @@ pub fn run(config: &PrepareConfig, volume: &Path, telemetry: &Telemetry) -> Resu
     let mut check = |stage: &StageConfig| {
         let files: Vec<_> = stage.kind.dataset().1.files().into_iter().map(|(_, source)| source).collect();
         parts.begin(format!("stage '{}': {}", stage.stage, files.join(", ")));
-        let report = check_dataset(stage, volume, &models.tokenizer)?;
+        let report = check_dataset(stage, volume)?;
         models
             .check_tokens(stage, report.dataset.highest_id)
             .map_err(|e| e.context(format!("stage '{}'", stage.stage)))?;
@@ -152,17 +152,13 @@ fn check_writable(dir: &Path) -> Result<()> {
     std::fs::remove_file(&probe).map_err(|e| Error::storage(&probe, e))
 }
 
-/// Reads a stage's whole dataset.
-fn check_dataset(stage: &StageConfig, volume: &Path, tokenizer: &Tokenizer) -> Result<StageReport> {
+/// Tokenises a stage's whole dataset, where that is not done yet.
+fn check_dataset(stage: &StageConfig, volume: &Path) -> Result<StageReport> {
     let load = || {
-        let seed = stage.seed;
-        Ok(match &stage.kind {
-            StageKind::Sft(s) => data::load_sft(&Files::of(volume, &s.dataset)?, s, tokenizer, seed)?.summary,
-            StageKind::RewardModel(s) => {
-                data::load_rankings(&Files::of(volume, &s.dataset)?, s, tokenizer, seed)?.summary
-            }
-            StageKind::Ppo(s) => data::load_prompts(&Files::of(volume, &s.prompts)?, s, tokenizer, seed)?.summary,
-        })
+        // Of killed ones that came before; what an attempt writes is under a lease.
+        let lease = Lease::default();
+        files::remove_unfinished(Run::new(stage, volume).dir(), lease.number())?;
+        Ok(Recipe::of(stage, volume)?.find_or_make(&lease)?.summary().clone())
     };
     let dataset = load().map_err(|e: Error| Error::new(e.exit, format!("stage '{}': {}", stage.stage, e.message)))?;
     log(stage, &dataset);
@@ -190,7 +186,7 @@ fn log(stage: &StageConfig, dataset: &Summary) {
         StageKind::RewardModel(s) => ("batch.globalSize", s.batch.global_size),
         StageKind::Ppo(s) => ("rolloutBatchSize", s.rollout_batch_size),
     };
-    if u64::from(size) > train {
+    if u64::from(size) > dataset.packed_rows.unwrap_or(train) {
         tracing::warn!(stage = stage.stage, train, "{setting} is {size}, more than there are records to train on");
     }
 }

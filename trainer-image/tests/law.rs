@@ -134,6 +134,35 @@ fn supervised_fine_tuning_does_not_depend_on_how_it_is_split() {
     }
 }
 
+/// Packed rows are split like any others; and a step over all samples is the same step, packed or not.
+#[test]
+fn packed_samples_are_learnt_as_those_that_stand_alone() {
+    let packed = |launch: Launch| launch.with("/packing", json!({"length": 30}));
+    let setting = |sharding, processes, micro| Setting {
+        sharding,
+        offload: "none",
+        recompute: ["none", "block"][processes as usize % 2],
+        processes,
+        micro,
+    };
+    let settings = [setting("ddp", 2, 2), setting("zero3", 2, 1), setting("zero2", 1, 1)];
+    holds_for(&settings, "llama-gqa-untied", &packed(sft()), &["loss", "gradNorm", "evalLoss"], |_| {});
+    for family in FAMILIES {
+        let of_all = |launch: Launch| launch.with("/batch/globalSize", json!(64)).with("/maxSteps", json!(4));
+        let [apart, together] = [of_all(sft()), packed(of_all(sft()))].map(|launch| {
+            let volume = Volume::new(family);
+            volume.succeed(&launch);
+            volume
+        });
+        for figure in ["loss", "gradNorm", "evalLoss"] {
+            let what = format!("{family}, packed, {figure}");
+            close(&what, &together.curve("sft", figure), &apart.curve("sft", figure));
+        }
+        let gap = relative_gap(&together.weights("sft"), &apart.weights("sft"));
+        assert!(gap <= TOLERANCE, "{family}: parameters differ by {gap}");
+    }
+}
+
 #[test]
 fn reward_model_training_does_not_depend_on_how_it_is_split() {
     for family in FAMILIES {

@@ -235,7 +235,7 @@ impl<'a> Pass<'a> {
         let (shape, rows, time) = match &kind {
             StageKind::Sft(s) => {
                 let rows = s.batch.micro_size.min(share(s.batch.global_size));
-                (StageShape::Sft, rows, s.max_length.min(data.longest_tokens))
+                (StageShape::Sft, rows, s.longest_row().min(data.longest_tokens))
             }
             StageKind::RewardModel(s) => {
                 let rankings = s.batch.micro_size.min(share(s.batch.global_size));
@@ -269,7 +269,7 @@ impl<'a> Pass<'a> {
                 (shape, s.batch.micro_size.min(share(s.batch.global_size)), time)
             }
         };
-        let dataset = memory_plan::dataset_bytes(data.tokens, data.records.saturating_mul(data.sequences.into()));
+        let dataset = memory_plan::dataset_bytes(data.records);
         Some(Task { stage: shape, model, lora: kind.lora().cloned(), rows: rows.max(1), time: time.max(2), dataset })
     }
 

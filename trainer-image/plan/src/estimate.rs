@@ -35,14 +35,14 @@ pub struct Task {
     pub rows: u32,
     /// Tokens of a row; in PPO of prompt and response together.
     pub time: u32,
-    /// Bytes of the stage's dataset in memory ([`dataset_bytes`]), all of which every rank holds.
+    /// Bytes that every rank holds of the stage's dataset ([`dataset_bytes`]).
     pub dataset: f64,
 }
 
-/// Bytes that a dataset of so many tokens in so many sequences takes in memory: a 64-bit number and a flag a token, and for each
-/// sequence two lists of them (24 bytes each, and 16 to 24 of the allocator's).
-pub fn dataset_bytes(tokens: u64, sequences: u64) -> f64 {
-    9.0 * tokens as f64 + 96.0 * sequences as f64
+/// Bytes that a dataset of so many records takes in memory: the order of an epoch and of an evaluation, 64-bit numbers. Tokens
+/// lie in files that are mapped, whose pages the system takes back where it needs them.
+pub fn dataset_bytes(records: u64) -> f64 {
+    16.0 * records as f64
 }
 
 /// A kind of stage, with what only it has.

@@ -7,7 +7,7 @@
 mod flops;
 mod save;
 
-use crate::data::{Prompt, Ranking, SftSample};
+use crate::data::{Half, Prompt, Ranking, SftSample};
 use crate::engine::{Backbone, Group, HEAD_SLICE_BYTES, Model, Placement};
 use crate::environment::Environment;
 use crate::error::{Error, Result};
@@ -277,6 +277,7 @@ impl Rounds<'_> {
         };
         let prompts: Vec<Prompt> =
             self.rows(self.options.prompt_tokens).map(|tokens| Prompt { tokens, text: String::new() }).collect();
+        let (prompts, _) = Half::held(&prompts)?;
         // No token ends a response.
         let mut run = Run::new(self.context, settings, vec![], models)?;
         let counted = self.count(|round| run.iterate(round, &prompts).map(drop))?;
@@ -299,7 +300,8 @@ impl Rounds<'_> {
             .rows(self.tokens() as u32)
             .map(|tokens| SftSample { target: vec![true; tokens.len()], tokens })
             .collect();
-        let objective = CrossEntropy { train: &samples, held_out: &[], micro_size: self.options.micro as usize };
+        let (train, held_out) = Half::held(&samples)?;
+        let objective = CrossEntropy { train, held_out, micro_size: self.options.micro as usize };
         let counted = self.learn(model, &objective)?;
         Ok((counted, flops::learn(&self.options.spec, HeadKind::Lm, self.tokens(), self.tokens(), self.learning())))
     }
@@ -312,7 +314,8 @@ impl Rounds<'_> {
         })
         .collect();
         let micro_size = (self.options.micro as usize / 2).max(1);
-        let objective = PairwiseLogistic { train: &rankings, held_out: &[], micro_size, centering: 0.0 };
+        let (train, held_out) = Half::held(&rankings)?;
+        let objective = PairwiseLogistic { train, held_out, micro_size, centering: 0.0 };
         let counted = self.learn(model, &objective)?;
         Ok((counted, flops::learn(&self.options.spec, HeadKind::Scalar, self.tokens(), 1, self.learning())))
     }

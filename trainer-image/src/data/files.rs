@@ -1,11 +1,14 @@
 //! The files of a dataset: which there are, what their fields are called, and how their records become one.
 
+use super::pipeline;
 use super::records::{self, Record, Wanted};
-use super::split::{Collector, Split};
+use super::split::{Keys, hash};
+use super::store::{Plan, Source, Stamp, Stored, Writer, Written, hex};
+use super::summary::{About, Dropped};
 use crate::error::{Error, Result};
 use rlhf_api::config::volume_path;
+use rlhf_api::report::ExitCode;
 use rlhf_api::stage::{Dataset, OnBadRecord};
-use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -29,6 +32,23 @@ pub(super) struct DataFile {
     pub index: u32,
     /// What fields are called in it, where it is not as the format calls them.
     pub fields: BTreeMap<String, String>,
+}
+
+/// What a record becomes.
+pub(super) enum Outcome<T> {
+    Kept(Kept<T>),
+    Dropped(Dropped),
+}
+
+/// A record that is used.
+pub(super) struct Kept<T> {
+    /// What it is in training: one thing, or a long text's chunks.
+    pub items: Vec<T>,
+    /// By what it is held out, records with the same key alike, where that is not the record itself.
+    pub key: Option<Vec<u8>>,
+    /// What it asks, where that is not the key.
+    pub prompt: Option<Vec<u8>>,
+    pub about: About,
 }
 
 impl Files {
@@ -62,40 +82,82 @@ impl Files {
         Ok(Self { train, eval, eval_fraction, skip_bad: dataset.on_bad_record == OnBadRecord::Skip })
     }
 
-    /// Reads all of them; `each` hands on what a record becomes. `why_dropped` completes "no record can be used, n dropped: ".
-    pub(super) fn read<T: Clone>(
+    /// Reads all of them, on all cores, into a dataset in a folder or in memory. `each` says what a record becomes.
+    ///
+    /// # Errors
+    /// What is wrong with the first record that cannot be used, unless such are left out; or that none can.
+    pub(super) fn read<T: Stored + Send>(
         &self,
         wanted: &Wanted,
-        seed: u64,
-        why_dropped: &str,
-        mut each: impl FnMut(&Record<'_>, &mut Collector<T>) -> Result<()>,
-    ) -> Result<Split<T>> {
-        let mut all = Collector::new(seed);
-        let mut hashes = Vec::new();
-        let train = self.train.iter().map(|(file, weight)| (file, Some(*weight)));
-        for (file, weight) in train.chain(self.eval.iter().map(|file| (file, None))) {
-            all.begin(weight);
-            hashes.push(records::read(file, wanted, |record| {
-                match record.and_then(|record| each(record, &mut all)) {
-                    Err(error) if self.skip_bad && error.exit == rlhf_api::report::ExitCode::BadInput => {
-                        all.skip(error.message);
-                        Ok(())
-                    }
-                    result => result,
+        plan: &Plan<'_>,
+        to: Option<&Path>,
+        each: impl Fn(&Record<'_>) -> Result<Outcome<T>> + Sync,
+    ) -> Result<(Written, Vec<Source>)> {
+        let mut all = Writer::new(to)?;
+        let mut sources = Vec::new();
+        let hashed = |record: &Record<'_>| {
+            Ok(match each(record)? {
+                Outcome::Kept(kept) => {
+                    let own = hash(plan.seed, &record.key());
+                    let split = kept.key.map_or(own, |key| hash(plan.seed, &key));
+                    let prompt = kept.prompt.map_or(split, |prompt| hash(plan.seed, &prompt));
+                    Ok((kept.items, Keys { split, own, prompt }, kept.about))
                 }
-            })?);
-        }
-        let file = match &hashes[..] {
-            [one] => *one,
-            all => Sha256::digest(all.concat()).into(),
+                Outcome::Dropped(why) => Err(why),
+            })
         };
-        all.split(file, self.eval_fraction, why_dropped).map_err(|e| e.context(self.names()))
+        for (file, weight) in self.all() {
+            let stamp = Stamp::of(&file.path)?;
+            all.begin(file.path.display().to_string(), weight);
+            let sha256 = pipeline::in_order(file, wanted, &hashed, |record| match record {
+                Ok(Ok((items, keys, about))) => all.keep(&items, keys, about),
+                Ok(Err(why)) => {
+                    all.drop_record(why);
+                    Ok(())
+                }
+                Err(error) if self.skip_bad && error.exit == ExitCode::BadInput => {
+                    all.skip(error.message);
+                    Ok(())
+                }
+                Err(error) => Err(error),
+            })?;
+            all.end()?;
+            if Stamp::of(&file.path)? != stamp {
+                return Err(Error::input(format!(
+                    "{}: the file changed while it was read; start again once it is whole",
+                    file.path.display()
+                )));
+            }
+            sources.push(Source { stamp, sha256: hex(&sha256) });
+        }
+        let plan = Plan { eval_fraction: self.eval_fraction, ..*plan };
+        let written = all.finish(&plan).map_err(|e| e.context(self.names()))?;
+        Ok((written, sources))
+    }
+
+    /// Whether all of them are as they were when they were read; where their lengths or times differ, their bytes say.
+    pub(super) fn are(&self, sources: &[Source]) -> Result<bool> {
+        let all: Vec<_> = self.all().collect();
+        if all.len() != sources.len() {
+            return Ok(false);
+        }
+        for ((file, _), was) in all.into_iter().zip(sources) {
+            if Stamp::of(&file.path)? != was.stamp && hex(&records::hash(&file.path)?) != was.sha256 {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Each file, those to train on with their weights.
+    fn all(&self) -> impl Iterator<Item = (&DataFile, Option<f64>)> {
+        let train = self.train.iter().map(|(file, weight)| (file, Some(*weight)));
+        train.chain(self.eval.iter().map(|file| (file, None)))
     }
 
     /// Their paths.
     fn names(&self) -> String {
-        let files = self.train.iter().map(|(file, _)| file).chain(&self.eval);
-        files.map(|file| file.path.display().to_string()).collect::<Vec<_>>().join(", ")
+        self.all().map(|(file, _)| file.path.display().to_string()).collect::<Vec<_>>().join(", ")
     }
 }
 

@@ -6,7 +6,10 @@
 //! - Prompt and response are encoded as one text, and dialogues as their template renders them. What is to be learnt or
 //!   scored ends with an end token: one is appended where the text does not end in one.
 //! - The split is a function of the seed and of the record's line or row (fine-tuning) or its prompt (rankings and
-//!   prompts, so that no prompt is in both halves). It needs no random state and is the same on every rank.
+//!   prompts, so that no prompt is in both halves). It needs no random state.
+//!
+//! - What they become is written once, as files of tokens that every rank and attempt maps: a rank tokenises nothing, and holds
+//!   no more of a dataset than a step needs.
 //!
 //! Nothing here touches a device.
 
@@ -14,19 +17,25 @@ mod dialogue;
 mod files;
 mod jsonl;
 pub mod order;
+mod packing;
 mod parquet;
+mod pipeline;
 mod prompts;
 mod rankings;
+mod recipe;
 mod records;
 mod sft;
 mod split;
+mod store;
+mod summary;
 
-pub use files::Files;
-pub use prompts::{Prompt, load_prompts, read_dialogues};
-pub use rankings::{Ranking, load_rankings};
-pub use records::records_read;
-pub use sft::{SftSample, load_sft};
-pub use split::{Split, Summary};
+pub use prompts::{Prompt, read_dialogues};
+pub use rankings::Ranking;
+pub use recipe::Recipe;
+pub use records::{records_read, signs_of_life};
+pub use sft::SftSample;
+pub use store::{Half, Store, Stored};
+pub use summary::Summary;
 
 #[cfg(test)]
 mod tests;

@@ -4,11 +4,14 @@
 //! A row becomes what it would be in JSON Lines. In a table every struct has all the fields that any has, so a null within one
 //! says that the field is not there.
 
+mod bytes;
+
 use super::files::DataFile;
-use super::records::{Place, Record, Visit, Wanted};
+use super::records::{Place, Visit, Wanted};
 use crate::error::{Error, Result};
+use bytes::AsBytes;
 use parquet::errors::ParquetError;
-use parquet::file::reader::{FileReader, SerializedFileReader};
+use parquet::file::reader::{FileReader, RowGroupReader, SerializedFileReader};
 use parquet::record::{Field, Row};
 use parquet::schema::types::Type;
 use serde::ser::{Error as _, SerializeMap, SerializeSeq};
@@ -19,25 +22,26 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 /// How such a file begins.
 pub(super) const MAGIC: &[u8; 4] = b"PAR1";
 
+/// Characters of what the library says that an error shows.
+const LIBRARY_CHARS: usize = 300;
+
 /// Hands each row to `visit`.
 pub(super) fn read(data: &DataFile, file: &File, wanted: &Wanted, visit: Visit<'_>) -> Result<()> {
     let (path, expected) = (data.path.as_path(), &data.expected(wanted));
     let mut table = Table { data, rows: 0 };
     let file = file.try_clone().map_err(|e| Error::storage(path, e))?;
     let reader = table.guard(|| SerializedFileReader::new(file))?;
-    let columns = table.columns(reader.metadata().file_metadata().schema(), wanted)?;
+    let schema = table.guard(|| bytes::schema(reader.metadata().file_metadata().schema()))?;
+    let columns = table.columns(schema.root_schema(), wanted)?;
     for group in 0..reader.num_row_groups() {
-        let group = table.guard(|| reader.get_row_group(group))?;
+        let group = table.guard(|| AsBytes::new(reader.get_row_group(group)?, &schema))?;
         let mut rows = table.guard(|| group.get_row_iter(Some(columns.clone())))?;
         while let Some(row) = table.guard(|| rows.next().transpose())? {
             table.rows += 1;
             let place = Place::Row(path, table.rows);
             let wrong = |e: serde_json::Error| place.error(format!("{e}; expected {expected}"));
-            let row = serde_json::to_vec(&Whole(&row)).and_then(|bytes| Ok((serde_json::from_slice(&bytes)?, bytes)));
-            match row.map_err(wrong) {
-                Ok((fields, bytes)) => visit(Ok(&Record { file: data, place, expected, fields, bytes: &bytes }))?,
-                Err(error) => visit(Err(error))?,
-            }
+            let row = serde_json::to_vec(&Whole(&row)).map_err(wrong);
+            visit(place, row.as_deref().map_err(Clone::clone))?;
         }
     }
     Ok(())
@@ -58,7 +62,12 @@ impl Table<'_> {
             Ok(Ok(value)) => Ok(value),
             Ok(Err(ParquetError::External(e))) if is_storage(&*e) => Err(Error::storage(&self.data.path, e)),
             Ok(Err(e)) => {
-                Err(Error::input(format!("{}: the Parquet file cannot be read{after}: {e}", self.data.path.display())))
+                // It may hold what is in the file.
+                let said: String = e.to_string().chars().take(LIBRARY_CHARS).collect();
+                Err(Error::input(format!(
+                    "{}: the Parquet file cannot be read{after}: {said}",
+                    self.data.path.display()
+                )))
             }
             Err(_) => Err(Error::input(format!("{}: the Parquet file is damaged{after}", self.data.path.display()))),
         }
@@ -124,7 +133,7 @@ impl Serialize for Part<'_> {
             // No format has a field for such a number, so it need not be exact.
             Field::Decimal(_) => to.serialize_f64(self.0.to_string().parse().unwrap_or(f64::NAN)),
             Field::Str(text) => to.serialize_str(text),
-            // Old writers do not say that their bytes are texts.
+            // Texts come so, whether the table says that they are texts or not.
             Field::Bytes(bytes) => match std::str::from_utf8(bytes.data()) {
                 Ok(text) => to.serialize_str(text),
                 Err(_) => Err(S::Error::custom("a column holds bytes that are no text in UTF-8")),
@@ -144,9 +153,12 @@ impl Serialize for Part<'_> {
             Field::MapInternal(entries) => {
                 let mut map = to.serialize_map(None)?;
                 for (name, field) in entries.entries() {
-                    let Field::Str(name) = name else {
-                        return Err(S::Error::custom("a column holds a map whose keys are no texts"));
+                    let name = match name {
+                        Field::Str(name) => Some(name.as_str()),
+                        Field::Bytes(bytes) => std::str::from_utf8(bytes.data()).ok(),
+                        _ => None,
                     };
+                    let name = name.ok_or_else(|| S::Error::custom("a column holds a map whose keys are no texts"))?;
                     map.serialize_entry(name, &Part(field))?;
                 }
                 map.end()

@@ -1,9 +1,10 @@
 //! Prompts for PPO.
 
 use super::dialogue;
-use super::files::{DataFile, Files};
+use super::files::{DataFile, Files, Kept, Outcome};
 use super::records::{self, Record, Wanted};
-use super::split::{About, Split};
+use super::store::{Plan, Source, Stored, Written};
+use super::summary::About;
 use crate::error::Result;
 use crate::tokenizer::Tokenizer;
 use rlhf_api::stage::Ppo;
@@ -23,13 +24,34 @@ pub struct Prompt {
     pub text: String,
 }
 
+impl Stored for Prompt {
+    fn sequences(&self) -> Vec<&[i64]> {
+        vec![&self.tokens]
+    }
+
+    fn text(&self) -> Option<&str> {
+        Some(&self.text)
+    }
+
+    fn of(sequences: Vec<Vec<i64>>, _: Vec<bool>, text: &str) -> Self {
+        Self { tokens: sequences.concat(), text: text.into() }
+    }
+}
+
 /// Reads the records of files. Prompts longer than `maxPromptLength` lose their beginning, but not their BOS; an empty
 /// prompt is BOS alone.
 ///
 /// # Errors
 /// Names the file, line and field of a record that cannot be used; or says that there is none.
-pub fn load_prompts(files: &Files, settings: &Ppo, tokenizer: &Tokenizer, seed: u64) -> Result<Split<Prompt>> {
-    files.read(&WANTED, seed, "", |record, prompts| {
+pub(super) fn read(
+    files: &Files,
+    settings: &Ppo,
+    tokenizer: &Tokenizer,
+    seed: u64,
+    to: Option<&Path>,
+) -> Result<(Written, Vec<Source>)> {
+    let plan = Plan { seed, eval_fraction: 0.0, why_dropped: "", packing: None };
+    files.read(&WANTED, &plan, to, |record| {
         let (text, tokens) = encode(record, tokenizer)?;
         if tokens.is_empty() {
             return Err(record.error("the prompt is empty, and the tokenizer has no beginning-of-sequence token that could stand for it; write a prompt"));
@@ -37,9 +59,8 @@ pub fn load_prompts(files: &Files, settings: &Ppo, tokenizer: &Tokenizer, seed: 
         let length = tokens.len();
         let tokens = keep_end(tokens, settings.max_prompt_length as usize, tokenizer.begin_length());
         let about = About { truncated: tokens.len() < length, empty: false };
-        let key = text.clone();
-        prompts.keep(key.as_bytes(), Prompt { tokens: tokens.clone(), text }, [&tokens[..]], about);
-        Ok(())
+        let key = Some(text.clone().into_bytes());
+        Ok(Outcome::Kept(Kept { items: vec![Prompt { tokens, text }], key, prompt: None, about }))
     })
 }
 
@@ -49,8 +70,8 @@ pub fn load_prompts(files: &Files, settings: &Ppo, tokenizer: &Tokenizer, seed: 
 /// Names the line and field of a record that cannot be used.
 pub fn read_dialogues(path: &Path, tokenizer: &Tokenizer) -> Result<Vec<Vec<i64>>> {
     let mut all = Vec::new();
-    records::read(&DataFile::alone(path), &WANTED, |record| {
-        all.push(encode(record?, tokenizer)?.1);
+    records::each(&DataFile::alone(path), &WANTED, |record| {
+        all.push(encode(&record, tokenizer)?.1);
         Ok(())
     })?;
     Ok(all)

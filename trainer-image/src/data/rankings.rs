@@ -1,13 +1,15 @@
 //! Preferences and rankings for reward models.
 
 use super::dialogue::{self, Found};
-use super::files::Files;
+use super::files::{Files, Kept, Outcome};
 use super::records::{Record, Wanted};
-use super::split::{About, Dropped, Split};
+use super::store::{Plan, Source, Stored, Written};
+use super::summary::{About, Dropped};
 use crate::error::Result;
 use crate::tokenizer::Tokenizer;
 use rlhf_api::stage::RewardModel;
 use std::collections::HashSet;
+use std::path::Path;
 
 const WANTED: Wanted = Wanted {
     fields: &["prompt", "chosen", "rejected", "ranked", "tools", "chat_template_kwargs"],
@@ -21,6 +23,16 @@ pub struct Ranking {
     pub responses: Vec<Vec<i64>>,
 }
 
+impl Stored for Ranking {
+    fn sequences(&self) -> Vec<&[i64]> {
+        self.responses.iter().map(Vec::as_slice).collect()
+    }
+
+    fn of(responses: Vec<Vec<i64>>, _: Vec<bool>, _: &str) -> Self {
+        Self { responses }
+    }
+}
+
 /// Reads the records of files. Of sequences longer than `maxLength` the prompt loses its beginning (but not its BOS), in all
 /// of a record's sequences alike, so that each response is scored whole and at its end. Where a response has no room even so,
 /// the prompt stays, and the sequences lose their ends; a record of whose responses two are then the same is dropped.
@@ -31,17 +43,19 @@ pub struct Ranking {
 ///
 /// # Errors
 /// Names the file, line and field of a record that cannot be used; or says that none can.
-pub fn load_rankings(
+pub(super) fn read(
     files: &Files,
     settings: &RewardModel,
     tokenizer: &Tokenizer,
     seed: u64,
-) -> Result<Split<Ranking>> {
+    to: Option<&Path>,
+) -> Result<(Written, Vec<Source>)> {
     let max_length = settings.max_length as usize;
     let why = format!(
         "within maxLength {max_length} their responses are the same; raise maxLength, or check that the responses differ"
     );
-    files.read(&WANTED, seed, &why, |record, rankings| {
+    let plan = Plan { seed, eval_fraction: 0.0, why_dropped: &why, packing: None };
+    files.read(&WANTED, &plan, to, |record| {
         let Encoded { prompt, prompt_len, mut responses, empty } = encode(record, tokenizer)?;
         let excess = responses.iter().map(Vec::len).max().unwrap_or_default().saturating_sub(max_length);
         let begin = tokenizer.begin_length().min(prompt_len);
@@ -52,15 +66,11 @@ pub fn load_rankings(
             responses.iter_mut().for_each(|r| r.truncate(max_length));
         }
         if responses.iter().collect::<HashSet<_>>().len() < responses.len() {
-            rankings.drop_record(Dropped::Unusable);
-            return Ok(());
+            return Ok(Outcome::Dropped(Dropped::Unusable));
         }
-        let line = record.key();
-        let key = if prompt.is_empty() { &line[..] } else { prompt.as_bytes() };
+        let key = Some(prompt.into_bytes()).filter(|prompt| !prompt.is_empty());
         let about = About { truncated: excess > 0, empty };
-        let sequences = responses.clone();
-        rankings.keep(key, Ranking { responses }, sequences.iter().map(Vec::as_slice), about);
-        Ok(())
+        Ok(Outcome::Kept(Kept { items: vec![Ranking { responses }], key, prompt: None, about }))
     })
 }
 

@@ -17,10 +17,27 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Records that this process has read.
 static READ: AtomicU64 = AtomicU64::new(0);
+/// Parts of files that this process has read, or of what it made of them.
+static PARTS: AtomicU64 = AtomicU64::new(0);
 
-/// How many records this process has read so far: a sign of life while it reads a large file.
+/// How many records this process has read so far.
 pub fn records_read() -> u64 {
     READ.load(Ordering::Relaxed)
+}
+
+/// A number that grows while this process reads a large file, or writes what it has read.
+pub fn signs_of_life() -> u64 {
+    records_read().saturating_add(PARTS.load(Ordering::Relaxed))
+}
+
+/// Says that a part of a long work is done.
+pub(super) fn alive() {
+    PARTS.fetch_add(1, Ordering::Relaxed);
+}
+
+/// Counts a record that has been read.
+pub(super) fn count_record() {
+    READ.fetch_add(1, Ordering::Relaxed);
 }
 
 /// What a record has to have.
@@ -41,7 +58,8 @@ pub(super) enum Place<'a> {
 }
 
 impl Place<'_> {
-    fn number(self) -> u64 {
+    /// The number of its line or row.
+    pub fn number(self) -> u64 {
         match self {
             Place::Line(_, number) | Place::Row(_, number) => number,
         }
@@ -83,55 +101,65 @@ impl Hashed {
 
     /// The hash of all bytes: those that nobody has read yet, as what may follow a packed text, are read for it.
     fn digest(mut self) -> std::io::Result<[u8; 32]> {
-        std::io::copy(&mut self, &mut std::io::sink())?;
+        let mut part = vec![0; 1 << 20];
+        while self.read(&mut part)? > 0 {}
         let hasher = self.0.borrow().1.clone();
         Ok(hasher.finalize().into())
     }
 }
 
+/// Each read is a sign of life: a table is read for its hash after its records, and a large one for minutes.
 impl Read for Hashed {
     fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
         let mut inner = self.0.borrow_mut();
         let (file, hasher) = &mut *inner;
         let count = file.read(buffer)?;
         hasher.update(&buffer[..count]);
+        alive();
         Ok(count)
     }
 }
 
-/// What is done with a record, or with what is wrong with it.
-pub(super) type Visit<'v> = &'v mut dyn FnMut(Result<&Record<'_>>) -> Result<()>;
+/// What is done with a record's JSON and its place, or with what is wrong there.
+pub(super) type Visit<'v> = &'v mut dyn FnMut(Place<'_>, Result<&[u8]>) -> Result<()>;
 
-/// Hands each record of a file to `visit`. Returns the hash of the file's bytes.
-pub(super) fn read(
-    file: &DataFile,
-    wanted: &Wanted,
-    mut visit: impl FnMut(Result<&Record<'_>>) -> Result<()>,
-) -> Result<[u8; 32]> {
-    file.check(wanted)?;
+/// Hands each record's JSON to `visit`, unparsed. Returns the hash of the file's bytes.
+pub(super) fn read(file: &DataFile, wanted: &Wanted, visit: Visit<'_>) -> Result<[u8; 32]> {
     let (data, path) = (file, file.path.as_path());
+    data.check(wanted).map_err(|e| e.context(path.display()))?;
     let failed = |e| Error::storage(path, e);
     let file = open(path)?;
     let mut magic = [0; parquet::MAGIC.len()];
     let is_parquet = file.read_at(&mut magic, 0).map_err(failed)? == magic.len() && magic == *parquet::MAGIC;
-    let mut visit = |record: Result<&Record<'_>>| {
-        visit(record)?;
-        READ.fetch_add(1, Ordering::Relaxed);
-        Ok(())
-    };
     let hashed = if is_parquet {
         // It is read from its end on, and in parts.
-        parquet::read(data, &file, wanted, &mut visit)?;
+        parquet::read(data, &file, wanted, visit)?;
         Hashed::new(open(path)?)
     } else {
         let hashed = Hashed::new(file);
-        jsonl::read(data, hashed.clone(), wanted, &mut visit)?;
+        jsonl::read(data, hashed.clone(), wanted, visit)?;
         hashed
     };
     hashed.digest().map_err(failed)
 }
 
-fn open(path: &Path) -> Result<File> {
+/// Hands each record of a file to `visit`, one after the other.
+pub(super) fn each(file: &DataFile, wanted: &Wanted, mut visit: impl FnMut(Record<'_>) -> Result<()>) -> Result<()> {
+    let expected = file.expected(wanted);
+    read(file, wanted, &mut |place, bytes| {
+        visit(Record::parse(file, place, &expected, bytes?)?)?;
+        count_record();
+        Ok(())
+    })
+    .map(drop)
+}
+
+/// The hash of a file's bytes.
+pub(super) fn hash(path: &Path) -> Result<[u8; 32]> {
+    Hashed::new(open(path)?).digest().map_err(|e| Error::storage(path, e))
+}
+
+pub(super) fn open(path: &Path) -> Result<File> {
     files::open(path).map_err(|e| {
         Error::input(format!("{}: {e}; a dataset is a JSON Lines or Parquet file on the job's volume", path.display()))
     })
@@ -146,6 +174,23 @@ pub(super) fn kind(value: &Value) -> &'static str {
         Value::String(_) => "a string",
         Value::Array(_) => "an array",
         Value::Object(_) => "an object",
+    }
+}
+
+impl<'a> Record<'a> {
+    /// What is written there.
+    pub fn parse(file: &'a DataFile, place: Place<'a>, expected: &'a str, bytes: &'a [u8]) -> Result<Self> {
+        let what = match serde_json::from_slice(bytes) {
+            Ok(Value::Object(fields)) => return Ok(Self { file, place, expected, fields, bytes }),
+            Ok(other) => format!("the line is {}, not a JSON object", kind(&other)),
+            // serde_json counts lines too, and to it each of ours is line 1.
+            Err(e) => format!(
+                "not JSON: {} at column {}",
+                e.to_string().split(" at line ").next().unwrap_or_default(),
+                e.column()
+            ),
+        };
+        Err(place.error(format!("{what}; expected {expected}")))
     }
 }
 

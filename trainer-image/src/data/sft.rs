@@ -1,12 +1,14 @@
 //! Samples for supervised fine-tuning.
 
 use super::dialogue;
-use super::files::Files;
+use super::files::{Files, Kept, Outcome};
 use super::records::{Record, Wanted};
-use super::split::{About, Dropped, Split};
+use super::store::{Plan, Source, Stored, Written};
+use super::summary::{About, Dropped};
 use crate::error::Result;
 use crate::tokenizer::Tokenizer;
 use rlhf_api::stage::{Sft, SftFormat};
+use std::path::Path;
 
 /// A sequence to learn from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -17,23 +19,50 @@ pub struct SftSample {
     pub target: Vec<bool>,
 }
 
-/// Reads the records of files. Samples longer than `maxLength` lose their end; one that has no target left is dropped.
+impl Stored for SftSample {
+    fn sequences(&self) -> Vec<&[i64]> {
+        vec![&self.tokens]
+    }
+
+    fn targets(&self) -> &[bool] {
+        &self.target
+    }
+
+    fn of(sequences: Vec<Vec<i64>>, target: Vec<bool>, _: &str) -> Self {
+        Self { tokens: sequences.concat(), target }
+    }
+}
+
+/// Reads the records of files. Samples longer than `maxLength` lose their end, but where rows are packed a text is cut into
+/// chunks, of which nothing is lost; a sample that has no target left is dropped.
 ///
 /// # Errors
 /// Names the file, line and field of a record that cannot be used; or says that none can.
-pub fn load_sft(files: &Files, settings: &Sft, tokenizer: &Tokenizer, seed: u64) -> Result<Split<SftSample>> {
+pub(super) fn read(
+    files: &Files,
+    settings: &Sft,
+    tokenizer: &Tokenizer,
+    seed: u64,
+    to: Option<&Path>,
+) -> Result<(Written, Vec<Source>)> {
     let why = format!("no target token is left within maxLength {}; raise maxLength", settings.max_length);
-    files.read(&wanted(settings.format), seed, &why, |record, samples| {
-        let Encoded { sample: whole, empty } = encode(record, settings, tokenizer)?;
-        let length = whole.tokens.len();
-        match cut(whole, settings.max_length as usize) {
-            Some(sample) => {
-                let (tokens, truncated) = (sample.tokens.clone(), sample.tokens.len() < length);
-                samples.keep(&record.key(), sample, [&tokens[..]], About { truncated, empty });
+    let packing = settings.row_tokens().map(|tokens| tokens as usize);
+    let plan = Plan { seed, eval_fraction: 0.0, why_dropped: &why, packing };
+    files.read(&wanted(settings.format), &plan, to, |record| {
+        let Encoded { sample: whole, empty, prompt_len } = encode(record, settings, tokenizer)?;
+        let prompt = whole.tokens.get(..prompt_len).filter(|prompt| prompt.len() > tokenizer.begin_length());
+        let prompt = prompt.unwrap_or(&whole.tokens).iter().flat_map(|id| id.to_le_bytes()).collect();
+        let (length, most) = (whole.tokens.len(), settings.max_length as usize);
+        let chunked = packing.is_some() && settings.format == SftFormat::Text && length > most;
+        let items: Vec<SftSample> = if chunked { chunks(&whole, most) } else { cut(whole, most).into_iter().collect() };
+        let truncated = !chunked && items.iter().any(|sample| sample.tokens.len() < length);
+        Ok(match items.is_empty() {
+            true => Outcome::Dropped(Dropped::WithoutTarget),
+            false => {
+                let about = About { truncated, empty };
+                Outcome::Kept(Kept { items, key: None, prompt: Some(prompt), about })
             }
-            None => samples.drop_record(Dropped::WithoutTarget),
-        }
-        Ok(())
+        })
     })
 }
 
@@ -60,6 +89,8 @@ fn wanted(format: SftFormat) -> Wanted {
 struct Encoded {
     sample: SftSample,
     empty: bool,
+    /// Tokens before the first that answers; 0 of a text, which asks nothing.
+    prompt_len: usize,
 }
 
 fn encode(record: &Record<'_>, settings: &Sft, tokenizer: &Tokenizer) -> Result<Encoded> {
@@ -94,6 +125,10 @@ fn encode(record: &Record<'_>, settings: &Sft, tokenizer: &Tokenizer) -> Result<
             (SftSample { tokens: chat.tokens, target: chat.target }, dialogue.empty)
         }
     };
+    let prompt_len = match settings.format {
+        SftFormat::Text => 0,
+        _ => sample.target.iter().position(|target| *target).unwrap_or_default(),
+    };
     if settings.train_on_prompt {
         sample.target.fill(true);
         sample.target.iter_mut().zip(&muted).filter(|(_, muted)| **muted).for_each(|(target, _)| *target = false);
@@ -101,7 +136,7 @@ fn encode(record: &Record<'_>, settings: &Sft, tokenizer: &Tokenizer) -> Result<
     if let Some(first) = sample.target.first_mut() {
         *first = false;
     }
-    Ok(Encoded { sample, empty })
+    Ok(Encoded { sample, empty, prompt_len })
 }
 
 /// A prompt, and a completion with its end, which is the target.
@@ -117,6 +152,20 @@ fn cut(mut sample: SftSample, max_length: usize) -> Option<SftSample> {
     sample.tokens.truncate(max_length);
     sample.target.truncate(max_length);
     sample.target.contains(&true).then_some(sample)
+}
+
+/// A long text as samples of at most `max_length` tokens. Each begins with the last token of the one before, so that every
+/// token but the text's first is learnt once.
+fn chunks(whole: &SftSample, max_length: usize) -> Vec<SftSample> {
+    let step = max_length.saturating_sub(1).max(1);
+    let starts = (0..whole.tokens.len().saturating_sub(1)).step_by(step);
+    let chunk = |start: usize| {
+        let range = start..(start + max_length).min(whole.tokens.len());
+        let mut target = whole.target[range.clone()].to_vec();
+        target.iter_mut().take(1).for_each(|first| *first = false);
+        SftSample { tokens: whole.tokens[range].to_vec(), target }
+    };
+    starts.map(chunk).collect()
 }
 
 /// The prompt of Stanford Alpaca (Taori 2023), in which an empty input has no section.

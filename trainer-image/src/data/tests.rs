@@ -1,3 +1,5 @@
+use super::files::Files;
+use super::store::{MadeFrom, Source, Written};
 use super::*;
 use crate::error::Result;
 use crate::tokenizer::Tokenizer;
@@ -7,6 +9,7 @@ use rlhf_api::stage::{Dataset, Ppo, RewardModel, Sft};
 use serde_json::{Value, json};
 use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use tempfile::TempDir;
 
 fn dataset(eval: f64) -> Value {
@@ -39,8 +42,41 @@ fn one(path: &Path, dataset: &Dataset) -> Files {
     Files::of(path.parent().unwrap(), &dataset).unwrap()
 }
 
+/// A dataset with all its records.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Split<T> {
+    pub train: Vec<T>,
+    pub eval: Vec<T>,
+    pub summary: Summary,
+    pub file: [u8; 32],
+}
+
+/// A dataset as `read` makes it, in memory: files are the store's own tests' matter.
+fn made(read: impl FnOnce(Option<&Path>) -> Result<(Written, Vec<Source>)>) -> Result<Store> {
+    let (written, files) = read(None)?;
+    Ok(written.held(MadeFrom { recipe: "r".into(), files }))
+}
+
+fn split<T: Stored>(store: Store) -> Split<T> {
+    let (summary, file, store) = (store.summary().clone(), store.file(), Arc::new(store));
+    let all = |half: Half<T>| half.rows(&half.all()).unwrap();
+    Split { train: all(Half::train(&store)), eval: all(Half::eval(&store)), summary, file }
+}
+
+fn sft_of(files: &Files, settings: &Sft, tokenizer: &Tokenizer, seed: u64) -> Result<Split<SftSample>> {
+    made(|to| super::sft::read(files, settings, tokenizer, seed, to)).map(split)
+}
+
+fn rankings_of(files: &Files, settings: &RewardModel, tokenizer: &Tokenizer, seed: u64) -> Result<Split<Ranking>> {
+    made(|to| super::rankings::read(files, settings, tokenizer, seed, to)).map(split)
+}
+
+fn prompts_of(files: &Files, settings: &Ppo, tokenizer: &Tokenizer, seed: u64) -> Result<Split<Prompt>> {
+    made(|to| super::prompts::read(files, settings, tokenizer, seed, to)).map(split)
+}
+
 pub(super) fn load_sft(path: &Path, settings: &Sft, tokenizer: &Tokenizer, seed: u64) -> Result<Split<SftSample>> {
-    super::load_sft(&one(path, &settings.dataset), settings, tokenizer, seed)
+    sft_of(&one(path, &settings.dataset), settings, tokenizer, seed)
 }
 
 pub(super) fn load_rankings(
@@ -49,11 +85,11 @@ pub(super) fn load_rankings(
     tokenizer: &Tokenizer,
     seed: u64,
 ) -> Result<Split<Ranking>> {
-    super::load_rankings(&one(path, &settings.dataset), settings, tokenizer, seed)
+    rankings_of(&one(path, &settings.dataset), settings, tokenizer, seed)
 }
 
 pub(super) fn load_prompts(path: &Path, settings: &Ppo, tokenizer: &Tokenizer, seed: u64) -> Result<Split<Prompt>> {
-    super::load_prompts(&one(path, &settings.prompts), settings, tokenizer, seed)
+    prompts_of(&one(path, &settings.prompts), settings, tokenizer, seed)
 }
 
 /// A dataset file with this content.
@@ -626,7 +662,7 @@ fn several_files_are_one_dataset_and_each_counts_by_its_weight() {
     let files = [("a.jsonl", &a[..]), ("b.jsonl", &b[..]), ("c.jsonl", &c[..])];
     let load = |dataset: Value| {
         let (_dir, files) = several(&files, dataset);
-        super::load_sft(&files, &sft("text", 9, 0.9), &plain(), 1).unwrap()
+        sft_of(&files, &sft("text", 9, 0.9), &plain(), 1).unwrap()
     };
     let split = load(dataset.clone());
     let (train, eval) = (texts_of(&split.train), texts_of(&split.eval));
@@ -664,12 +700,12 @@ fn records_for_evaluation_may_lie_in_a_file_of_their_own() {
     let (train, eval) = (prompts("t", 30), prompts("e", 3));
     let dataset = json!({"source": "volume://t.jsonl", "evalSource": "volume://e.jsonl", "evalFraction": 0.5});
     let (_dir, files) = several(&[("t.jsonl", &train), ("e.jsonl", &eval)], dataset.clone());
-    let split = super::load_prompts(&files, &ppo(9, 0.5), &plain(), 1).unwrap();
+    let split = prompts_of(&files, &ppo(9, 0.5), &plain(), 1).unwrap();
     assert_eq!(split.eval.iter().map(|p| p.text.as_str()).collect::<Vec<_>>(), ["e0", "e1", "e2"]);
     assert_eq!((split.train.len(), split.summary.records, split.summary.eval), (30, 33, 3));
     assert!(split.train.iter().all(|p| p.text.starts_with('t')));
     let (_dir, files) = several(&[("t.jsonl", &train), ("e.jsonl", &[])], dataset);
-    let error = super::load_prompts(&files, &ppo(9, 0.5), &plain(), 1).unwrap_err();
+    let error = prompts_of(&files, &ppo(9, 0.5), &plain(), 1).unwrap_err();
     assert!(error.message.contains("e.jsonl: no record for evaluation is left"), "{error}");
 }
 
@@ -684,7 +720,7 @@ fn fields_may_have_other_names_and_are_told_by_both() {
     let load = |records: &[Value], fields: &Value| {
         let dataset = json!({"evalFraction": 0, "sources": [{"source": "volume://d.jsonl", "fields": fields}]});
         let (_dir, files) = several(&[("d.jsonl", records)], dataset);
-        super::load_rankings(&files, &reward(64, 0.0), &plain(), 1)
+        rankings_of(&files, &reward(64, 0.0), &plain(), 1)
     };
     let plainly = [
         json!({"prompt": "x", "chosen": "y", "rejected": "z"}),
@@ -731,6 +767,170 @@ fn bad_records_are_skipped_where_that_is_asked_for_and_counted_and_told() {
     let mut settings = sft("text", 9, 0.0);
     settings.dataset.on_bad_record = serde_json::from_value(json!("skip")).unwrap();
     assert!(load_sft(&path, &settings, &plain(), 1).unwrap_err().message.contains("cannot be unpacked"));
+}
+
+fn skipping(dataset: Value) -> Value {
+    let mut dataset = dataset;
+    dataset["onBadRecord"] = json!("skip");
+    dataset
+}
+
+/// As where a file's `fields` are wrong: what is left is another dataset than was meant.
+#[test]
+fn a_file_of_which_no_record_can_be_used_is_an_error_beside_others_too() {
+    let (good, bad) = ([json!({"text": "x"})], [json!({"txt": "y"}), json!({"txt": "z"})]);
+    let sources = json!([{"source": "volume://good.jsonl"}, {"source": "volume://bad.jsonl"}]);
+    let several_files = skipping(json!({"sources": sources, "evalFraction": 0}));
+    let own_eval = skipping(json!({"source": "volume://good.jsonl", "evalSource": "volume://bad.jsonl"}));
+    for dataset in [several_files, own_eval] {
+        let (_dir, files) = several(&[("good.jsonl", &good), ("bad.jsonl", &bad)], dataset);
+        let error = sft_of(&files, &sft("text", 9, 0.0), &plain(), 1).unwrap_err();
+        let parts =
+            ["bad.jsonl: no record can be used, 2 dropped, the first: ", "bad.jsonl:1: field 'text' is missing"];
+        assert!(error.exit.code() == 65 && parts.iter().all(|part| error.message.contains(part)), "{error}");
+        assert!(!error.message.contains("good.jsonl"), "{error}");
+    }
+}
+
+/// A weight is how often a number stands in a list, and not how often a record is kept.
+#[test]
+fn a_large_weight_repeats_numbers_and_no_tokens() {
+    let records: Vec<Value> = (0..3).map(|i| json!({"text": format!("some text {i}")})).collect();
+    let of = |weight: f64| {
+        let dataset = json!({"evalFraction": 0, "sources": [{"source": "volume://d.jsonl", "weight": weight}]});
+        let (_dir, files) = several(&[("d.jsonl", &records)], dataset);
+        let dir = tempfile::tempdir().unwrap();
+        let (all, _) = super::sft::read(&files, &sft("text", 99, 0.0), &plain(), 1, Some(dir.path())).unwrap();
+        let bytes = |part: &str| std::fs::metadata(dir.path().join(part)).unwrap().len();
+        (all.summary, bytes("tokens"), bytes("train"))
+    };
+    let ((once, tokens, order), (often, same, longer)) = (of(1.0), of(1000.0));
+    assert_eq!((once.train, often.train, order, longer), (3, 3000, 12, 12000));
+    assert!(tokens == same && once.tokens == often.tokens && tokens == 4 * once.tokens);
+}
+
+#[test]
+fn a_share_of_a_files_records_is_drawn_record_by_record_and_is_never_none() {
+    let pair = |i: usize| json!({"prompt": "q", "chosen": format!("a{i}"), "rejected": format!("b{i}")});
+    let load = |weight: f64, count: usize, seed: u64| {
+        let records: Vec<Value> = (0..count).map(pair).collect();
+        let sources = json!([{"source": "volume://d.jsonl", "weight": weight}, {"source": "volume://e.jsonl"}]);
+        let other = [json!({"prompt": "p", "chosen": "y", "rejected": "z"})];
+        let dataset = json!({"evalFraction": 0, "sources": sources});
+        let (_dir, files) = several(&[("d.jsonl", &records), ("e.jsonl", &other)], dataset);
+        rankings_of(&files, &reward(32, 0.0), &plain(), seed).unwrap().train.len() - 1
+    };
+    let drawn = load(0.5, 200, 1);
+    assert!((70..130).contains(&drawn), "of one prompt {drawn} of 200 are drawn");
+    for seed in 0..20 {
+        assert_eq!(load(0.001, 3, seed), 1);
+    }
+}
+
+#[test]
+fn a_file_of_which_an_epoch_has_nothing_is_told() {
+    let (long, short) = ([json!({"prompt": "xyz", "completion": "k"})], [json!({"prompt": "x", "completion": "y"})]);
+    let sources = json!([{"source": "volume://long.jsonl"}, {"source": "volume://short.jsonl"}]);
+    let dataset = json!({"evalFraction": 0, "sources": sources});
+    let (_dir, files) = several(&[("long.jsonl", &long), ("short.jsonl", &short)], dataset);
+    let split = sft_of(&files, &sft("promptCompletion", 3, 0.0), &plain(), 1).unwrap();
+    let told = split.summary.warnings().into_iter().find(|warning| warning.contains("none of its records"));
+    assert!(split.train.len() == 1 && told.is_some_and(|told| told.contains("long.jsonl")), "{:?}", split.summary);
+}
+
+#[test]
+fn what_is_asked_in_training_and_evaluation_is_counted_and_told() {
+    let prompt = |p: &str| json!({"prompt": p, "completion": "c", "chosen": "c", "rejected": "r", "text": p});
+    let (train, eval) = (["p1", "p2", "p2", "p3"].map(prompt), ["p2", "p2", "p4", "p1"].map(prompt));
+    let dataset = json!({"source": "volume://t.jsonl", "evalSource": "volume://e.jsonl"});
+    let (_dir, files) = several(&[("t.jsonl", &train), ("e.jsonl", &eval)], dataset);
+    let tokenizer = plain();
+    for summary in [
+        prompts_of(&files, &ppo(9, 0.0), &tokenizer, 1).unwrap().summary,
+        rankings_of(&files, &reward(9, 0.0), &tokenizer, 1).unwrap().summary,
+        sft_of(&files, &sft("promptCompletion", 9, 0.0), &tokenizer, 1).unwrap().summary,
+        sft_of(&files, &sft("text", 9, 0.0), &tokenizer, 1).unwrap().summary,
+    ] {
+        assert_eq!(summary.eval_in_training, 3);
+        assert!(summary.warnings()[0].starts_with("3 of 8 records are for evaluation though their prompt"));
+    }
+    let other = json!({"source": "volume://t.jsonl", "evalFraction": 0.3});
+    let (_dir, files) = several(&[("t.jsonl", &train)], other);
+    assert_eq!(prompts_of(&files, &ppo(9, 0.3), &tokenizer, 1).unwrap().summary.eval_in_training, 0);
+}
+
+/// More than a thread takes at a time, with an error in the middle: it is the first in the file, whoever finds one first.
+#[test]
+fn records_come_in_their_files_order_whichever_thread_encodes_them() {
+    let text = |i: usize| format!("{i} {}", "abc".repeat(i % 50));
+    let mut records: Vec<Value> = (0..10_000).map(|i| json!({"text": text(i)})).collect();
+    let settings = sft("text", 400, 0.0);
+    let tokenizer = plain();
+    let split = read_sft(&records, &settings, &tokenizer).unwrap();
+    assert!(split.train.len() == records.len());
+    assert!(split.train.iter().enumerate().all(|(i, s)| tokenizer.decode(&s.tokens).unwrap() == text(i)));
+    (7000..10_000).for_each(|i| records[i] = json!({"text": i}));
+    let error = read_sft(&records, &settings, &plain()).unwrap_err();
+    assert!(error.message.contains("d.jsonl:7001: field 'text' is a number"), "{error}");
+}
+
+/// A table is read for its hash after its last record, and nobody may take that for a stall.
+#[test]
+fn to_hash_a_file_is_a_sign_of_life() {
+    let (_dir, path) = file(vec![7; 5 << 20]);
+    let before = signs_of_life();
+    super::records::hash(&path).unwrap();
+    assert!(signs_of_life() - before >= 5);
+}
+
+fn packed(format: &str, max_length: u32, row: u32) -> Sft {
+    let mut settings = sft(format, max_length, 0.0);
+    settings.packing = serde_json::from_value(json!({"length": row})).unwrap();
+    settings
+}
+
+#[test]
+fn samples_are_packed_into_rows_and_come_back_as_they_were() {
+    let lengths = [4usize, 3, 6, 5, 2, 9, 2];
+    let records: Vec<Value> = lengths.iter().map(|n| json!({"text": "k".repeat(n - 1)})).collect();
+    let (_dir, path) = file(lines(&records));
+    let settings = packed("text", 9, 10);
+    let files = one(&path, &settings.dataset);
+    let store = Arc::new(made(|to| super::sft::read(&files, &settings, &plain(), 1, to)).unwrap());
+    let train: Half<SftSample> = Half::train(&store);
+    let rows = (0..train.len()).map(|i| train.row(i).unwrap().iter().map(|s| s.tokens.len()).collect::<Vec<_>>());
+    assert_eq!(rows.collect::<Vec<_>>(), [vec![9], vec![6, 4], vec![5, 3, 2], vec![2]]);
+    assert!(train.is_packed() && !Half::<SftSample>::eval(&store).is_packed());
+    let summary = store.summary();
+    assert_eq!((summary.train, summary.packed_rows, summary.longest_tokens), (7, Some(4), 10));
+    let targets: Vec<usize> = (0..4).map(|row| train.target_count(row).unwrap()).collect();
+    assert_eq!(targets, [8, 8, 7, 1]);
+    let apart = load_sft(&path, &sft("text", 9, 0.0), &plain(), 1).unwrap();
+    let sorted = |mut samples: Vec<SftSample>| {
+        samples.sort_by_key(|sample| sample.tokens.len());
+        samples
+    };
+    assert_eq!(sorted(train.rows(&train.all()).unwrap()), sorted(apart.train));
+    let off = Sft { packing: Some(rlhf_api::stage::Packing { enabled: false, length: None }), ..settings };
+    assert_eq!(load_sft(&path, &off, &plain(), 1).unwrap().summary.packed_rows, None);
+}
+
+/// Nothing of it is lost: each token but the first is learnt once, after at least one that stands before it.
+#[test]
+fn a_long_text_is_cut_into_chunks_where_rows_are_packed() {
+    for length in 1..30 {
+        let text = "klmnopqrstuvwxyzklmnopqrstuvwxyz"[..length].to_string();
+        let split = read_sft(&[json!({"text": text})], &packed("text", 7, 7), &plain()).unwrap();
+        assert!(split.train.iter().all(|s| s.tokens.len() <= 7 && !s.target[0] && s.target[1..].iter().all(|t| *t)));
+        let mut learnt: Vec<i64> = split.train.iter().flat_map(|s| s.tokens[1..].to_vec()).collect();
+        let mut expected = concat(&[&ids(&text[1..]), &[EOS]]);
+        [&mut learnt, &mut expected].into_iter().for_each(|ids| ids.sort_unstable());
+        assert_eq!((learnt, split.summary.truncated), (expected, 0), "{length}");
+    }
+    // Other formats are cut as they are without packing: what follows the cut has lost its question.
+    let record = json!({"prompt": "xy", "completion": "klmnopqrs"});
+    let split = read_sft(&[record], &packed("promptCompletion", 7, 7), &plain()).unwrap();
+    assert_eq!((split.train.len(), split.train[0].tokens.len(), split.summary.truncated), (1, 7, 1));
 }
 
 /// Of rankings whose first line is the question.

@@ -65,7 +65,7 @@ fn check_job(config: &PrepareConfig, volume: &Path) -> Result<PrepareReport> {
 }
 
 #[test]
-fn a_good_job_is_reported_stage_by_stage_and_leaves_only_its_folders() {
+fn a_good_job_is_reported_stage_by_stage_and_leaves_its_folders_and_datasets() {
     let volume = volume();
     let report = prepare(volume.path(), |_| ()).unwrap();
     let figures: Vec<_> = report
@@ -80,8 +80,9 @@ fn a_good_job_is_reported_stage_by_stage_and_leaves_only_its_folders() {
     assert_eq!(shapes, [("sft", 3, 1), ("reward", 3, 2), ("ppo", 1, 1)]);
     for stage in ["sft", "reward", "ppo"] {
         let dir = volume.path().join("jobs/j").join(stage);
-        let names: Vec<_> = fs::read_dir(&dir).unwrap().map(|e| e.unwrap().file_name()).collect();
-        assert_eq!(names, ["checkpoints"]);
+        let mut names = files::names(&dir).unwrap();
+        names.sort_unstable();
+        assert!(names.len() == 2 && names[0] == "checkpoints" && names[1].starts_with("data-"), "{names:?}");
         assert_eq!(fs::read_dir(dir.join("checkpoints")).unwrap().count(), 0);
     }
 }

@@ -2,7 +2,7 @@
 
 use super::export;
 use crate::checkpoint::{Checkpoints, DataHashes, Headroom, Kept, Restored, Saving};
-use crate::data::Files;
+use crate::data::{Recipe, Store};
 use crate::engine::{Backbone, Group, HEAD_SLICE_BYTES, LossScale, Model, Placement, ScalarInit};
 use crate::environment::Environment;
 use crate::error::{Error, Result};
@@ -15,13 +15,12 @@ use crate::telemetry::{Figure, Phase, RewardOf, Telemetry};
 use crate::tokenizer::Tokenizer;
 use rlhf_api::config::{KeepCheckpoints, StageConfig};
 use rlhf_api::report::{Checkpoint, ExitCode, Output};
-use rlhf_api::stage::Dataset;
 use serde_json::{Map, Value, json};
-use sha2::{Digest, Sha256};
 use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Instant;
 use tch::Device;
 
@@ -58,7 +57,7 @@ pub struct Context {
     pub shutdown: Shutdown,
     /// The device of this worker.
     pub device: Device,
-    /// What [`Context::agree_on_data`] found.
+    /// What [`Context::dataset`] found.
     data: OnceCell<DataHashes>,
     /// What [`Context::begin`] found: the run, and the right to write.
     begun: OnceCell<(RunId, Lease)>,
@@ -182,26 +181,35 @@ impl Context {
         self.begun().1
     }
 
-    /// Makes sure that every rank has read the same rows of tokens, and remembers them for checkpoints: a run on other
-    /// data would go on with other batches than the ones it has not seen yet. `file` is the hash of the file that they are of.
+    /// The stage's dataset, as prepare has tokenised it; where it has not, or a file has changed since, rank 0 does it now.
+    /// Checkpoints are told of it: a run on other data would go on with other batches than the ones it has not seen yet. Every
+    /// rank must call it.
     ///
     /// # Errors
-    /// The ranks have read different data, or a peer was lost.
-    pub fn agree_on_data<'r>(&self, file: [u8; 32], rows: impl Iterator<Item = &'r [i64]>) -> Result<()> {
-        let mut hasher = Sha256::new();
-        for row in rows {
-            hasher.update((row.len() as u64).to_le_bytes());
-            row.iter().for_each(|token| hasher.update(token.to_le_bytes()));
-        }
-        let digest: [u8; 32] = hasher.finalize().into();
+    /// What is wrong with the dataset, the ranks see different ones, storage failed, or a peer was lost.
+    pub fn dataset(&self) -> Result<Arc<Store>> {
+        let recipe = Recipe::of(&self.config, &self.environment.volume)?;
+        let (lease, mut found) = (self.lease(), None);
+        self.group.while_first(|| {
+            found = Some(recipe.find_or_make(&lease)?);
+            Ok(())
+        })?;
+        let name = self.group.from_first(found.as_ref().map_or(0, |store| store.name().cast_signed()))?;
+        let store = match found {
+            Some(store) => Some(store),
+            None => recipe.made(name.cast_unsigned())?,
+        };
+        let digest = store.as_ref().map_or([0; 32], Store::digest);
         let digests = self.group.gather_digests(&digest)?;
-        if let Some(rank) = digests.iter().position(|other| *other != digests[0]) {
+        let other = digests.iter().position(|other| *other != digests[0]);
+        let (Some(store), None) = (store, other) else {
             return Err(Error::input(format!(
-                "the ranks have read different data (rank {rank} not what rank 0 has): do not change a dataset while a stage starts, and mount the same volume in all pods"
+                "the ranks have read different data (rank {} not what rank 0 has): do not change a dataset while a stage starts, and mount the same volume in all pods",
+                other.unwrap_or_default()
             )));
-        }
-        let _ = self.data.set(DataHashes { rows: digest, file });
-        Ok(())
+        };
+        let _ = self.data.set(DataHashes { rows: store.rows(), file: store.file() });
+        Ok(Arc::new(store))
     }
 
     /// A path below the volume.
@@ -212,14 +220,6 @@ impl Context {
     /// The stage's own folder, which holds its model, checkpoints, samples and learning curves.
     pub fn stage_dir(&self) -> PathBuf {
         self.run().dir().to_path_buf()
-    }
-
-    /// The files of a dataset.
-    ///
-    /// # Errors
-    /// A location is not on the job's volume.
-    pub fn dataset(&self, dataset: &Dataset) -> Result<Files> {
-        Files::of(&self.environment.volume, dataset)
     }
 
     /// The job's tokenizer.

@@ -4,7 +4,7 @@
 use super::context::{Context, keyed};
 use super::math::ranking_loss;
 use super::supervised::{self, Objective, Schedule, part};
-use crate::data::{Ranking, load_rankings};
+use crate::data::{Half, Ranking};
 use crate::engine::Model;
 use crate::error::Result;
 use crate::model::{Batch, HeadKind, ScoreNormalisation};
@@ -18,11 +18,11 @@ use tch::{Kind, Tensor};
 const REFERENCE_RECORDS: usize = 256;
 
 /// The mean loss of rankings over the global batch.
-pub(crate) struct PairwiseLogistic<'a> {
+pub(crate) struct PairwiseLogistic {
     /// Rankings to learn from.
-    pub train: &'a [Ranking],
+    pub train: Half<Ranking>,
     /// Rankings to evaluate on.
-    pub held_out: &'a [Ranking],
+    pub held_out: Half<Ranking>,
     /// Rankings that a rank runs at a time.
     pub micro_size: usize,
     /// Coefficient of the squared mean score.
@@ -30,7 +30,7 @@ pub(crate) struct PairwiseLogistic<'a> {
 }
 
 /// All responses of some rankings as one batch, where each one's score is read, and which belong together.
-fn collate(rankings: &[&Ranking], device: tch::Device) -> (Batch, Vec<i64>, Vec<Range<usize>>) {
+fn collate(rankings: &[Ranking], device: tch::Device) -> (Batch, Vec<i64>, Vec<Range<usize>>) {
     let rows: Vec<&[i64]> = rankings.iter().flat_map(|r| r.responses.iter().map(Vec::as_slice)).collect();
     let batch = Batch::right_padded(&rows, device);
     let last = batch.lengths.iter().enumerate().map(|(row, n)| batch.flat_index(row, n - 1)).collect();
@@ -60,15 +60,16 @@ fn agreement(scores: &[f64]) -> (f64, f64) {
     (right / f64::max(count, 1.0), gap / f64::max(count, 1.0))
 }
 
-impl Objective for PairwiseLogistic<'_> {
+impl Objective for PairwiseLogistic {
     fn backward(&self, context: &Context, model: &mut Model, global_batch: &[usize]) -> Result<Vec<f64>> {
         let rankings = global_batch.len() as f64;
-        let share: Vec<&Ranking> = context.group.share(global_batch).into_iter().map(|&i| &self.train[i]).collect();
+        let share: Vec<usize> = context.group.share(global_batch).into_iter().copied().collect();
         let mut sums = vec![0.0; 4];
         let rounds = context.group.rounds(global_batch.len(), self.micro_size);
         for i in 0..rounds {
             context.stop_point()?;
-            let (batch, ends, spans) = collate(part(&share, i, self.micro_size), model.device());
+            let mine = self.train.rows(part(&share, i, self.micro_size))?;
+            let (batch, ends, spans) = collate(&mine, model.device());
             sums[0] += batch.lengths.iter().sum::<i64>() as f64;
             model.backward(&batch, &ends, i + 1 == rounds, |scores, _| {
                 let losses = spans
@@ -102,7 +103,7 @@ impl Objective for PairwiseLogistic<'_> {
             return Ok(vec![]);
         }
         let mut sums = [0.0; 2];
-        for row in scores(context, model, self.held_out, self.micro_size)? {
+        for row in scores(context, model, &self.held_out, &self.held_out.all(), self.micro_size)? {
             let (right, _) = agreement(&row);
             sums[0] += right;
             sums[1] += ranking_loss(&Tensor::from_slice(&row), 0.0)?.f_double_value(&[])?;
@@ -113,13 +114,19 @@ impl Objective for PairwiseLogistic<'_> {
     }
 }
 
-/// Each ranking's scores, for this rank's share of some rankings.
-fn scores(context: &Context, model: &Model, rankings: &[Ranking], micro_size: usize) -> Result<Vec<Vec<f64>>> {
+/// Each ranking's scores, for this rank's share of some of the rankings.
+fn scores(
+    context: &Context,
+    model: &Model,
+    rankings: &Half<Ranking>,
+    some: &[usize],
+    micro_size: usize,
+) -> Result<Vec<Vec<f64>>> {
     let mut all = Vec::new();
-    let share: Vec<&Ranking> = context.group.share(rankings);
-    for i in 0..context.group.rounds(rankings.len(), micro_size) {
+    let share: Vec<usize> = context.group.share(some).into_iter().copied().collect();
+    for i in 0..context.group.rounds(some.len(), micro_size) {
         context.stop_point()?;
-        let (batch, ends, spans) = collate(part(&share, i, micro_size), model.device());
+        let (batch, ends, spans) = collate(&rankings.rows(part(&share, i, micro_size))?, model.device());
         let flat = model.scalars(&batch, &ends)?;
         all.extend(spans.into_iter().map(|s| flat[s].to_vec()));
     }
@@ -131,13 +138,13 @@ fn scores(context: &Context, model: &Model, rankings: &[Ranking], micro_size: us
 fn normalisation(
     context: &Context,
     model: &Model,
-    train: &[Ranking],
-    eval: &[Ranking],
+    train: &Half<Ranking>,
+    eval: &Half<Ranking>,
     micro_size: usize,
 ) -> Result<ScoreNormalisation> {
     let from = if eval.is_empty() { train } else { eval };
-    let from = &from[..from.len().min(REFERENCE_RECORDS)];
-    let flat = scores(context, model, from, micro_size)?.concat();
+    let some: Vec<usize> = (0..from.len().min(REFERENCE_RECORDS)).collect();
+    let flat = scores(context, model, from, &some, micro_size)?.concat();
     let mut sums = [flat.len() as f64, flat.iter().sum()];
     context.group.sum(&mut sums)?;
     let (count, mean) = (sums[0].max(1.0), sums[1] / sums[0].max(1.0));
@@ -149,26 +156,22 @@ fn normalisation(
 }
 
 pub(super) fn run(context: &Context, settings: &RewardModel) -> Result<Output> {
-    let tokenizer = context.tokenizer()?;
-    let data = context.telemetry.phase(Phase::Data, || {
-        load_rankings(&context.dataset(&settings.dataset)?, settings, &tokenizer, context.config.seed)
-    })?;
-    let responses = data.train.iter().chain(&data.eval).flat_map(|r| &r.responses);
-    context.agree_on_data(data.file, responses.map(Vec::as_slice))?;
+    let data = context.telemetry.phase(Phase::Data, || context.dataset())?;
+    let (train, held_out) = (Half::train(&data), Half::eval(&data));
     let (source, mut model) = context.start_model(HeadKind::Scalar)?;
     let micro_size = settings.batch.micro_size as usize;
     let schedule = Schedule {
-        records: data.train.len(),
+        records: train.len(),
         epochs: settings.epochs,
         max_steps: settings.max_steps,
         batch: &settings.batch,
         seed: context.config.seed,
     };
     let centering = settings.centering_coefficient;
-    let objective = PairwiseLogistic { train: &data.train, held_out: &data.eval, micro_size, centering };
+    let objective = PairwiseLogistic { train: train.clone(), held_out: held_out.clone(), micro_size, centering };
     let figures = supervised::train(context, &schedule, &settings.optimizer, &mut model, &objective)?;
     let score =
-        context.telemetry.phase(Phase::Eval, || normalisation(context, &model, &data.train, &data.eval, micro_size))?;
+        context.telemetry.phase(Phase::Eval, || normalisation(context, &model, &train, &held_out, micro_size))?;
     // The exported layout has no place for the head's bias, so it moves into the normalisation's mean.
     let score = ScoreNormalisation { mean: score.mean - model.scalar_bias()?, ..score };
     context.export(&model, &source, Some(score), keyed(&figures))

@@ -3,7 +3,7 @@
 
 use super::context::{Context, keyed};
 use super::supervised::{self, Objective, Schedule, part};
-use crate::data::{SftSample, load_sft};
+use crate::data::{Half, SftSample};
 use crate::engine::Model;
 use crate::error::Result;
 use crate::model::{Batch, HeadKind};
@@ -13,19 +13,19 @@ use rlhf_api::stage::Sft;
 use tch::{Reduction, Tensor};
 
 /// The summed loss of targets over the global batch's targets.
-pub(crate) struct CrossEntropy<'a> {
-    /// Samples to learn from.
-    pub train: &'a [SftSample],
+pub(crate) struct CrossEntropy {
+    /// Samples to learn from, in rows.
+    pub train: Half<SftSample>,
     /// Samples to evaluate on.
-    pub held_out: &'a [SftSample],
-    /// Samples that a rank runs at a time.
+    pub held_out: Half<SftSample>,
+    /// Rows that a rank runs at a time.
     pub micro_size: usize,
 }
 
-/// Samples as a padded batch, the positions that predict a target, and those targets.
-fn collate(samples: &[&SftSample], device: tch::Device) -> (Batch, Vec<i64>, Vec<i64>) {
+/// Samples as a batch, the positions that predict a target, and those targets.
+fn collate(samples: &[SftSample], packed: bool, device: tch::Device) -> (Batch, Vec<i64>, Vec<i64>) {
     let rows: Vec<&[i64]> = samples.iter().map(|s| s.tokens.as_slice()).collect();
-    let batch = Batch::right_padded(&rows, device);
+    let batch = if packed { Batch::packed(&rows, device) } else { Batch::right_padded(&rows, device) };
     let (mut positions, mut targets) = (Vec::new(), Vec::new());
     for (row, sample) in samples.iter().enumerate() {
         for i in (1..sample.tokens.len()).filter(|&i| sample.target[i]) {
@@ -36,8 +36,11 @@ fn collate(samples: &[&SftSample], device: tch::Device) -> (Batch, Vec<i64>, Vec
     (batch, positions, targets)
 }
 
-fn target_count<'a>(samples: impl IntoIterator<Item = &'a SftSample>) -> usize {
-    samples.into_iter().map(|s| s.target.iter().skip(1).filter(|t| **t).count()).sum()
+impl CrossEntropy {
+    /// How many tokens of some rows are to be learnt.
+    fn targets(rows: &Half<SftSample>, of: impl IntoIterator<Item = usize>) -> Result<usize> {
+        of.into_iter().map(|row| rows.target_count(row)).sum()
+    }
 }
 
 /// The softmax is over all rows of the output matrix, as in `transformers`, those of a padded vocabulary included that stand for
@@ -48,15 +51,16 @@ fn summed_loss(logits: &Tensor, targets: &[i64]) -> Result<Tensor> {
     Ok(logits.f_cross_entropy_loss(&targets, None::<&Tensor>, Reduction::Sum, -100, 0.0)?)
 }
 
-impl Objective for CrossEntropy<'_> {
+impl Objective for CrossEntropy {
     fn backward(&self, context: &Context, model: &mut Model, global_batch: &[usize]) -> Result<Vec<f64>> {
-        let valid = target_count(global_batch.iter().map(|&i| &self.train[i])).max(1) as f64;
-        let share: Vec<&SftSample> = context.group.share(global_batch).into_iter().map(|&i| &self.train[i]).collect();
+        let valid = Self::targets(&self.train, global_batch.iter().copied())?.max(1) as f64;
+        let share: Vec<usize> = context.group.share(global_batch).into_iter().copied().collect();
         let (mut loss, mut tokens) = (0.0, 0);
         let rounds = context.group.rounds(global_batch.len(), self.micro_size);
         for i in 0..rounds {
             context.stop_point()?;
-            let (batch, positions, targets) = collate(part(&share, i, self.micro_size), model.device());
+            let samples = self.train.rows(part(&share, i, self.micro_size))?;
+            let (batch, positions, targets) = collate(&samples, self.train.is_packed(), model.device());
             tokens += batch.lengths.iter().sum::<i64>();
             model.backward(&batch, &positions, i + 1 == rounds, |logits, range| {
                 let slice = summed_loss(logits, &targets[range])? / valid;
@@ -80,11 +84,12 @@ impl Objective for CrossEntropy<'_> {
         if self.held_out.is_empty() {
             return Ok(vec![]);
         }
-        let share = context.group.share(self.held_out);
-        let mut sums = [0.0, target_count(share.iter().copied()) as f64];
+        let share: Vec<usize> = context.group.share(&self.held_out.all()).into_iter().copied().collect();
+        let mut sums = [0.0, Self::targets(&self.held_out, share.iter().copied())? as f64];
         for i in 0..context.group.rounds(self.held_out.len(), self.micro_size) {
             context.stop_point()?;
-            let (batch, positions, targets) = collate(part(&share, i, self.micro_size), model.device());
+            let samples = self.held_out.rows(part(&share, i, self.micro_size))?;
+            let (batch, positions, targets) = collate(&samples, self.held_out.is_packed(), model.device());
             model.visit_head(&model.hidden(&batch)?, &positions, |logits, range| {
                 sums[0] += summed_loss(logits, &targets[range])?.f_double_value(&[])?;
                 Ok(())
@@ -97,21 +102,18 @@ impl Objective for CrossEntropy<'_> {
 }
 
 pub(super) fn run(context: &Context, settings: &Sft) -> Result<Output> {
-    let tokenizer = context.tokenizer()?;
-    let data = context.telemetry.phase(Phase::Data, || {
-        load_sft(&context.dataset(&settings.dataset)?, settings, &tokenizer, context.config.seed)
-    })?;
-    context.agree_on_data(data.file, data.train.iter().chain(&data.eval).map(|s| s.tokens.as_slice()))?;
+    let data = context.telemetry.phase(Phase::Data, || context.dataset())?;
+    let (train, held_out) = (Half::train(&data), Half::eval(&data));
     let (source, mut model) = context.start_model(HeadKind::Lm)?;
     let micro_size = settings.batch.micro_size as usize;
     let schedule = Schedule {
-        records: data.train.len(),
+        records: train.len(),
         epochs: settings.epochs,
         max_steps: settings.max_steps,
         batch: &settings.batch,
         seed: context.config.seed,
     };
-    let objective = CrossEntropy { train: &data.train, held_out: &data.eval, micro_size };
+    let objective = CrossEntropy { train, held_out, micro_size };
     let figures = supervised::train(context, &schedule, &settings.optimizer, &mut model, &objective)?;
     context.export(&model, &source, None, keyed(&figures))
 }

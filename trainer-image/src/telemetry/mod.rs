@@ -13,7 +13,7 @@ mod pace;
 pub use figure::{Figure, RewardOf, Rewards};
 pub use metrics::Phase;
 
-use crate::data::records_read;
+use crate::data::{records_read, signs_of_life};
 use crate::error::Result;
 use figure::log_line;
 use metrics::Metrics;
@@ -205,10 +205,9 @@ impl Telemetry {
             let state = self.state();
             (state.progress.clone(), state.counts_records)
         };
-        let records = records_read();
-        progress.activity = progress.activity.saturating_add(records);
+        progress.activity = progress.activity.saturating_add(signs_of_life());
         if counts_records {
-            progress.metrics.insert("records".into(), records as f64);
+            progress.metrics.insert("records".into(), records_read() as f64);
         }
         progress
     }

@@ -17,6 +17,7 @@ use crate::error::{Error, Result};
 use crate::files;
 use chat::ChatTemplate;
 use serde_json::Value;
+use sha2::{Digest, Sha256};
 use special::{Files, SpecialTokens};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -102,6 +103,25 @@ impl Tokenizer {
         let chat = ChatTemplate::read(model_dir, files.config());
         let warnings = by_class.into_iter().chain(special.warnings.clone()).collect();
         Ok(Self { dir: model_dir.to_path_buf(), inner, begin, special, vocab_size, chat, warnings, rewritten })
+    }
+
+    /// Hash of the files in `model_dir` that say how text becomes tokens: as long as it is the same, so are the tokens.
+    ///
+    /// # Errors
+    /// Names the file that is there and cannot be read.
+    pub fn fingerprint(model_dir: &Path) -> Result<[u8; 32]> {
+        let mut hasher = Sha256::new();
+        for name in FILES.iter().copied().chain(["config.json"]) {
+            let path = model_dir.join(name);
+            match std::fs::read(&path) {
+                Ok(bytes) => {
+                    hasher.update(Sha256::new().chain_update(name).chain_update(Sha256::digest(bytes)).finalize())
+                }
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+                Err(e) => return Err(wrong(&path, &e)),
+            }
+        }
+        Ok(hasher.finalize().into())
     }
 
     /// What this tokenizer does otherwise than another, if it does: ids that one model's tokens have are then others in the

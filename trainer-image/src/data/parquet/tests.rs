@@ -11,7 +11,7 @@ fn golden(name: &str) -> PathBuf {
 }
 
 /// Everything that is read of a file, as text.
-fn all<T: std::fmt::Debug>(load: impl Fn(&Path) -> Result<super::super::Split<T>>, name: &str) -> String {
+fn all<T: std::fmt::Debug>(load: impl Fn(&Path) -> Result<tests::Split<T>>, name: &str) -> String {
     let path = golden(name);
     let mut split = load(&path).unwrap();
     let bytes: [u8; 32] = Sha256::digest(std::fs::read(path).unwrap()).into();
@@ -107,4 +107,36 @@ fn a_damaged_table_is_an_error_or_read_and_never_anything_else() {
         }
     }
     assert!(errors > 100, "{errors}");
+}
+
+/// A table of texts of which one is none: the library takes it for the table's end, and tells all of it.
+#[test]
+fn a_text_that_is_not_utf_8_is_a_bad_record_like_others() {
+    use parquet::data_type::{ByteArray, ByteArrayType};
+    use parquet::file::writer::SerializedFileWriter;
+    use parquet::schema::parser::parse_message_type;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("d.parquet");
+    let schema = "message m { required binary text (UTF8); required binary other (UTF8); }";
+    let schema = std::sync::Arc::new(parse_message_type(schema).unwrap());
+    let mut writer =
+        SerializedFileWriter::new(std::fs::File::create(&path).unwrap(), schema, Default::default()).unwrap();
+    let mut group = writer.next_row_group().unwrap();
+    let wrong = [&b"\xff\xfe"[..], &b"secret".repeat(1000)].concat();
+    for texts in [[b"x".to_vec(), wrong, b"z".to_vec()], [b"1".to_vec(), b"2".to_vec(), b"3".to_vec()]] {
+        let texts = texts.map(ByteArray::from);
+        let mut column = group.next_column().unwrap().unwrap();
+        column.typed::<ByteArrayType>().write_batch(&texts, None, None).unwrap();
+        column.close().unwrap();
+    }
+    group.close().unwrap();
+    writer.close().unwrap();
+    let mut settings = tests::sft("text", 9, 0.0);
+    let error = load_sft(&path, &settings, &plain(), 1).unwrap_err();
+    let said = error.message.contains("d.parquet: row 2: a column holds bytes that are no text in UTF-8");
+    assert!(said && error.message.len() < 500 && !error.message.contains("secret"), "{error}");
+    settings.dataset.on_bad_record = rlhf_api::stage::OnBadRecord::Skip;
+    let split = load_sft(&path, &settings, &plain(), 1).unwrap();
+    let texts: Vec<_> = split.train.iter().map(|s| plain().decode(&s.tokens).unwrap()).collect();
+    assert_eq!((texts, split.summary.bad), (vec!["x".to_string(), "z".to_string()], 1));
 }

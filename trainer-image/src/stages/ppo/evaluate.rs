@@ -2,7 +2,7 @@
 
 use super::Run;
 use super::experience::{Experience, mean};
-use crate::data::Prompt;
+use crate::data::{Half, Prompt};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::stages::context::keyed;
@@ -20,7 +20,7 @@ const LOGGED: usize = 10;
 
 /// Prompts that are never learnt from, and the tokenizer that makes their answers readable.
 pub(super) struct HeldOut<'a> {
-    pub prompts: &'a [Prompt],
+    pub prompts: Half<Prompt>,
     pub tokenizer: &'a Tokenizer,
 }
 
@@ -40,7 +40,8 @@ impl Run<'_> {
         if held_out.prompts.is_empty() {
             return Ok(BTreeMap::new());
         }
-        let prompts: Vec<(u64, &Prompt)> = (0..).zip(held_out.prompts).collect();
+        let all = held_out.prompts.all();
+        let prompts: Vec<(u64, Prompt)> = (0..).zip(held_out.prompts.rows(&all)?).collect();
         let stream = [self.context.config.seed, STREAM];
         let (answers, _) = self.roll_out(&prompts, stream, [Phase::Eval, Phase::Eval]).map_err(|e| match e.exit {
             ExitCode::NotFinite => e.context(format!("the evaluation after iteration {iteration}")),
@@ -52,20 +53,26 @@ impl Run<'_> {
             (Figure::EvalRewardStd, mean(&answers, |e| (e.score - reward).powi(2)).sqrt()),
             (Figure::EvalKl, mean(&answers, |e| e.kl.iter().sum())),
         ];
-        self.write_samples(name, held_out, &answers)?;
+        self.write_samples(name, held_out.tokenizer, &prompts, &answers)?;
         let rewards = self.mean_rewards(&answers);
         self.context.report_rewards(RewardOf::Evaluation, &rewards);
         self.context.report_evaluation(iteration, &figures)?;
         Ok(keyed(&figures).into_iter().chain(RewardOf::Evaluation.keyed(&rewards)).collect())
     }
 
-    fn write_samples(&self, name: &str, held_out: &HeldOut<'_>, answers: &[Experience]) -> Result<()> {
+    fn write_samples(
+        &self,
+        name: &str,
+        tokenizer: &Tokenizer,
+        prompts: &[(u64, Prompt)],
+        answers: &[Experience],
+    ) -> Result<()> {
         if !self.context.group.is_first() {
             return Ok(());
         }
         let mut text = String::new();
-        for (i, (prompt, answer)) in held_out.prompts.iter().zip(answers).enumerate() {
-            let response = held_out.tokenizer.decode(answer.response())?;
+        for (i, ((_, prompt), answer)) in prompts.iter().zip(answers).enumerate() {
+            let response = tokenizer.decode(answer.response())?;
             if i < LOGGED {
                 tracing::info!(evaluation = name, reward = answer.score, prompt = prompt.text, response, "sample");
             }

@@ -70,7 +70,7 @@ impl Run<'_> {
     /// tokens drawn a second over all ranks. `phases` are those to which answering and scoring count.
     pub(super) fn roll_out(
         &self,
-        prompts: &[(u64, &Prompt)],
+        prompts: &[(u64, Prompt)],
         stream: [u64; 2],
         phases: [Phase; 2],
     ) -> Result<(Vec<Experience>, f64)> {
@@ -107,7 +107,7 @@ impl Run<'_> {
         Ok((all, drawn as f64 / seconds))
     }
 
-    fn answer(&self, prompts: &[&(u64, &Prompt)], decoding: &Decoding) -> Result<Vec<Experience>> {
+    fn answer(&self, prompts: &[&(u64, Prompt)], decoding: &Decoding) -> Result<Vec<Experience>> {
         let requests: Vec<Request<'_>> =
             prompts.iter().map(|(id, prompt)| Request { prompt: &prompt.tokens, id: *id }).collect();
         let max_new_tokens = self.settings.max_new_tokens as usize;

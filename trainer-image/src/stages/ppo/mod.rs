@@ -13,7 +13,7 @@ mod models;
 use super::context::{Context, Edge};
 use super::math::{adapted_kl_coefficient, explained_variance};
 use crate::data::order::permutation;
-use crate::data::{Prompt, load_prompts};
+use crate::data::{Half, Prompt};
 use crate::engine::Model;
 use crate::error::{Error, Result};
 use crate::model::Source;
@@ -52,18 +52,16 @@ pub(crate) struct Run<'a> {
 pub(super) fn run(context: &Context, settings: &Ppo) -> Result<Output> {
     warn_of_cuts(settings);
     let tokenizer = context.tokenizer()?;
-    let prompts = context.telemetry.phase(Phase::Data, || {
-        load_prompts(&context.dataset(&settings.prompts)?, settings, &tokenizer, context.config.seed)
-    })?;
-    context.agree_on_data(prompts.file, prompts.train.iter().chain(&prompts.eval).map(|p| p.tokens.as_slice()))?;
+    let data = context.telemetry.phase(Phase::Data, || context.dataset())?;
+    let (prompts, held_out) = (Half::train(&data), Half::eval(&data));
     let mut source = Source::open(&context.path(&context.config.paths.start_model))?;
     source.spec.known_tokens = Some(tokenizer.vocab_size() as i64);
     let models = Models::load(context, settings, &source)?;
     let mut run = Run::new(context, settings, tokenizer.ends(), models)?;
-    let held_out = HeldOut { prompts: &prompts.eval, tokenizer: &tokenizer };
+    let held_out = HeldOut { prompts: held_out, tokenizer: &tokenizer };
     let start = run.restore_or_evaluate(&held_out)?;
     for iteration in start..u64::from(settings.iterations) {
-        let (figures, rewards) = run.iterate(iteration, &prompts.train)?;
+        let (figures, rewards) = run.iterate(iteration, &prompts)?;
         context.report_rewards(RewardOf::Rollout, &rewards);
         context.report(iteration + 1, &figures)?;
         run.save_if_stopped(run.evaluate_if_due(iteration + 1, &held_out), iteration + 1)?;
@@ -121,13 +119,13 @@ impl<'a> Run<'a> {
     }
 
     /// One iteration: rollout, scoring, advantages, learning. Returns its figures, and the mean score by each reward.
-    pub(crate) fn iterate(&mut self, iteration: u64, prompts: &[Prompt]) -> Result<(Vec<(Figure, f64)>, Rewards)> {
+    pub(crate) fn iterate(&mut self, iteration: u64, prompts: &Half<Prompt>) -> Result<(Vec<(Figure, f64)>, Rewards)> {
         let (context, settings) = (self.context, self.settings);
         let started = Instant::now();
         // 1-2. Answer prompts and score the answers (experience.rs).
         let stream = [context.config.seed, iteration];
         let rolled_out = self.roll_out(
-            &to_answer(settings, context.config.seed, iteration, prompts),
+            &to_answer(settings, context.config.seed, iteration, prompts)?,
             stream,
             [Phase::Rollout, Phase::Score],
         );
@@ -216,7 +214,7 @@ impl<'a> Run<'a> {
 
 /// The prompts of an iteration, each as often as it is to be answered and with its number among all answers ever given; the same on
 /// every rank.
-fn to_answer<'p>(settings: &Ppo, seed: u64, iteration: u64, prompts: &'p [Prompt]) -> Vec<(u64, &'p Prompt)> {
+fn to_answer(settings: &Ppo, seed: u64, iteration: u64, prompts: &Half<Prompt>) -> Result<Vec<(u64, Prompt)>> {
     let (size, samples) = (u64::from(settings.rollout_batch_size), u64::from(settings.samples_per_prompt));
     let mut epoch = u64::MAX;
     let mut order = Vec::new();
@@ -227,7 +225,7 @@ fn to_answer<'p>(settings: &Ppo, seed: u64, iteration: u64, prompts: &'p [Prompt
             epoch = number / count;
             order = permutation(prompts.len(), seed, epoch);
         }
-        (answer, &prompts[order[(number % count) as usize]])
+        Ok((answer, prompts.get(order[(number % count) as usize])?))
     };
     answers.map(prompt_of).collect()
 }
@@ -272,8 +270,10 @@ mod tests {
             .unwrap()
         };
         let prompts: Vec<_> = (0..4).map(|token| Prompt { tokens: vec![token], text: String::new() }).collect();
+        let (prompts, _) = Half::held(&prompts).unwrap();
         for (samples, iterations) in [(1, 2), (3, 2), (2, 4)] {
-            let all: Vec<_> = (0..iterations).flat_map(|i| to_answer(&settings(samples), 42, i, &prompts)).collect();
+            let all: Vec<_> =
+                (0..iterations).flat_map(|i| to_answer(&settings(samples), 42, i, &prompts).unwrap()).collect();
             let numbers: Vec<u64> = all.iter().map(|(number, _)| *number).collect();
             assert_eq!(numbers, (0..6 * iterations).collect::<Vec<_>>(), "each answer is drawn by a number of its own");
             let groups: Vec<_> = all.chunks(samples).map(|group| group[0].1.tokens[0]).collect();
