@@ -12,8 +12,8 @@ failed=$(awk '/^ +Running unittests / { target = $3 ~ /lib\.rs$/ ? "--lib" : "--
     /^ +Doc-tests / { target = "--doc" }
     /^test .* \.\.\. FAILED$/ { print target, $2 }' "$1")
 count=$(grep -c . <<< "$failed" || true)
-if [ "$count" = 0 ]; then
-    echo "what failed was no test; see above"
+if [ "$count" = 0 ] || grep -qE "process didn't exit successfully: .*\(signal: " "$1"; then
+    echo "what failed was more than a test; see above"
     exit 1
 fi
 if [ "$count" -gt "$MOST" ]; then

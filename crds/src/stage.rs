@@ -460,7 +460,7 @@ pub struct Kl {
     #[serde(default)]
     pub estimator: KlEstimator,
     /// Where the penalty stands.
-    #[serde(default, rename = "in")]
+    #[serde(default)]
     pub place: KlPlace,
     /// With a target (nats a response) the coefficient is adapted towards it, as in Ziegler 2019.
     #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "decimal::read_some")]
@@ -475,8 +475,8 @@ pub struct Kl {
 /// The gradient of `d` is that of the log-probability of what was drawn, which is zero in the mean: it would pull nowhere.
 fn kl_in_loss() -> serde_json::Value {
     serde_json::json!([{
-        "rule": "!has(self.in) || self.in != 'loss' || (has(self.estimator) && self.estimator != 'k1')",
-        "message": "in the loss k1 has no pull towards the reference; set estimator to k2 or k3, or in to reward",
+        "rule": "!has(self.place) || self.place != 'loss' || (has(self.estimator) && self.estimator != 'k1')",
+        "message": "in the loss k1 has no pull towards the reference; set estimator to k2 or k3, or place to reward",
     }])
 }
 
@@ -692,7 +692,7 @@ pub struct Ppo {
     pub sampling: Sampling,
     /// The penalty that keeps the actor near the reference.
     pub kl: Kl,
-    /// Discount of later rewards.
+    /// Discount of later rewards; of no matter where an answer counts as a whole (`leaveOneOut`, `groupRelative`).
     #[serde(default = "default_one")]
     #[schemars(range(min = 0.0, max = 1.0))]
     #[serde(deserialize_with = "decimal::read")]

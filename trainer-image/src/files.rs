@@ -145,10 +145,12 @@ pub fn publish_dir(finished: &Path, target: &Path, lease: &Lease) -> Result<()> 
         Error::storage(target, e)
     })?;
     remove_dir(&old)?;
-    match target.parent() {
-        Some(parent) => File::open(parent).and_then(|d| d.sync_all()).map_err(|e| Error::storage(parent, e)),
-        None => Ok(()),
-    }
+    target.parent().map_or(Ok(()), sync_folder)
+}
+
+/// Flushes the names in a folder.
+fn sync_folder(dir: &Path) -> Result<()> {
+    File::open(dir).and_then(|d| d.sync_all()).map_err(|e| Error::storage(dir, e))
 }
 
 /// A folder that is filled beside its place and moved there once it is whole. Until then, what was there is as it was.
@@ -184,17 +186,25 @@ impl NewDir {
     /// # Errors
     /// Names the path where storage failed, or the lease was lost; what was there is then as it was.
     pub fn publish(self) -> Result<()> {
-        let target = self.target.clone();
-        self.publish_as(&target)
+        sync_dir(&self.temporary)?;
+        publish_dir(&self.temporary, &self.target, &self.lease)
     }
 
-    /// The same where its name is known only now.
+    /// The same where its name is known only now, and names what is in it: where another was faster, that stays, for it may be in
+    /// use.
     ///
     /// # Errors
     /// As [`NewDir::publish`].
     pub fn publish_as(self, target: &Path) -> Result<()> {
         sync_dir(&self.temporary)?;
-        publish_dir(&self.temporary, target, &self.lease)
+        self.lease.check()?;
+        match fs::rename(&self.temporary, target) {
+            Err(e) if matches!(e.kind(), std::io::ErrorKind::AlreadyExists | std::io::ErrorKind::DirectoryNotEmpty) => {
+                Ok(())
+            }
+            Err(e) => Err(Error::storage(target, e)),
+            Ok(()) => target.parent().map_or(Ok(()), sync_folder),
+        }
     }
 }
 

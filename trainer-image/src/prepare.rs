@@ -89,7 +89,6 @@ pub fn run(config: &PrepareConfig, volume: &Path, telemetry: &Telemetry) -> Resu
     for stage in &config.stages {
         models.check_stage(stage).map_err(|e| e.context(format!("stage '{}'", stage.stage)))?;
     }
-    room::tell(&config.stages, &models, volume)?;
     let mut check = |stage: &StageConfig| {
         let files: Vec<_> = stage.kind.dataset().1.files().into_iter().map(|(_, source)| source).collect();
         parts.begin(format!("stage '{}': {}", stage.stage, files.join(", ")));
@@ -100,6 +99,8 @@ pub fn run(config: &PrepareConfig, volume: &Path, telemetry: &Telemetry) -> Resu
         Ok::<_, Error>(report)
     };
     let stages = config.stages.iter().map(&mut check).collect::<Result<_>>()?;
+    // The tokenised datasets have their room by now.
+    room::tell(&config.stages, &models, volume)?;
     Ok(PrepareReport { models: models.told, stages })
 }
 

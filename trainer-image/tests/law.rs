@@ -235,7 +235,7 @@ fn what_has_no_critic_does_not_depend_on_how_it_is_split() {
     trained.succeed(&reward());
     let figures = ["reward", "kl", "policyLoss", "clipFraction", "responseLength", "gradNorm", "evalReward"];
     let relative = without_critic(json!({"groupRelative": {}}), 3)
-        .with("/kl", json!({"coefficient": 0.5, "estimator": "k3", "in": "loss"}))
+        .with("/kl", json!({"coefficient": 0.5, "estimator": "k3", "place": "loss"}))
         .with("/actorOptimizer/maxGradNorm", json!(1e6));
     holds_for(&FEW, family, &relative, &figures, |volume| volume.copy_job(&trained));
     for (advantage, samples) in [(json!({"leaveOneOut": {}}), 2), (json!({"reinforcePlusPlus": {}}), 1)] {
@@ -263,13 +263,11 @@ fn without_a_critic_none_is_kept_and_the_loss_holds_the_actor_near_the_reference
         volume.copy_job(&trained);
         let launch = without_critic(json!({"groupRelative": {"scale": "none"}}), 4)
             .with("/epochs", json!(4))
-            .with("/kl", json!({"coefficient": coefficient, "estimator": "k3", "in": "loss"}));
+            .with("/kl", json!({"coefficient": coefficient, "estimator": "k3", "place": "loss"}));
         volume.succeed(&launch);
         for figure in ["criticGradNorm", "valueLoss", "explainedVariance", "criticLearningRate"] {
             assert!(volume.curve("ppo", figure).is_empty(), "{figure} is none of this stage's");
         }
-        let first = volume.curve("ppo", "ratio")[0];
-        assert!(first.is_finite());
         let manifest = volume.path("jobs/j/ppo/checkpoints").join(format!("step-{}", volume.checkpoints("ppo")[0]));
         let names: Vec<_> = std::fs::read_dir(manifest).unwrap().map(|e| e.unwrap().file_name()).collect();
         assert!(names.iter().all(|name| !name.to_string_lossy().contains("critic")), "{names:?}");

@@ -7,6 +7,7 @@ use super::records::{self, Place, Record, Wanted};
 use crate::error::{Error, Result};
 use std::num::NonZero;
 use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Mutex, PoisonError};
@@ -92,7 +93,10 @@ pub(super) fn in_order<T: Send>(
                 loop {
                     let taken = work.lock().unwrap_or_else(PoisonError::into_inner).recv();
                     let Ok((batch, results)) = taken else { return };
-                    let _ = results.send(encode_all(&batch));
+                    // Of a batch that panics its taker learns as `results` goes; the thread is there for what waits behind it.
+                    if let Ok(encoded) = catch_unwind(AssertUnwindSafe(|| encode_all(&batch))) {
+                        let _ = results.send(encoded);
+                    }
                 }
             });
         }

@@ -5,7 +5,7 @@
 //! where prepare did not run, or a file has changed since, rank 0 does.
 
 use super::files::Files;
-use super::store::{MadeFrom, Source, Store, VERSION, Written, hex};
+use super::store::{Header, MadeFrom, Source, Store, VERSION, Written, hex};
 use super::{prompts, rankings, sft};
 use crate::error::{Error, Result};
 use crate::files::{self, NewDir};
@@ -83,8 +83,13 @@ impl<'a> Recipe<'a> {
             if !name.starts_with(PREFIX) || name.contains('.') {
                 continue;
             }
-            let Some(store) = Store::open(&self.dir.join(name))? else { continue };
-            if store.made_from().recipe == recipe && self.files.are(&store.made_from().files)? {
+            // What was made otherwise, by another version or of other settings, is nobody's trouble here.
+            let dir = self.dir.join(name);
+            if Header::recipe(&dir).as_deref() != Some(recipe) {
+                continue;
+            }
+            let Some(store) = Store::open(&dir)? else { continue };
+            if self.files.are(&store.made_from().files)? {
                 return Ok(Some(store));
             }
         }
@@ -99,10 +104,6 @@ impl<'a> Recipe<'a> {
         let made_from = MadeFrom { recipe, files: sources };
         let target = self.dir.join(format!("{PREFIX}{:016x}", name(&made_from)));
         written.seal(dir.path(), made_from)?;
-        // Another has been as fast: what it made is the same, and may be mapped.
-        if let Some(store) = Store::open(&target)? {
-            return Ok(store);
-        }
         dir.publish_as(&target)?;
         Store::open(&target)?.ok_or_else(|| Error::bug("a dataset that was just written is not there"))
     }

@@ -95,6 +95,13 @@ impl Header {
         Ok(hash)
     }
 
+    /// What the dataset in a folder says that it was made by, whatever version wrote it; `None` where that cannot be told.
+    pub fn recipe(dir: &Path) -> Option<String> {
+        let text = std::fs::read_to_string(dir.join(FILE)).ok()?;
+        let header: serde_json::Value = serde_json::from_str(text.lines().next()?).ok()?;
+        Some(header.get("madeFrom")?.get("recipe")?.as_str()?.to_owned())
+    }
+
     /// That of the dataset in a folder, with its hash; `None` where there is none.
     pub fn read(dir: &Path) -> Result<Option<(Self, [u8; 32])>> {
         let path = dir.join(FILE);
