@@ -70,6 +70,17 @@ pub struct Remote {
     pub secret: Option<String>,
 }
 
+impl Remote {
+    /// Where it is, for people: without what an address may be signed by.
+    pub fn shown(&self) -> String {
+        match (self.uri.split_once('?'), self.uri.rsplit_once('#')) {
+            (Some((place, _)), Some((_, hash))) => format!("{place}#{hash}"),
+            (Some((place, _)), None) => place.to_owned(),
+            (None, _) => self.uri.clone(),
+        }
+    }
+}
+
 /// A place outside of the volume, in its parts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place<'a> {

@@ -16,8 +16,10 @@ pub(super) fn of(job: &RLHFJob) -> Vec<Remote> {
     let mut all: Vec<Remote> = Vec::new();
     let mut add = |field: String, uri: &str, is_model: bool, secret: &Option<SecretRef>| {
         let path = source::folder(&run_dir, uri);
-        if source::is_remote(uri) && all.iter().all(|known| known.path != path) {
-            let secret = secret.as_ref().map(|secret| secret.name.clone());
+        let secret = secret.as_ref().map(|secret| secret.name.clone());
+        if let Some(known) = all.iter_mut().find(|known| known.path == path) {
+            known.secret = known.secret.take().or(secret);
+        } else if source::is_remote(uri) {
             all.push(Remote { field, uri: uri.to_owned(), is_model, path, secret });
         }
     };

@@ -38,7 +38,12 @@ pub(super) struct Bucket {
     key: Key,
     /// The name on the volume where it is a file.
     file: Option<String>,
+    /// What tells servers of one scheme apart.
+    server: String,
 }
+
+/// Where a bucket is, of what a Secret, or else the environment, says.
+const SERVER: [&str; 2] = ["AWS_ENDPOINT_URL", "AZURE_STORAGE_ACCOUNT_NAME"];
 
 impl Bucket {
     pub fn new(
@@ -54,6 +59,11 @@ impl Bucket {
             "gs" => google(client, secret, bucket),
             _ => azure(client, secret, bucket),
         };
+        let said = |name: &str| match secret {
+            Some(secret) => secret.get(name),
+            None => std::env::var(name).ok(),
+        };
+        let server = SERVER.map(|name| said(name).unwrap_or_default()).join(" ");
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build();
         Ok(Self {
             store: store.map_err(|e| Error::config(format!("its store cannot be opened: {e}")))?,
@@ -61,6 +71,7 @@ impl Bucket {
             asked: Asked::new(secret, None, "the bucket's server"),
             key: Key::parse(key).map_err(|e| Error::config(e.to_string()))?,
             file,
+            server,
         })
     }
 
@@ -136,6 +147,10 @@ fn revision(files: &[File]) -> String {
 }
 
 impl Origin for Bucket {
+    fn server(&self) -> &str {
+        &self.server
+    }
+
     fn list(&self, pinned: Option<&str>) -> std::result::Result<Listing, Fault> {
         let mut files = match &self.file {
             Some(name) => {

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 /// The folder of the cache, below the volume.
 const CACHE: &str = "cache";
 /// In a place's folder: where its files are from.
-const RECORD: &str = "source.json";
+const RECORD: &str = ".source.json";
 
 /// Where a run looks for what it names.
 pub(super) struct Cache<'a> {
@@ -78,14 +78,18 @@ impl<'a> Cache<'a> {
         }
     }
 
-    /// Where a revision of it lies for all jobs. What it is called in the job, such as a branch, has no part in it.
-    pub fn place(&self, revision: &str) -> Place {
-        let what = match source::Place::of(&self.remote.uri) {
+    /// Where a revision of it, as this server has it, lies for all jobs. What it is called in the job, such as a branch, has no
+    /// part in it; but a web file's name has, by which a stage looks for it.
+    pub fn place(&self, revision: &str, server: &str) -> Place {
+        let place = source::Place::of(&self.remote.uri);
+        let name = place.and_then(|place| place.file_name()).unwrap_or_default();
+        let what = match place {
             Some(source::Place::Hub { repository, file, .. }) => ["hub", repository, file.unwrap_or_default()],
             Some(source::Place::Bucket { scheme, bucket, key }) => [scheme, bucket, key],
-            Some(source::Place::Web { .. }) | None => ["web", "", ""],
+            Some(source::Place::Web { .. }) | None => ["web", &name, ""],
         };
-        let what = [what[0], what[1], what[2], if self.remote.is_model { "model" } else { "file" }, revision];
+        let kind = if self.remote.is_model { "model" } else { "file" };
+        let what = [what[0], what[1], what[2], kind, revision, server];
         let hash = Sha256::digest(what.join("\0"));
         let key = hash.iter().take(16).map(|byte| format!("{byte:02x}")).collect();
         Place { volume: self.volume.to_path_buf(), key }
@@ -95,7 +99,7 @@ impl<'a> Cache<'a> {
     pub fn show(&self, place: &Place, revision: &str) -> Result<()> {
         let link = self.link();
         files::make_dir(link.parent().unwrap_or(self.volume))?;
-        let record = Record { source: self.remote.uri.clone(), revision: revision.into(), files: vec![] };
+        let record = Record { source: self.remote.shown(), revision: revision.into(), files: vec![] };
         write(&self.note(), &record)?;
         let up = "../".repeat(self.remote.path.split('/').count() - 1);
         let fresh = files::sibling(&link, "new");

@@ -206,7 +206,7 @@ fn fill(
         };
         if let Err(fault) = copy() {
             failed = if have > before { 1 } else { failed + 1 };
-            fault.wait(failed, patience)?;
+            fault.wait(failed, patience, pace.telemetry)?;
             turn.check()?;
         }
     }

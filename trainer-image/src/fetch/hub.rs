@@ -94,8 +94,15 @@ impl Hub {
             let Some(url) = next else { return Ok(all) };
             let (page, link) = self.client.json::<Vec<Entry>>(&url, &self.asked)?;
             all.extend(page);
-            // The token goes to no other server.
-            next = link.filter(|link| link.starts_with(&format!("{}/", self.endpoint)));
+            // The token goes to no other server, and half a listing is none.
+            if let Some(other) = link.as_ref().filter(|link| !link.starts_with(&format!("{}/", self.endpoint))) {
+                let other = other.split('?').next().unwrap_or_default();
+                return Err(Fault::lasting(format!(
+                    "the hub at {} goes on listing its files at {other}, another server, which is not asked",
+                    self.endpoint
+                )));
+            }
+            next = link;
         }
         Err(Fault::lasting(format!("its folder '{folder}' has more files than can be listed")))
     }
@@ -117,6 +124,10 @@ fn escaped(path: &str) -> String {
 }
 
 impl Origin for Hub {
+    fn server(&self) -> &str {
+        &self.endpoint
+    }
+
     fn list(&self, pinned: Option<&str>) -> std::result::Result<Listing, Fault> {
         let revision = pinned.unwrap_or(&self.revision);
         let Commit { sha: commit } = self.client.json(&self.api(&format!("revision/{revision}")), &self.asked)?.0;

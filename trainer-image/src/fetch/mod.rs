@@ -78,7 +78,8 @@ pub struct Setting {
 pub fn run(config: &PrepareConfig, setting: &Setting, telemetry: &Telemetry) -> Result<()> {
     for remote in &config.remote {
         let holder = Holder { job_uid: config.job.uid.clone(), attempt: setting.attempt };
-        one(remote, holder, setting, telemetry).map_err(|e| e.context(format!("{} {}", remote.field, remote.uri)))?;
+        one(remote, holder, setting, telemetry)
+            .map_err(|e| e.context(format!("{} {}", remote.field, remote.shown())))?;
     }
     Ok(())
 }
@@ -86,26 +87,32 @@ pub fn run(config: &PrepareConfig, setting: &Setting, telemetry: &Telemetry) -> 
 fn one(remote: &Remote, holder: Holder, setting: &Setting, telemetry: &Telemetry) -> Result<()> {
     let cache = Cache::new(&setting.volume, remote);
     if cache.is_there()? {
-        tracing::info!("{} is on the volume already, at {}", remote.uri, remote.path);
+        tracing::info!("{} is on the volume already, at {}", remote.shown(), remote.path);
         return Ok(());
     }
     let secret = remote.secret.as_ref().map(|name| Secret::new(&setting.secrets, name)).transpose()?;
     let client = Client::new(secret.as_ref(), setting.patience)?;
     let origin = open(remote, &client, secret.as_ref(), setting)?;
-    telemetry.doing(format!("asking what {} has", remote.uri));
-    let listing = patiently(setting.patience, || origin.list(cache.pinned()?.as_deref()))?;
+    telemetry.doing(format!("asking what {} has", remote.shown()));
+    let listing = patiently(setting.patience, telemetry, || origin.list(cache.pinned()?.as_deref()))?;
     let listing = checked(listing, remote)?;
-    let place = cache.place(&listing.revision);
+    let place = cache.place(&listing.revision, origin.server());
     turn::alone(&place, holder, setting.patience, telemetry, |turn| {
         if !place.is_whole() {
-            let pace = Pace::new(&remote.uri, &listing, telemetry);
+            let pace = Pace::new(&remote.shown(), &listing, telemetry);
             download::all(&*origin, &listing, &place, turn, pace, setting.patience)?;
-            place.publish(&remote.uri, &listing)?;
+            place.publish(&remote.shown(), &listing)?;
         }
         Ok(())
     })?;
     cache.show(&place, &listing.revision)?;
-    tracing::info!(revision = listing.revision, files = listing.files.len(), "{} is at {}", remote.uri, remote.path);
+    tracing::info!(
+        revision = listing.revision,
+        files = listing.files.len(),
+        "{} is at {}",
+        remote.shown(),
+        remote.path
+    );
     Ok(())
 }
 
@@ -145,15 +152,22 @@ fn checked(mut listing: Listing, remote: &Remote) -> Result<Listing> {
     Ok(listing)
 }
 
+/// How often a wait shows that somebody waits.
+const SIGN_OF_LIFE: Duration = Duration::from_secs(5);
+
 /// Does it again, after a while, as long as its faults pass.
-fn patiently<T>(patience: Patience, mut work: impl FnMut() -> std::result::Result<T, Fault>) -> Result<T> {
+fn patiently<T>(
+    patience: Patience,
+    telemetry: &Telemetry,
+    mut work: impl FnMut() -> std::result::Result<T, Fault>,
+) -> Result<T> {
     let mut failed = 0;
     loop {
         match work() {
             Ok(done) => return Ok(done),
             Err(fault) => {
                 failed += 1;
-                fault.wait(failed, patience)?;
+                fault.wait(failed, patience, telemetry)?;
             }
         }
     }
@@ -164,7 +178,7 @@ impl Fault {
     ///
     /// # Errors
     /// There is none: the fault does not pass, or has not for long.
-    fn wait(self, failed: u32, patience: Patience) -> Result<()> {
+    fn wait(self, failed: u32, patience: Patience, telemetry: &Telemetry) -> Result<()> {
         let (why, after) = match self {
             Fault::Lasting(error) => return Err(error),
             Fault::Passing { why, after } => (why, after),
@@ -178,7 +192,12 @@ impl Fault {
         let own = patience.wait.saturating_mul(1 << (failed - 1).min(10)).min(Duration::from_secs(60));
         let wait = after.map_or(own, |after| after.clamp(own, Duration::from_secs(600)));
         tracing::warn!("{why}; trying again in {:.1} s", wait.as_secs_f64());
-        std::thread::sleep(wait);
+        // To wait as one was told to is no standstill.
+        let started = std::time::Instant::now();
+        while let Some(left) = wait.checked_sub(started.elapsed()).filter(|left| !left.is_zero()) {
+            telemetry.alive();
+            std::thread::sleep(left.min(SIGN_OF_LIFE));
+        }
         Ok(())
     }
 }

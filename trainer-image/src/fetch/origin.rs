@@ -68,6 +68,9 @@ impl From<Error> for Fault {
 
 /// A place outside.
 pub(super) trait Origin {
+    /// Whose word it is what a revision holds; empty where a hash says it.
+    fn server(&self) -> &str;
+
     /// What it has; where a run has begun with a revision, that one.
     fn list(&self, pinned: Option<&str>) -> Result<Listing, Fault>;
 

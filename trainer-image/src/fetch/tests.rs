@@ -16,7 +16,7 @@ const QUICK: Patience = Patience {
     tries: 4,
     wait: Duration::from_millis(5),
     silence: Duration::from_secs(5),
-    beat: Duration::from_millis(100),
+    beat: Duration::from_millis(300),
     dead: Duration::from_secs(3),
 };
 
@@ -111,7 +111,7 @@ fn a_model_of_the_hub_is_fetched_once_and_shown_to_each_run_with_its_revision() 
     let (seen, telemetry) = volume.fetch_by(&server.url, "jobs/a", MODEL, None, ("u", 1)).unwrap();
     let mut names = crate::files::names(&seen).unwrap();
     names.sort();
-    assert_eq!(names, ["config.json", "model.safetensors", "source.json", "tokenizer.json"]);
+    assert_eq!(names, [".source.json", "config.json", "model.safetensors", "tokenizer.json"]);
     assert_eq!(fs::read(seen.join("model.safetensors")).unwrap(), weights());
     let note = fs::read_to_string(seen.with_extension("json")).unwrap();
     assert!(note.contains(COMMIT), "{note}");
@@ -341,8 +341,8 @@ fn a_web_address_is_what_its_hash_says() {
         )
         .unwrap(),
     );
-    let fetch = |hash: &str, volume: &Path| {
-        let uri = format!("https://h/x/d.jsonl#sha256={hash}");
+    let fetch_as = |name: &str, hash: &str, volume: &Path| {
+        let uri = format!("https://h/x/{name}?sig=private#sha256={hash}");
         let remote = Remote {
             field: "f".into(),
             uri: uri.clone(),
@@ -350,20 +350,26 @@ fn a_web_address_is_what_its_hash_says() {
             path: source::folder("jobs/a", &uri),
             secret: None,
         };
-        let origin = web::Web::new(&client, &format!("{}/x/d.jsonl", server.url), hash, "d.jsonl".into());
-        let listing = patiently(QUICK, || origin.list(None))?;
+        let origin = web::Web::new(&client, &format!("{}/x/d.jsonl", server.url), hash, name.into());
+        let listing = patiently(QUICK, &telemetry, || origin.list(None))?;
         let cache = Cache::new(volume, &remote);
-        let place = cache.place(&listing.revision);
+        let place = cache.place(&listing.revision, origin.server());
         turn::alone(&place, Holder { job_uid: "u".into(), attempt: 1 }, QUICK, &telemetry, |turn| {
-            download::all(&origin, &listing, &place, turn, Pace::new(&uri, &listing, &telemetry), QUICK)?;
-            place.publish(&uri, &listing)
+            download::all(&origin, &listing, &place, turn, Pace::new(&remote.shown(), &listing, &telemetry), QUICK)?;
+            place.publish(&remote.shown(), &listing)
         })?;
         cache.show(&place, &listing.revision)?;
         Ok::<_, Error>(volume.join(source::path("jobs/a", &uri, false).unwrap()))
     };
+    let fetch = |hash: &str, volume: &Path| fetch_as("d.jsonl", hash, volume);
     let volume = Volume::new();
     server.with(|s| s.trouble.extend([Trouble::Whole, Trouble::Cut(500)]));
-    assert_eq!(fs::read(fetch(&hash, volume.dir.path()).unwrap()).unwrap(), body);
+    let seen = fetch(&hash, volume.dir.path()).unwrap();
+    assert_eq!(fs::read(&seen).unwrap(), body);
+    let record = fs::read_to_string(seen.with_file_name(".source.json")).unwrap();
+    assert!(record.contains("https://h/x/d.jsonl#sha256") && !record.contains("private"), "{record}");
+    // The same file by another name is looked for by that.
+    assert_eq!(fs::read(fetch_as("e.jsonl", &hash, volume.dir.path()).unwrap()).unwrap(), body);
     let error = fetch(&"0".repeat(64), volume.dir.path()).unwrap_err();
     refused(&error, ExitCode::BadInput, &["d.jsonl", "SHA-256", &hash]);
 }

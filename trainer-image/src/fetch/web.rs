@@ -20,6 +20,10 @@ impl Web {
 }
 
 impl Origin for Web {
+    fn server(&self) -> &str {
+        ""
+    }
+
     fn list(&self, _: Option<&str>) -> Result<Listing, Fault> {
         let size = self.client.size(&self.url, &self.asked)?;
         let check = Check::Sha256(self.sha256.clone());
