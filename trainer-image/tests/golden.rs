@@ -319,7 +319,7 @@ fn run_backward_over(model: &mut Model, batch: &Batch, rows: &[&[i64]]) -> f64 {
     let targets: Vec<i64> = rows.iter().flat_map(|row| row[1..].iter().copied()).collect();
     let mut loss = 0.0;
     model
-        .backward(&batch, &at, true, |logits, range| {
+        .backward(batch, &at, true, |logits, range| {
             let sum = logits.cross_entropy_loss(
                 &Tensor::from_slice(&targets[range]),
                 None::<&Tensor>,

@@ -42,8 +42,9 @@ pub(super) struct Bucket {
     server: String,
 }
 
-/// Where a bucket is, of what a Secret, or else the environment, says.
-const SERVER: [&str; 2] = ["AWS_ENDPOINT_URL", "AZURE_STORAGE_ACCOUNT_NAME"];
+/// What says where a bucket is, in a Secret or else in the environment; Google's key may name a server of its own.
+const SERVER: [&str; 4] =
+    ["AWS_ENDPOINT_URL", "AWS_REGION", "AZURE_STORAGE_ACCOUNT_NAME", "GOOGLE_SERVICE_ACCOUNT_KEY"];
 
 impl Bucket {
     pub fn new(
