@@ -8,7 +8,7 @@ MOST=5
 
 # Of which target a test is, stands in the line that cargo writes before the target's tests.
 failed=$(awk '/^ +Running unittests / { target = $3 ~ /lib\.rs$/ ? "--lib" : "--bins" }
-    /^ +Running tests\// { target = $2; sub(/.*\//, "", target); sub(/\.rs$/, "", target); target = "--test=" target }
+    /^ +Running tests\// { target = $2; sub(/\/main\.rs$/, "", target); sub(/.*\//, "", target); sub(/\.rs$/, "", target); target = "--test=" target }
     /^ +Doc-tests / { target = "--doc" }
     /^test .* \.\.\. FAILED$/ { print target, $2 }' "$1")
 count=$(grep -c . <<< "$failed" || true)

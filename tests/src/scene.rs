@@ -25,7 +25,7 @@ use std::cell::{Cell, RefCell};
 use std::fmt::Debug;
 use std::fs;
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::task::AbortHandle;
 use tokio::time::timeout;
 
@@ -471,13 +471,17 @@ pub fn starve_worker(pod: &Pod) {
     });
     let limit = group.expect("the worker has a control group of memory");
     let runs = || fs::exists(format!("/proc/{}/stat", worker.as_raw_pid())).unwrap_or(false);
-    // The first version of control groups refuses a limit below what cannot be taken away at once, so it falls by steps.
+    // The first version of control groups refuses a limit below what cannot be taken away at once. So it falls by steps, and
+    // rises to what the worker holds just then, which is less than it holds a moment later.
     let mut bytes: u64 = 512 << 20;
-    while runs() && bytes > 1 << 20 {
-        if fs::write(&limit, bytes.to_string()).is_err() {
-            std::thread::sleep(POLL);
+    let begun = Instant::now();
+    while runs() && begun.elapsed() < TOO_LONG / 4 {
+        if fs::write(&limit, bytes.to_string()).is_ok() {
+            bytes = (bytes * 9 / 10).max(1 << 20);
+        } else {
+            std::thread::sleep(Duration::from_millis(5));
+            bytes += bytes / 100;
         }
-        bytes = bytes * 9 / 10;
     }
 }
 
