@@ -15,6 +15,7 @@ pub mod environment;
 pub mod error;
 pub mod fetch;
 pub mod files;
+pub mod hex;
 pub mod launch;
 pub mod lease;
 pub mod model;

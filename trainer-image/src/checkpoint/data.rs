@@ -1,8 +1,8 @@
 //! What a checkpoint says of the data that its run learns from.
 
-use super::manifest::hex;
 use crate::error::Result;
 use crate::files;
+use crate::hex::hex;
 use std::path::Path;
 
 /// The file beside the manifest that holds the hash of the dataset's file. It is no field of the manifest, so that versions of

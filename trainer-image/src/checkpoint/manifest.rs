@@ -3,6 +3,7 @@
 use super::machine::Machine;
 use crate::engine::{Chunk, LossScale, Model, Skips};
 use crate::error::{Error, Result};
+use crate::hex::hex;
 use crate::run::RunId;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -59,7 +60,7 @@ impl ModelEntry {
             loss_scale: model.loss_scale(),
             skips: model.skips(),
             chunks: model.trained().map(Chunk::numel).collect(),
-            layout: Some(hex(&hasher.finalize().into())),
+            layout: Some(hex(&hasher.finalize())),
         }
     }
 
@@ -135,10 +136,6 @@ pub(super) fn sha256(path: &Path) -> std::io::Result<[u8; 32]> {
     let mut hasher = Sha256::new();
     std::io::copy(&mut File::open(path)?, &mut hasher)?;
     Ok(hasher.finalize().into())
-}
-
-pub(super) fn hex(digest: &[u8; 32]) -> String {
-    digest.iter().map(|b| format!("{b:02x}")).collect()
 }
 
 #[cfg(test)]

@@ -15,6 +15,7 @@ use crate::engine::{Group, Lent, Model};
 use crate::environment::Environment;
 use crate::error::{Error, Result};
 use crate::files;
+use crate::hex::hex;
 use crate::lease::Lease;
 use crate::run::RunId;
 pub use data::DataHashes;
@@ -262,7 +263,7 @@ impl Checkpoints {
             step,
             models: models.iter().map(|(name, model)| (name.to_string(), ModelEntry::of(model))).collect(),
             state: state.clone(),
-            data: manifest::hex(&self.data.rows),
+            data: hex(&self.data.rows),
             machine: models.first().map(|(_, model)| Machine::here(model.group().world_size(), model.device())),
             files: vec![],
         }
@@ -312,7 +313,7 @@ impl Checkpoints {
             self.remove_unfinished()?;
         }
         let Some((step, manifest)) = self.newest(group)? else { return Ok(None) };
-        if manifest.data != manifest::hex(&self.data.rows) {
+        if manifest.data != hex(&self.data.rows) {
             let path = self.path(step);
             return Err(Error::input(format!(
                 "{}: {}, or delete the checkpoint to start the stage anew",

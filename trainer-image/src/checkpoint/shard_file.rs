@@ -1,8 +1,9 @@
 //! One rank's file of a checkpoint: its range of every chunk of every model.
 
-use super::manifest::{self, FileEntry};
+use super::manifest::FileEntry;
 use crate::engine::{Chunk, Lent, Model, part};
 use crate::error::{Error, Result};
+use crate::hex::hex;
 use crate::{files, safetensors_header};
 use safetensors::tensor::{Dtype, SafeTensors};
 use sha2::{Digest, Sha256};
@@ -62,7 +63,7 @@ pub(super) fn write(dir: &Path, rank: u32, lent: Vec<(String, Arc<Lent>)>) -> Re
         }
     }
     out.file.sync_all().map_err(|e| Error::storage(&path, e))?;
-    files::write(&dir.join(seal(rank)), manifest::hex(&out.hash.finalize().into()).as_bytes())
+    files::write(&dir.join(seal(rank)), hex(&out.hash.finalize()).as_bytes())
 }
 
 /// Removes what a rank has written into `dir`, whole or not, and rank 0 the folder where nothing else is in it. (Another rank's

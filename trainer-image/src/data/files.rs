@@ -3,9 +3,10 @@
 use super::pipeline;
 use super::records::{self, Record, Wanted};
 use super::split::{Keys, hash};
-use super::store::{Plan, Source, Stamp, Stored, Writer, Written, hex};
+use super::store::{Plan, Source, Stamp, Stored, Writer, Written};
 use super::summary::{About, Dropped};
 use crate::error::{Error, Result};
+use crate::hex::hex;
 use rlhf_api::config::volume_path;
 use rlhf_api::report::ExitCode;
 use rlhf_api::stage::{Dataset, OnBadRecord};

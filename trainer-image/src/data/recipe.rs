@@ -5,10 +5,11 @@
 //! where prepare did not run, or a file has changed since, rank 0 does.
 
 use super::files::Files;
-use super::store::{Header, MadeFrom, Source, Store, VERSION, Written, hex};
+use super::store::{Header, MadeFrom, Source, Store, VERSION, Written};
 use super::{prompts, rankings, sft};
 use crate::error::{Error, Result};
 use crate::files::{self, NewDir};
+use crate::hex::hex;
 use crate::lease::Lease;
 use crate::run::Run;
 use crate::tokenizer::Tokenizer;

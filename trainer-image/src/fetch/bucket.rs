@@ -7,6 +7,7 @@ use super::client::{Asked, Client};
 use super::origin::{Check, Fault, File, Listing, Opened, Origin};
 use super::secret::Secret;
 use crate::error::{Error, Result};
+use crate::hex::hex;
 use futures::stream::BoxStream;
 use futures::{StreamExt, TryStreamExt};
 use object_store::aws::AmazonS3Builder;
@@ -144,7 +145,7 @@ fn revision(files: &[File]) -> String {
     for File { name, size, check, .. } in files {
         hasher.update(format!("{name}\0{size}\0{check:?}\n"));
     }
-    hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    hex(&hasher.finalize())
 }
 
 impl Origin for Bucket {

@@ -5,6 +5,7 @@ use super::free_bytes;
 use super::origin::Listing;
 use crate::error::{Error, Result};
 use crate::files;
+use crate::hex::hex;
 use rlhf_api::source::{self, Remote};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -91,7 +92,7 @@ impl<'a> Cache<'a> {
         let kind = if self.remote.is_model { "model" } else { "file" };
         let what = [what[0], what[1], what[2], kind, revision, server];
         let hash = Sha256::digest(what.join("\0"));
-        let key = hash.iter().take(16).map(|byte| format!("{byte:02x}")).collect();
+        let key = hex(&hash[..16]);
         Place { volume: self.volume.to_path_buf(), key }
     }
 

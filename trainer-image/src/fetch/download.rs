@@ -6,6 +6,7 @@ use super::origin::{Check, Fault, File, Listing, Origin};
 use super::turn::Turn;
 use crate::error::{Error, Result};
 use crate::files;
+use crate::hex::hex;
 use crate::telemetry::{Fetched, Telemetry};
 use rlhf_api::report::ExitCode;
 use sha1::Sha1;
@@ -123,7 +124,7 @@ struct Hasher<D>(D);
 
 impl<D: Digest + Clone> Hasher<D> {
     fn hex(&self) -> String {
-        self.0.clone().finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+        hex(&self.0.clone().finalize())
     }
 }
 

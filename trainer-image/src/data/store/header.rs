@@ -4,6 +4,7 @@ use super::part::damaged;
 use crate::data::summary::Summary;
 use crate::error::{Error, Result};
 use crate::files;
+use crate::hex::hex;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
@@ -127,12 +128,7 @@ impl Header {
     }
 }
 
-/// Bytes as text.
-pub(in crate::data) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-/// The bytes of such a text.
+/// The bytes that [`hex`] has written.
 pub(super) fn unhex(text: &str) -> [u8; 32] {
     std::array::from_fn(|i| text.get(2 * i..2 * i + 2).and_then(|t| u8::from_str_radix(t, 16).ok()).unwrap_or_default())
 }

@@ -4,7 +4,7 @@ mod header;
 mod part;
 mod write;
 
-pub(super) use header::{Header, MadeFrom, Source, Stamp, VERSION, hex};
+pub(super) use header::{Header, MadeFrom, Source, Stamp, VERSION};
 pub(super) use write::{Plan, Writer, Written};
 
 use super::split::Keys;

@@ -3,6 +3,7 @@
 use super::*;
 use crate::data::{Recipe, SftSample};
 use crate::files;
+use crate::hex::hex;
 use crate::lease::Lease;
 use crate::tokenizer::fixture::{changed, write_tokenizer};
 use rlhf_api::config::StageConfig;

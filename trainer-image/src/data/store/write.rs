@@ -1,6 +1,6 @@
 //! A dataset on its way into files: records as they come, then the split. What is kept in memory does not grow with the tokens.
 
-use super::header::{Header, MadeFrom, hex};
+use super::header::{Header, MadeFrom};
 use super::part::{Name, Part, Sink};
 use super::{Store, Stored};
 use crate::data::packing;
@@ -8,6 +8,7 @@ use crate::data::records;
 use crate::data::split::{self, Keys};
 use crate::data::summary::{About, Dropped, Summary};
 use crate::error::{Error, Result};
+use crate::hex::hex;
 use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;

@@ -3,6 +3,7 @@
 //! It is GAE without a critic: what an answer was expected to be worth is the mean over the prompt's answers. Unlike RLOO it counts
 //! the answer itself, and divides by the answers' deviation.
 
+use crate::stages::math::moments;
 use rlhf_api::stage::GroupScale;
 
 /// Keeps a group whose answers are all alike from a division by zero, as in TRL and verl.
@@ -11,27 +12,25 @@ const EPSILON: f64 = 1e-4;
 /// Advantages of answers, by what they are worth; `samples` after each other are to the same prompt. Deviations are those of
 /// samples, with `n - 1`.
 pub fn estimate(worth: &[f64], samples: usize, scale: GroupScale) -> Vec<f64> {
-    let of_all = deviation(worth);
+    let (_, of_all) = mean_and_deviation(worth);
     let mut advantages = Vec::with_capacity(worth.len());
     for group in worth.chunks(samples.max(1)) {
+        let (mean, of_group) = mean_and_deviation(group);
         let by = match scale {
-            GroupScale::Group => deviation(group) + EPSILON,
+            GroupScale::Group => of_group + EPSILON,
             GroupScale::Batch => of_all + EPSILON,
             GroupScale::None => 1.0,
         };
-        let mean = mean(group);
         advantages.extend(group.iter().map(|own| (own - mean) / by));
     }
     advantages
 }
 
-fn mean(numbers: &[f64]) -> f64 {
-    numbers.iter().sum::<f64>() / numbers.len().max(1) as f64
-}
-
-fn deviation(numbers: &[f64]) -> f64 {
-    let (mean, others) = (mean(numbers), numbers.len().saturating_sub(1).max(1) as f64);
-    (numbers.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / others).sqrt()
+/// The mean, and the deviation of samples.
+fn mean_and_deviation(numbers: &[f64]) -> (f64, f64) {
+    let (mean, variance) = moments([numbers].into_iter());
+    let others = numbers.len().saturating_sub(1).max(1) as f64;
+    (mean, (variance * numbers.len() as f64 / others).sqrt())
 }
 
 #[cfg(test)]
